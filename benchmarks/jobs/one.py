@@ -1,0 +1,8 @@
+from work import double
+
+from taskrun import task
+
+
+@task
+def one():
+    print(double(21))

@@ -1,0 +1,54 @@
+"""``taskrun exec``: run the tasks of a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from taskrun.cli.options import CONTEXT, load_words, run_options, settings_from, words_argument
+from taskrun.errors import UsageError
+from taskrun.model import Plan
+from taskrun.planning import estimate, make_plan
+
+
+@click.command("exec", context_settings=CONTEXT)
+@words_argument("[FILE] [TASK]...")
+@click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", envvar="TASKRUN_PARAM",
+    help="Set a parameter, of one task by TASK.NAME=VALUE.",
+)  # fmt: skip
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would run and why; run nothing.")
+@run_options
+@click.pass_context
+def execute(
+    context: click.Context,
+    /,
+    words: tuple[str, ...],
+    params: tuple[str, ...],
+    dry_run: bool,
+    **options: Any,
+) -> int:
+    """Run the tasks of FILE (of the nearest tasks.py, upwards), or only the
+    TASKs named and what they need."""
+    if dry_run and options["json"]:
+        raise UsageError("--dry-run has no --json form; leave one of them out")
+    loaded, targets = load_words(words)
+    plan = make_plan(loaded, targets, params)
+    if dry_run:
+        click.echo(dry_run_text(plan))
+        return 0
+    from taskrun.coordinator import execute as execute_plan
+
+    return execute_plan(plan, settings_from(context, options))
+
+
+def dry_run_text(plan: Plan) -> str:
+    """A line a task: its name, how many calls, and why."""
+    calls = estimate(plan.tasks)
+    wide = max(len(name) for name in calls)
+    wide_calls = max(len(count) for count in calls.values())
+    return "\n".join(
+        f"{name:{wide}}  {count:{wide_calls}}  {plan.reasons[name]}"
+        for name, count in calls.items()
+    )

@@ -1,0 +1,86 @@
+"""The entry point: runs a command and turns whatever ends it into an exit status.
+
+Nobody sees a traceback of ours for a mistake of theirs: errors of the command line and of
+the task file become a few lines on stderr.  A bug of ours is shown as what it is.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
+
+    from taskrun.errors import TaskrunError
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+COMPLETE_VARIABLE = "_TASKRUN_COMPLETE"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run ``taskrun`` with ``args`` (those of this process); gives the exit status."""
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # What the terminal cannot show is shown as an escape.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        status = _run(sys.argv[1:] if args is None else list(args))
+        if sys.stdout is not None:  # it may have been closed: >&-
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return BROKEN_PIPE
+
+
+def _run(args: list[str]) -> int:
+    import click
+
+    from taskrun.cli.group import cli
+    from taskrun.errors import TaskrunError
+
+    if COMPLETE_VARIABLE in os.environ:
+        from click.shell_completion import shell_complete
+
+        instruction = os.environ[COMPLETE_VARIABLE]
+        return shell_complete(cli, {}, "taskrun", COMPLETE_VARIABLE, instruction)
+    try:
+        with cli.make_context("taskrun", args, auto_envvar_prefix="TASKRUN") as context:
+            return cli.invoke(context) or 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.ClickException as error:
+        return _tell_usage(error)
+    except TaskrunError as error:
+        return _tell(error)
+
+
+def _tell(error: TaskrunError) -> int:
+    import click
+
+    traceback_text = getattr(error, "traceback_text", "")
+    click.echo(f"{traceback_text}taskrun: error: {error}", err=True)
+    return error.exit_status
+
+
+def _tell_usage(error: click.ClickException) -> int:
+    import click
+
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    click.echo(f"taskrun: error: {message[:1].lower()}{message[1:]}{hint}", err=True)
+    return 2
+
+
+def _forget_stdout() -> None:
+    # What is still buffered has no reader: let the flush at exit find one.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

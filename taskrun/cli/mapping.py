@@ -1,0 +1,115 @@
+"""``taskrun map``: one call of a function per argument, or per line of stdin."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from taskrun.cli.options import CONTEXT, run_options, settings_from
+from taskrun.errors import UsageError
+from taskrun.loading import Loaded, load, shown
+from taskrun.model import MISSING, Each, Parameter, PerWorker, Result, Task, describe, nearest
+
+
+@click.command("map", context_settings=CONTEXT)
+@click.argument("function", metavar="FILE:FUNC")
+@click.argument("arguments", nargs=-1, metavar="[ARG]...")
+@click.option("--keep-order", is_flag=True, help="Print results in the order of the arguments.")
+@run_options
+@click.pass_context
+def map_(
+    context: click.Context,
+    /,
+    function: str,
+    arguments: tuple[str, ...],
+    keep_order: bool,
+    **options: Any,
+) -> int:
+    """Call FUNC of FILE once per ARG, or once per line of stdin; print what it
+    returns. Put -- before arguments that start with a dash."""
+    loaded, task = find_function(function)
+    parameter = only_parameter(task)
+    lines = iter([_convert(task, parameter, one, "") for one in arguments])
+    if not arguments:
+        lines = _lines_of_stdin(task, parameter)
+    from taskrun.coordinator import execute_map
+
+    return execute_map(loaded, task, lines, settings_from(context, options), keep_order)
+
+
+def find_function(place: str) -> tuple[Loaded, Task]:
+    """The task or function that ``FILE:FUNC`` names, as a task."""
+    file, colon, name = place.rpartition(":")
+    if not (colon and file and name):
+        raise UsageError(f"map takes FILE:FUNC such as tasks.py:fetch, not {place!r}")
+    loaded = load(file, may_be_empty=True)
+    names = vars(loaded.namespace)
+    found = loaded.tasks.get(name, names.get(name))
+    if found is None:
+        callables = [one for one, value in names.items() if callable(value)]
+        near = nearest(name, callables)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise UsageError(f"there is no function {name!r} in {shown(file)}{hint}")
+    return loaded, found if isinstance(found, Task) else _as_task(found, name, file)
+
+
+def _as_task(found: Any, name: str, file: str) -> Task:
+    from taskrun.api import task
+
+    try:
+        made: Callable[..., Task] = task
+        return made(found, name=name)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{shown(file)}:{name} cannot be mapped: {error}") from None
+
+
+def only_parameter(task: Task) -> Parameter:
+    """The parameter that map fills, the first; raises UsageError where that is not enough."""
+    signature = inspect.signature(task.function)
+    places = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind not in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
+    ]
+    if not places:
+        raise UsageError(f"map gives {task.name} one argument, but it takes none")
+    first = places[0]
+    for name, source in task.params.items():
+        if name != first.name:
+            _check_other(task, name, source)
+    default = MISSING if isinstance(first.default, Each | Result | PerWorker) else first.default
+    return Parameter(first.name, default, first.annotation)
+
+
+def _check_other(task: Task, name: str, source: Any) -> None:
+    if isinstance(source, Each | Result):
+        raise UsageError(
+            f"map gives {task.name} one argument; its {name!r} comes from "
+            f"{describe(source)}, which only exec runs"
+        )
+    if isinstance(source, Parameter) and source.default is MISSING:
+        raise UsageError(f"map gives {task.name} one argument, but it needs {name!r} too")
+
+
+def _lines_of_stdin(task: Task, parameter: Parameter) -> Iterator[Any]:
+    if sys.stdin.isatty():
+        click.echo("taskrun: one argument per line, Ctrl-D ends", err=True)
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        text = os.fsdecode(line.removesuffix(b"\n"))
+        yield _convert(task, parameter, text, f"line {number} of stdin: ")
+
+
+def _convert(task: Task, parameter: Parameter, text: str, place: str) -> Any:
+    if parameter.annotation is MISSING and parameter.default is MISSING:
+        return text
+    from taskrun.parameters import convert_for
+
+    try:
+        return convert_for(task, parameter, text)
+    except UsageError as error:
+        raise UsageError(f"{place}{error}") from None

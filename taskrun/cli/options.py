@@ -1,0 +1,155 @@
+"""Options and arguments that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from taskrun.cli.split import split_words
+from taskrun.errors import UsageError
+from taskrun.loading import Loaded, check_file, find_file, load
+from taskrun.settings import cores_here
+
+if TYPE_CHECKING:
+    from taskrun.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+CONTEXT: dict[str, Any] = {"auto_envvar_prefix": "TASKRUN", "max_content_width": 80}
+"""Settings of every command: ``TASKRUN_JOBS``, not ``TASKRUN_EXEC_JOBS``."""
+MOST_UNITS = 100_000
+
+
+# -- how a run is to go ---------------------------------------------------------------
+
+
+def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
+    if jobs == 0:
+        raise UsageError("-j 0 leaves nobody to do the work; say -j 1 or more")
+    if jobs is not None and jobs < 0:
+        raise UsageError(f"-j is a number of workers, 1 or more, not {jobs}")
+    return jobs or cores_here()
+
+
+def _check_resources(
+    context: click.Context, parameter: click.Parameter, texts: Sequence[str]
+) -> dict[str, float]:
+    resources = {}
+    for text in texts:
+        name, equals, much = text.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--resource takes NAME=AMOUNT such as gpu=2, not {text!r}")
+        if name == "cpu":
+            raise UsageError("--resource cpu=...: how many cores are used is said by -j")
+        resources[name] = _capacity(name, much)
+    return resources
+
+
+def _capacity(name: str, text: str) -> float:
+    from taskrun.parameters import amount
+
+    try:
+        much = amount(name, text)
+    except ValueError as error:
+        raise UsageError(f"--resource {name}={text}: {error}") from None
+    if name != "memory" and (much != int(much) or much > MOST_UNITS):
+        raise UsageError(
+            f"--resource {name}={text}: {name} must be a whole number, at most {MOST_UNITS:,}"
+        )
+    return much
+
+
+def _check_joblog(
+    context: click.Context, parameter: click.Parameter, path: str | None
+) -> str | None:
+    if path is not None:
+        folder = os.path.dirname(path) or os.curdir
+        if not os.path.isdir(folder):
+            raise UsageError(f"--joblog {path}: there is no folder {folder}")
+    return path
+
+
+_OPTIONS = (
+    click.option(
+        "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
+        help="How many workers. [default: the cores]",
+    ),
+    click.option("-k", "--keep-going", is_flag=True, help="Go on after a failure."),
+    click.option("--fail-fast", is_flag=True, help="On a failure end what runs, too."),
+    click.option("--inline", is_flag=True, help="Run every call in this process, uncaptured."),
+    click.option(
+        "--resource", "resources", multiple=True, metavar="NAME=AMOUNT", envvar="TASKRUN_RESOURCE",
+        callback=_check_resources, help="What this machine has: gpu=2.",
+    ),
+    click.option(
+        "--output", type=click.Choice(["line", "group", "raw", "quiet"]), default="line",
+        metavar="HOW", help="line, group, raw or quiet. [default: line]",
+    ),
+    click.option("--json", "json", is_flag=True, help="Write events as JSON lines on stdout."),
+    click.option(
+        "--joblog", type=click.Path(dir_okay=False, writable=True), metavar="F",
+        callback=_check_joblog, help="Write a line per attempt to file F.",
+    ),
+    click.option(
+        "--start-method", type=click.Choice(["forkserver", "spawn"]), default="forkserver",
+        metavar="HOW", help="forkserver or spawn. [default: forkserver]",
+    ),
+)  # fmt: skip
+
+
+def run_options(command: Command) -> Command:
+    """The options of every command that runs calls; see :func:`settings_from`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def settings_from(context: click.Context, options: dict[str, Any]) -> Settings:
+    """The Settings that the options of :func:`run_options` ask for."""
+    policy = _policy(context, options.pop("keep_going"), options.pop("fail_fast"))
+    from taskrun.settings import Settings
+
+    return Settings(policy=policy, **options)
+
+
+def _policy(context: click.Context, keep_going: bool, fail_fast: bool) -> str:
+    if keep_going and fail_fast:
+        # What is typed counts before what the environment says.
+        typed = [
+            context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            for name in ("keep_going", "fail_fast")
+        ]
+        if typed[0] == typed[1]:
+            raise UsageError("--keep-going and --fail-fast exclude each other")
+        keep_going, fail_fast = typed
+    return "keep-going" if keep_going else "fail-fast" if fail_fast else "stop"
+
+
+# -- which file, which tasks ----------------------------------------------------------
+
+
+def complete_words(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[Any]:
+    from taskrun.cli.words import words_for  # only when TAB is pressed
+
+    return words_for(context.params.get(parameter.name or "") or (), incomplete)
+
+
+def words_argument(metavar: str) -> Callable[[Command], Command]:
+    """The argument ``[FILE] [TASK]...``, for :func:`split_words`."""
+    return click.argument("words", nargs=-1, metavar=metavar, shell_complete=complete_words)
+
+
+def load_words(words: Sequence[str]) -> tuple[Loaded, list[str]]:
+    """The tasks of FILE, or of the nearest tasks.py, and the names of those that are meant."""
+    file, targets = split_words(words)
+    if file is None and targets and os.path.isdir(targets[0]):
+        loaded = load(find_file())
+        if targets[0] not in loaded.tasks:
+            check_file(targets[0])
+        return loaded, targets
+    return load(file if file is not None else find_file()), targets

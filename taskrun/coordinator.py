@@ -1,0 +1,251 @@
+"""The coordinator: the process that owns a run.
+
+The main flow is :func:`execute`: the plan becomes a scheduler core, an engine and those
+who watch; then one loop turns events into commands until nothing is left to do.
+
+    engine, signals, timers --events--> core --commands--> engine, observers
+
+Only the loop's thread touches the core.  Whatever ends the loop, the engine is closed:
+workers and all that they started end before ``execute`` returns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from taskrun import messages as m
+from taskrun.core import Scheduler
+from taskrun.engines.base import Engine
+from taskrun.errors import RunError
+from taskrun.loading import Loaded
+from taskrun.model import Plan, Task
+from taskrun.observers import Observer, Observers
+from taskrun.reactor import Reactor
+from taskrun.settings import Settings, memory_here
+
+CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
+STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def execute(plan: Plan, settings: Settings, *, more: Sequence[Observer] = ()) -> int:
+    """Run a plan to its end; gives the exit status.
+
+    Raises UsageError where the job log cannot be written, RunError (after all workers
+    have ended) where the run could not go on.
+    """
+    from taskrun.display import Display  # its parts come only with a run
+
+    reactor = Reactor()
+    display = Display(settings, reactor)
+    return Run(plan, settings, [*display.observers, *more], reactor).execute()
+
+
+class Run:
+    """One run: core, engine and observers around one loop."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        observers: Sequence[Observer],
+        reactor: Reactor,
+        *,
+        wanted: Collection[str] = (),
+        open_feed: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.settings = settings
+        self.status: int | None = None
+        self.reactor = reactor
+        self.observer = Observers(observers)
+        self.recipe_ids = itertools.count(1)
+        self.core = Scheduler(
+            plan,
+            slots=1 if settings.inline else settings.jobs,
+            policy=settings.policy,
+            resources={"memory": memory_here(), **settings.resources},
+            recipe_ids=self.recipe_ids,
+            wanted=wanted,
+            spare_factor=1 if settings.inline else 4,
+            ahead=not settings.inline,
+            open_feed=open_feed,
+        )
+        self._engine = self._make_engine()
+        self._timer: Any = None
+        self._timer_at: float | None = None
+        self._signalled: int | None = None
+        self._failure: str | None = None
+        self._performers = self._make_performers()
+
+    def _make_engine(self) -> Engine:
+        if self.settings.inline:
+            from taskrun.engines.inline import InlineEngine
+
+            return InlineEngine(recipe_ids=self.recipe_ids, constants=self.plan.constants)
+        from taskrun.engines.pool import PoolEngine
+
+        return PoolEngine(
+            module=self.plan.module,
+            file=self.plan.file,
+            start_method=self.settings.start_method,
+            grace=self.settings.grace,
+            recipe_ids=self.recipe_ids,
+            constants=self.plan.constants,
+        )
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def execute(self) -> int:
+        """Run to the end; gives the exit status."""
+        try:
+            self._engine.start(self.reactor, self.post, self.observer)
+            with self._signals():
+                self.observer.run_started(self)
+                self._perform(self.core.begin(time.monotonic()))
+                self.reactor.run_until(lambda: self.status is not None)
+        except RunError as error:
+            self._failure = str(error)
+            self.status = error.exit_status
+        finally:
+            self._engine.close(time.monotonic() + CLOSE_SECONDS)
+            self.reactor.close()
+        assert self.status is not None
+        reason = self._failure or self.core.stopping
+        self.observer.run_ended(self.status, reason)
+        if self._failure is not None:
+            raise RunError(self._failure)
+        return self.status
+
+    def post(self, event: m.Event) -> None:
+        """Take an event, on the loop's thread."""
+        self._perform(self.core.handle(event, time.monotonic()))
+        if type(event) is m.Began:
+            self._announce(event)
+
+    def _announce(self, began: m.Began) -> None:
+        call = self.core.calls[began.call]
+        if call.attempt == began.attempt and call.worker == began.worker:
+            self.observer.call_began(call, began.attempt, worker_name(began.worker), began.wall)
+
+    def stop(self, reason: str) -> None:
+        """Stop gracefully: start nothing more, interrupt what runs."""
+        self.observer.stopping(reason)
+        self.post(m.Stop(reason))
+
+    def _perform(self, commands: list[m.Command]) -> None:
+        performers = self._performers
+        for command in commands:
+            performers[type(command)](command)
+        deadline = self.core.deadline()
+        if deadline != self._timer_at:
+            self._set_timer(deadline)
+
+    def _set_timer(self, deadline: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = deadline
+        self._timer = None
+        if deadline is not None:
+            self._timer = self.reactor.call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = self._timer_at = None
+        self.post(m.Tick())
+
+    # -- what commands mean here ------------------------------------------------------
+
+    def _make_performers(self) -> dict[type, Callable[[Any], None]]:
+        engine, observer = self._engine.perform, self.observer
+        return {
+            m.StartWorkers: engine,
+            m.StopWorker: engine,
+            m.Assign: engine,
+            m.Reclaim: engine,
+            m.Interrupt: engine,
+            m.Deliver: engine,
+            m.CallsAdded: lambda command: observer.calls_added(command.calls),
+            m.AttemptEnded: lambda command: observer.attempt_ended(
+                command, worker_name(command.worker)
+            ),
+            m.CallEnded: lambda command: observer.call_ended(command.call),
+            m.RunEnded: self._run_ended,
+        }
+
+    def _run_ended(self, command: m.RunEnded) -> None:
+        if self._signalled is not None:
+            self.status = STATUS_OF_SIGNAL[signal.Signals(self._signalled)]
+        else:
+            self.status = command.status
+        if command.status == 3:
+            self._failure = command.reason
+
+    # -- signals ----------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and TERM stop the run; the second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {}
+        for number in STATUS_OF_SIGNAL:
+            if self.settings.inline and number == signal.SIGINT:
+                continue  # it goes to the call that runs here
+            before[number] = signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Between any two instructions of the loop: only note it, and wake the loop.
+        self.reactor.post(lambda: self._signal(number))
+
+    def _signal(self, number: int) -> None:
+        if self._signalled is None:
+            self._signalled = number
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            self.stop(name)
+            return
+        self._engine.kill()
+        self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
+
+
+def worker_name(worker: int | None) -> str:
+    """What people see of a worker: ``w1``."""
+    return "" if worker is None else f"w{worker}"
+
+
+# -- one call per line ----------------------------------------------------------------
+
+
+def execute_map(
+    loaded: Loaded, task: Task, lines: Iterator[Any], settings: Settings, keep_order: bool
+) -> int:
+    """Call ``task`` once per item of ``lines`` and print each result; gives the exit status.
+
+    ``lines`` is read as far ahead as the workers need, in a thread of its own.
+    """
+    from taskrun.display import Display
+    from taskrun.feed import Feed, Results
+
+    reactor = Reactor()
+    display = Display(settings, reactor)
+    results = Results(display.terminal, keep_order)
+    plan = Plan((), frozenset([task.name]), file=loaded.file, module=loaded.module)
+    run = Run(plan, settings, [*display.observers, results], reactor, open_feed=True)
+    feed = Feed(run, task, lines)
+    results.taken = feed.taken
+    feed.start()
+    status = run.execute()
+    if feed.error is not None:
+        raise feed.error
+    return status

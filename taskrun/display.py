@@ -1,0 +1,65 @@
+"""What people see of a run: all that watches it, put together around one terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from taskrun.observers import Observer
+from taskrun.output import make_output
+from taskrun.progress import Progress
+from taskrun.reactor import Reactor
+from taskrun.settings import Settings
+from taskrun.summary import Summary
+from taskrun.terminal import Terminal
+
+
+class Display(Observer):
+    """The observers that the settings ask for; keeps them going while the run lasts."""
+
+    def __init__(self, settings: Settings, reactor: Reactor) -> None:
+        self.terminal = Terminal(sys.stdout, sys.stderr)
+        self.terminal.on_broken = lambda reason: reactor.post(lambda: self._stop(reason))
+        self._reactor = reactor
+        self._run: Any = None
+        self._progress: Progress | None = None
+        # With --json, stdout holds events and nothing else; people read stderr.
+        output = make_output("quiet" if settings.json else settings.output, self.terminal)
+        self.observers: list[Observer] = [self, output]
+        if settings.output != "quiet" and not settings.inline:
+            self._progress = Progress(self.terminal, running=self._running)
+            self.observers.append(self._progress)
+        self.observers.append(Summary(self.terminal, output.tail))
+        if settings.joblog is not None:
+            self._add_job_log(settings.joblog, output)
+        if settings.json:
+            self._add_events()
+
+    def _add_job_log(self, path: str, output: Observer) -> None:
+        from taskrun.records import JobLog
+
+        self.observers.append(JobLog(path, output.notice, self._reactor.call_soon))
+
+    def _add_events(self) -> None:
+        from taskrun.records import Events
+
+        self.observers.append(Events(self.terminal, self._reactor.call_soon))
+
+    def run_started(self, run: Any) -> None:
+        self._run = run
+        if self._progress is not None:
+            self._tick()
+
+    def _tick(self) -> None:
+        assert self._progress is not None
+        if self._run.status is None:
+            self._progress.tick()
+            self._reactor.call_at(time.monotonic() + self._progress.interval, self._tick)
+
+    def _running(self) -> int:
+        return int(self._run.core.placement.running()) if self._run is not None else 0
+
+    def _stop(self, reason: str) -> None:
+        if self._run is not None and self._run.status is None:
+            self._run.stop(reason)

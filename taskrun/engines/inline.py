@@ -1,0 +1,254 @@
+"""Every call in this process, one at a time: for ``breakpoint()``, and to see it plainly.
+
+There is one worker, which is this thread.  Output is not captured and stdin stays what it
+is.  A call that waits for others runs the loop meanwhile, and executes what the core sends
+it to execute, on its own stack.  What runs cannot be interrupted; Ctrl-C is raised in it
+and ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any, Final
+
+from taskrun import context
+from taskrun import messages as m
+from taskrun.engines.records import Records
+from taskrun.observers import Observer
+from taskrun.reactor import Reactor, Timer
+from taskrun.workers.execute import Executor, Running
+from taskrun.workers.recipes import Home
+from taskrun.workers.scope import WorkerContext
+from taskrun.workers.settings import Preloaded, environment_additions
+
+WORKER: Final = 1
+
+
+class InlineEngine:
+    """An ``Engine`` with one worker, in the thread that runs the reactor."""
+
+    id = WORKER
+
+    def __init__(
+        self,
+        *,
+        recipe_ids: Iterator[int] | None = None,
+        constants: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.ready = False
+        self.assigned: dict[int, Any] = {}
+        self.escalations: dict[int, Timer] = {}
+        self._recipe_ids = recipe_ids or count(1)
+        self._constants = constants or {}
+        self._known: set[int] = set()
+        self._queue: deque[tuple[Any, ...]] = deque()
+        self._nested: deque[tuple[Any, ...]] = deque()
+        self._said: list[tuple[Any, ...]] = []
+        self._ears: dict[Any, _Ear] = {}
+        self._closed = False
+        self._performers: dict[type, Callable[[Any], None]] = {
+            m.StartWorkers: self._start_worker,
+            m.StopWorker: lambda command: None,
+            m.Assign: self._assign,
+            m.Reclaim: self._reclaim,
+            m.Interrupt: self._interrupt,
+            m.Deliver: lambda command: self._context.deliver(command.call, command.outcomes),
+        }
+
+    # -- Engine -----------------------------------------------------------------------
+
+    def start(self, reactor: Reactor, post: Callable[[m.Event], None], observer: Observer) -> None:
+        """See ``engines.base``."""
+        self._reactor = reactor
+        self._records = Records(post, observer, self._recipe_ids, self._constants)
+        self._executor = Executor(
+            self,
+            Home(None, Preloaded(None)),
+            _Nobody(),
+            _Nobody(),
+            thread_variables=frozenset(environment_additions(dict(os.environ))),
+            passes=(KeyboardInterrupt,),
+        )
+        self._context = WorkerContext(
+            self._executor,
+            self,
+            worker=f"w{WORKER}",
+            node="local",
+            set_by_user={task: frozenset(values) for task, values in self._constants.items()},
+        )
+
+    def perform(self, command: m.Command) -> None:
+        """See ``engines.base``."""
+        self._performers[type(command)](command)
+
+    def kill(self) -> None:
+        """See ``engines.base``; here it is the caller itself that runs."""
+        self._queue.clear()
+
+    def close(self, deadline: float) -> None:
+        """See ``engines.base``."""
+        self._closed = True
+        self._queue.clear()
+        self._executor.close()
+
+    # -- commands ---------------------------------------------------------------------
+
+    def _start_worker(self, command: m.StartWorkers) -> None:
+        if not self.ready:
+            self.ready = True
+            self._reactor.post(self._say_ready)
+
+    def _say_ready(self) -> None:
+        self.tell((m.READY, os.getpid()))
+        self.flush()
+
+    def _assign(self, command: m.Assign) -> None:
+        for call in command.calls:
+            recipe = call.recipe
+            if recipe.id not in self._known:
+                self._known.add(recipe.id)
+                self._executor.learn(
+                    (m.TASK, recipe.id, recipe.name, recipe.reference, recipe.blob,
+                     recipe.names, recipe.constants, recipe.flags)
+                )  # fmt: skip
+            self.assigned[call.id] = call
+            record = (m.CALL, call.id, call.attempt, recipe.id, call.index, call.arguments(),
+                      call.units)  # fmt: skip
+            (self._nested if command.nested else self._queue).append(record)
+        self._reactor.post(self._work)
+
+    def _reclaim(self, command: m.Reclaim) -> None:
+        self._reactor.post(lambda: self._give_back(command.count))
+
+    def _interrupt(self, command: m.Interrupt) -> None:
+        for record in self._queue:
+            if record[1:3] == (command.call, command.attempt):
+                self._queue.remove(record)
+                self._executor.refuse(record, command.reason)
+                self._reactor.post(self.flush)
+                return
+
+    # -- working ----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Execute one call; what waits for others takes nested calls by itself."""
+        if self._closed or self._executor.running is not None or not self._queue:
+            return
+        token = context.activate(self._context)
+        try:
+            self._executor.execute(self._queue.popleft())
+        finally:
+            context.deactivate(token)
+        self._reactor.post(self._work)
+        self.flush()
+
+    def _give_back(self, count: int) -> None:
+        calls = [self._queue.pop()[1:3] for _ in range(min(count, len(self._queue)))]
+        self.tell((m.GAVE_BACK, calls))
+        self.flush()
+
+    def read_output_of(self, call: int, attempt: int) -> None:
+        """Nothing is captured here."""
+
+    # -- the executor's way to the core -----------------------------------------------
+
+    def tell(self, record: tuple[Any, ...]) -> None:
+        """See ``execute.Port``."""
+        self._said.append(record)
+
+    def flush(self) -> None:
+        """See ``execute.Port``."""
+        said, self._said = self._said, []
+        if said and not self._closed:
+            self._records.take(self, said)
+
+    def converse(
+        self,
+        running: Running,
+        wait: tuple[Any, ...],
+        satisfied: Callable[[], bool],
+        deadline: float | None,
+    ) -> bool:
+        """See ``scope.Line``."""
+        if self._queue:
+            self._give_back(len(self._queue))
+        self.tell(wait)
+        self.flush()
+        while not satisfied():
+            if self._nested:
+                self._executor.execute_nested(self._nested.popleft())
+                self.flush()
+            elif not self._reactor.run_until(lambda: satisfied() or bool(self._nested), deadline):
+                return False
+        return True
+
+    def listen(self, loop: Any, heard: Callable[[], object]) -> None:
+        """See ``scope.Line``."""
+        if self._queue:
+            self._give_back(len(self._queue))
+        self._ears[loop] = _Ear(loop, self._reactor, self._execute_nested, heard)
+
+    def stop_listening(self, loop: Any) -> None:
+        """See ``scope.Line``."""
+        self._ears.pop(loop).stop()
+
+    def _execute_nested(self) -> None:
+        while self._nested:
+            self._executor.execute_nested(self._nested.popleft())
+            self.flush()
+
+
+class _Ear:
+    """Turns the reactor from within the event loop that a task runs in."""
+
+    def __init__(
+        self,
+        loop: Any,
+        reactor: Reactor,
+        execute: Callable[[], None],
+        heard: Callable[[], object],
+    ) -> None:
+        self._loop = loop
+        self._reactor = reactor
+        self._execute = execute
+        self._heard = heard
+        self._timer: Any = None
+        self._stopped = False
+        loop.add_reader(reactor.fileno(), self._turn)
+        self._turn_in_time()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._loop.remove_reader(self._reactor.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _turn(self) -> None:
+        self._reactor.run_once(0)
+        self._execute()
+        self._heard()
+        if not self._stopped:
+            self._turn_in_time()
+
+    def _turn_in_time(self) -> None:
+        """The reactor's timers are due although none of its descriptors is ready."""
+        if self._timer is not None:
+            self._timer.cancel()
+        patience = self._reactor.patience()
+        self._timer = None if patience is None else self._loop.call_later(patience, self._turn)
+
+
+class _Nobody:
+    """No ledger and no output Pipes: what is executed here does not outlive its caller."""
+
+    def begin(self, call: int, attempt: int) -> None:
+        return None
+
+    def end(self) -> None:
+        return None
+
+    def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
+        return False

@@ -1,0 +1,219 @@
+"""The coordinator's side of the template process: starts it, asks it for workers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from taskrun.errors import RunError
+from taskrun.reactor import Reactor
+from taskrun.wire import FrameReader, header
+from taskrun.workers.settings import Settings, python_command
+
+# As in workers.template, which is not imported here: it needs all that a worker needs.
+START: Final = "start"
+SIGNAL: Final = "signal"
+QUIT: Final = "quit"
+UP: Final = "up"
+STARTED: Final = "started"
+EXITED: Final = "exited"
+
+ON_THEIR_WAY: Final = 8  # workers asked for at a time: each takes descriptors meanwhile
+
+Message = tuple[Any, ...]
+Open = Callable[[int], tuple[Any, list[int]] | None]
+
+
+class Nursery:
+    """One template process.
+
+    ``opened(worker)`` makes what a worker needs, when its turn has come: what it is told,
+    and its descriptors, which are closed here once they are sent; None: it cannot be.
+    ``heard`` is called with the template's messages, ``ended`` when it has ended.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        reactor: Reactor,
+        opened: Open,
+        heard: Callable[[Message], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        self._reactor = reactor
+        self._opened = opened
+        self._heard = heard
+        self._ended = ended
+        self._wanted: deque[int] = deque()
+        self._on_their_way: set[int] = set()
+        self._outgoing: deque[tuple[bytes, list[int]]] = deque()
+        self._is_up = False
+        self.pid: int | None = None
+        self._sock, theirs = socket.socketpair()
+        try:
+            self.pid = _launch(theirs.fileno())
+        except OSError as error:
+            self._sock.close()
+            raise RunError(f"cannot start a worker process: {error}") from error
+        finally:
+            theirs.close()
+        self._sock.setblocking(False)
+        self._reader = FrameReader(self._sock.fileno())
+        reactor.add_reader(self._sock.fileno(), self._on_readable)
+        self._send((settings,))
+
+    # -- what the engine asks for -----------------------------------------------------
+
+    def start(self, workers: list[int]) -> None:
+        """Start these workers, as soon as the template is ready for them."""
+        self._wanted.extend(workers)
+        self._ask()
+
+    def signal(self, worker: int, number: int, *, whole_session: bool = True) -> None:
+        """Signal a worker, or all that is in its session."""
+        self._send((SIGNAL, worker, int(number), whole_session))
+
+    def quit(self, grace: float) -> None:
+        """End all workers and all that they started, then the template itself."""
+        self._send((QUIT, grace))
+
+    def wanted(self) -> list[int]:
+        """The workers that were asked for, and not from the template yet."""
+        return list(self._wanted)
+
+    def kill(self) -> None:
+        """End the template at once; its workers die with it."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._over()
+
+    def abandon(self, deadline: float) -> bool:
+        """End a template that is not up yet, if it is not, by ``deadline``.
+
+        It ends what the task file may have started, since it finds its socket closed.
+        """
+        self._wanted.clear()
+        if self._is_up or self.pid is None:
+            return False
+        self._sock.shutdown(socket.SHUT_RDWR)
+        while time.monotonic() < deadline:
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.005)  # nothing else is left to be done
+        self.kill()
+        return True
+
+    # -- the socket -------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        while self._is_up and self._wanted and len(self._on_their_way) < ON_THEIR_WAY:
+            worker = self._wanted.popleft()
+            opened = self._opened(worker)
+            if opened is not None:
+                birth, fds = opened
+                self._on_their_way.add(worker)
+                self._send((START, birth), fds)
+
+    def _send(self, message: Message, fds: list[int] | None = None) -> None:
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        self._outgoing.append((header(len(data)) + data, fds or []))
+        if len(self._outgoing) == 1:
+            self._write()
+            if self._outgoing:
+                self._reactor.add_writer(self._sock.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        self._write()
+        if not self._outgoing:
+            self._reactor.remove_writer(self._sock.fileno())
+
+    def _write(self) -> None:
+        while self._outgoing:
+            data, fds = self._outgoing[0]
+            try:
+                sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                self._forget_outgoing()  # its end is seen where it is read
+                return
+            _close_all(fds)
+            if sent < len(data):
+                self._outgoing[0] = (data[sent:], [])
+            else:
+                self._outgoing.popleft()
+
+    def _forget_outgoing(self) -> None:
+        for _, fds in self._outgoing:
+            _close_all(fds)
+        self._outgoing.clear()
+
+    def _on_readable(self) -> None:
+        for frame in self._reader.read():
+            self._take(pickle.loads(frame))
+        if self._reader.at_end and self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)  # if it has not ended, it is of no use
+            self._ended(self._over())
+
+    def _take(self, message: Message) -> None:
+        if message[0] == UP:
+            self._is_up = True
+        else:
+            self._on_their_way.discard(message[1])
+        self._heard(message)
+        self._ask()
+
+    def _over(self) -> str:
+        """Take its exit status and let go of it; gives how it ended."""
+        assert self.pid is not None
+        self._reactor.remove_reader(self._sock.fileno())
+        if self._outgoing:
+            self._reactor.remove_writer(self._sock.fileno())
+            self._forget_outgoing()
+        self._sock.close()
+        self._is_up = False
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:  # somebody else in this process waits for all children
+            return "ended"
+        finally:
+            self.pid = None
+        return how_it_ended(os.waitstatus_to_exitcode(status))
+
+
+def how_it_ended(status: int | str) -> str:
+    """An exit status in words: ``killed by SIGKILL``, ``exited with status 3``."""
+    if isinstance(status, str):
+        return status
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
+def _launch(fd: int) -> int:
+    """Start a template that finds its socket as descriptor 0; gives its pid."""
+    command = python_command("from taskrun.workers.template import run; run(0)")
+    if not command[0]:
+        raise OSError("this Python does not know where its interpreter is (sys.executable)")
+    actions: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, 0)]
+    if os.environ.get("TASKRUN_DEBUG"):
+        actions.append((os.POSIX_SPAWN_DUP2, 2, 1))
+    else:
+        actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
+        actions.append((os.POSIX_SPAWN_DUP2, 1, 2))
+    return os.posix_spawn(command[0], command, os.environ, file_actions=actions)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+    fds.clear()

@@ -1,0 +1,471 @@
+"""Own workers on this machine, over Pipes.
+
+    perform(command) --frames--> worker --frames--> post(event)
+
+The engine adds no policy: it carries out what the core says, and says what happened.  What
+it must get right is how a worker ends.  Everything that the worker had sent is read first,
+then what it had ended and not sent is taken from its ledger; only then is it reported lost,
+with the one attempt that it was in.  Nothing else of it is lost, and nothing comes twice.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import Any, Final
+
+from taskrun import messages as m
+from taskrun import sessions
+from taskrun.engines.links import Link
+from taskrun.engines.nursery import EXITED, STARTED, UP, Nursery, how_it_ended
+from taskrun.engines.records import Records
+from taskrun.errors import RunError, WireError
+from taskrun.model import Failure
+from taskrun.observers import Observer
+from taskrun.reactor import Reactor
+from taskrun.workers.settings import FORKSERVER, Birth, Settings, environment_additions
+
+UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
+FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
+HANGING: Final = 0.5  # seconds between the end of a worker's Pipe and its own
+FEW: Final = 5  # workers in a row, or templates, that may end before they are of any use
+
+
+class PoolEngine:
+    """An ``Engine`` of worker processes; see ``engines.base``.
+
+    ``module`` and ``file``: the task file, if there is one.  ``start_method``: how a worker
+    is made, ``forkserver`` or ``spawn``.  ``grace``: seconds between interrupt, TERM and
+    KILL.  ``recipe_ids``: shared with the core.  ``constants``: task name -> the values that
+    ``-p`` set.  ``environment``: variables for the workers, beside those that this process
+    has.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: str | None = None,
+        file: str | None = None,
+        start_method: str = FORKSERVER,
+        grace: float = 2.0,
+        recipe_ids: Iterator[int] | None = None,
+        constants: Mapping[str, dict[str, Any]] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._module, self._file = module, file
+        self._start_method = start_method
+        self._grace = grace
+        self._recipe_ids = recipe_ids or count(1)
+        self._constants = constants or {}
+        self._environment = environment
+        self._links: dict[int, Link] = {}
+        self._worker_ids = count(1)
+        self._unsent: set[Link] = set()
+        self._looking = False
+        self._unflushed: list[Link] = []
+        self._nursery: Nursery | None = None
+        self._closing = False
+        self._failed_starts = 0
+        self._failed_templates = 0
+        self._complained = False
+        self._stack_callbacks: dict[int, Callable[[str], None]] = {}
+        self._tokens = count(1)
+        self._performers: dict[type, Callable[[Any], None]] = {
+            m.StartWorkers: self._start_workers,
+            m.StopWorker: self._stop_worker,
+            m.Assign: self._assign,
+            m.Reclaim: self._reclaim,
+            m.Interrupt: self._interrupt,
+            m.Deliver: self._deliver,
+        }
+
+    # -- Engine -----------------------------------------------------------------------
+
+    def start(self, reactor: Reactor, post: Callable[[m.Event], None], observer: Observer) -> None:
+        """See ``engines.base``.  Raises RunError where no process can be started."""
+        self._reactor = reactor
+        self._observer = observer
+        self._post_to = post
+        self._records = Records(self._post, observer, self._recipe_ids, self._constants)
+        self._settings = self._make_settings()
+        self._start_template()
+
+    def perform(self, command: m.Command) -> None:
+        """See ``engines.base``."""
+        self._performers[type(command)](command)
+
+    def kill(self) -> None:
+        """See ``engines.base``."""
+        for link in self._links.values():
+            self._signal(link, signal.SIGKILL)
+
+    def close(self, deadline: float) -> None:
+        """See ``engines.base``.  QUIT for the idle, TERM for the busy, KILL for the rest."""
+        nursery = self._nursery
+        if nursery is None:
+            return
+        self._closing = True
+        if nursery.abandon(min(deadline, monotonic() + 1.0)):
+            self._nursery = None
+            return
+        for link in self._links.values():
+            if link.assigned or not link.ready:
+                self._signal(link, signal.SIGTERM)
+            else:
+                link.queue((m.QUIT,))
+                link.flush()
+        left = max(0.0, deadline - monotonic())
+        self._run_until(lambda: not self._links or self._nursery is None, deadline - left / 4)
+        nursery.quit(min(self._grace, left / 8))
+        if not self._run_until(lambda: self._nursery is None, deadline):
+            nursery.kill()
+            self._nursery = None
+        for link in list(self._links.values()):
+            self._let_go(link)
+
+    def stack(self, worker: int, callback: Callable[[str], None]) -> None:
+        """Ask a worker where its main thread is; ``callback`` gets the text."""
+        token = next(self._tokens)
+        self._stack_callbacks[token] = callback
+        self._links[worker].tell_control((m.STACK, token))
+
+    # -- commands ---------------------------------------------------------------------
+
+    def _start_workers(self, command: m.StartWorkers) -> None:
+        self._start_wanted([next(self._worker_ids) for _ in range(command.count)])
+
+    def _stop_worker(self, command: m.StopWorker) -> None:
+        link = self._links.get(command.worker)
+        if link is not None:
+            link.stopping = True
+            link.queue((m.QUIT,))
+            self._flush_soon(link)
+            self._later(FINISH, lambda: self._force_to_stop(link, signal.SIGTERM))
+
+    def _force_to_stop(self, link: Link, number: signal.Signals) -> None:
+        if link.id in self._links:
+            self._signal(link, number)
+            self._later(self._grace, lambda: self._force_to_stop(link, signal.SIGKILL))
+
+    def _assign(self, command: m.Assign) -> None:
+        link = self._links.get(command.worker)
+        if link is None:
+            return  # it is lost, which the core is about to hear
+        kind = m.NESTED if command.nested else m.CALL
+        assigned, known, queue = link.assigned, link.known, link.queue
+        for call in command.calls:
+            recipe = call.recipe
+            if recipe.id not in known:
+                link.teach(recipe)
+            id = call.id
+            assigned[id] = call
+            queue((kind, id, call.attempt, recipe.id, call.index, call.arguments(), call.units))
+        self._flush_soon(link)
+        if len(assigned) > 1:
+            self._expect_more(link)
+
+    def _deliver(self, command: m.Deliver) -> None:
+        link = self._links.get(command.worker)
+        if link is not None:
+            link.queue((m.DELIVER, command.call, command.outcomes))
+            self._flush_soon(link)
+
+    def _reclaim(self, command: m.Reclaim) -> None:
+        link = self._links.get(command.worker)
+        if link is not None:
+            self._flush(link)  # what is asked back must be there
+            link.tell_control((m.REPORT, command.count))
+
+    def _interrupt(self, command: m.Interrupt) -> None:
+        link = self._links.get(command.worker)
+        if link is None or command.call not in link.assigned:
+            return  # it has ended, which the core is about to hear
+        self._flush(link)
+        link.tell_control((m.INTERRUPT, command.call, command.attempt, command.reason))
+        if command.call not in link.escalations:
+            # It is killed only where it is what runs: a call that has not begun, or waits for
+            # a nested one, is no reason to kill another.  Its time begins when it runs.
+            runs = link.executing == (command.call, command.attempt)
+            self._escalate_later(link, command, signal.SIGTERM if runs else None)
+
+    def _escalate_later(
+        self, link: Link, command: m.Interrupt, number: signal.Signals | None
+    ) -> None:
+        timer = self._later(self._grace, lambda: self._escalate(link, command, number))
+        link.escalations[command.call] = timer
+
+    def _escalate(self, link: Link, command: m.Interrupt, number: signal.Signals | None) -> None:
+        self._look(link)
+        if link.id not in self._links or command.call not in link.assigned:
+            return
+        after: signal.Signals | None = None
+        if link.executing == (command.call, command.attempt):
+            after = signal.SIGTERM if number is None else signal.SIGKILL
+            if number is not None:
+                self._signal(link, number)
+        self._escalate_later(link, command, after)
+
+    # -- sending ----------------------------------------------------------------------
+
+    def _flush_soon(self, link: Link) -> None:
+        """Send at the end of this turn: what one event leads to goes out as one frame."""
+        if not self._unflushed:
+            self._reactor.call_soon(self._flush_all)
+        self._unflushed.append(link)
+
+    def _flush_all(self) -> None:
+        links, self._unflushed = self._unflushed, []
+        for link in links:
+            self._flush(link)
+
+    def _flush(self, link: Link) -> None:
+        if link.id not in self._links:
+            return
+        for record, error in link.flush():
+            if record[0] in (m.CALL, m.NESTED):
+                self._reactor.call_soon(partial(self._refuse, link, record, error))
+
+    def _refuse(self, link: Link, record: tuple[Any, ...], error: Exception) -> None:
+        """A call that cannot be sent ends with the reason why."""
+        call = link.assigned.pop(record[1], None)
+        if call is not None:
+            message = f"the arguments of {call.name} cannot be pickled: {error}"
+            failure = Failure("error", "ArgumentError", message)
+            report = (record[1], record[2], "error", (failure, False), None, -1.0, 0.0, False)
+            self._post(m.Finished(link.id, [report]))
+
+    def _signal(self, link: Link, number: int) -> None:
+        if self._nursery is not None:
+            self._nursery.signal(link.id, number)
+
+    # -- what workers say -------------------------------------------------------------
+
+    def _on_calls(self, link: Link) -> None:
+        try:
+            for frame in link.reader.read():
+                self._take(link, link.intake.frame(frame))
+        except WireError as error:
+            self._reject(link, error)
+            return
+        if link.reader.at_end:
+            link.stop_listening()
+            self._later(HANGING, lambda: self._end_hanging(link))
+
+    def _take(self, link: Link, records: list[tuple[Any, ...]]) -> None:
+        self._records.take(link, records)
+        if link.ready:
+            self._failed_starts = self._failed_templates = 0
+        if len(link.assigned) > 1:
+            self._expect_more(link)
+
+    def _on_control(self, link: Link) -> None:
+        try:
+            records = [r for frame in link.control_reader.read() for r in pickle.loads(frame)]
+        except Exception as error:
+            self._reject(link, error)
+            return
+        for record in records:
+            if record[0] == m.STACK_IS:
+                self._stack_callbacks.pop(record[1])(record[2])
+        if link.control_reader.at_end:
+            link.stop_listening()
+            self._later(HANGING, lambda: self._end_hanging(link))
+
+    def _reject(self, link: Link, error: Exception) -> None:
+        """Not a worker any more, whatever it is."""
+        link.rejected = f"stopped, because what it sent could not be read: {error}"
+        link.stop_listening()
+        self._signal(link, signal.SIGKILL)
+
+    def _end_hanging(self, link: Link) -> None:
+        """It closed its Pipes, and did not end."""
+        if link.id in self._links:
+            link.rejected = link.rejected or "stopped, because it had closed its Pipes"
+            self._signal(link, signal.SIGKILL)
+
+    # A worker that is busy with many calls sends what has ended every millisecond, but not
+    # while a long one runs: what ended just before that waits in the ledger.  It is taken
+    # from there, since the worker may be in C code that lets no other thread run.
+
+    def _expect_more(self, link: Link) -> None:
+        link.heard = monotonic()
+        self._unsent.add(link)
+        if not self._looking:
+            self._looking = True
+            self._later(UNSENT, self._look_at_silent)
+
+    def _look_at_silent(self) -> None:
+        self._looking = False
+        before = monotonic() - UNSENT
+        for link in [link for link in self._unsent if link.heard <= before]:
+            self._unsent.discard(link)
+            self._look(link)
+        if self._unsent and not self._looking:
+            self._looking = True
+            self._later(UNSENT, self._look_at_silent)
+
+    def _look(self, link: Link) -> None:
+        if link.id not in self._links or link.rejected:
+            return
+        try:
+            records = link.intake.look(link.ledger)
+        except WireError:
+            return  # caught in the middle of a change; it comes over the Pipe
+        if records:
+            self._records.take(link, records)
+
+    # -- the template -----------------------------------------------------------------
+
+    def _start_template(self) -> None:
+        self._nursery = Nursery(
+            self._settings, self._reactor, self._open, self._on_message, self._on_template_end
+        )
+
+    def _open(self, worker: int) -> tuple[Birth, list[int]] | None:
+        try:
+            link = Link(worker, self._reactor, self._on_output)
+        except OSError as error:
+            self._start_failed(worker, f"not started: {error.strerror}", "")
+            return None
+        self._links[worker] = link
+        link.listen(lambda: self._on_calls(link), lambda: self._on_control(link))
+        return link.birth, link.handed_over
+
+    def _on_output(self, call: Any, stream: str, data: bytes) -> None:
+        self._observer.output(call, stream, data)
+
+    def _on_message(self, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind == UP and message[1] is not None and not self._complained:
+            self._complained = True
+            text, traceback = message[1]
+            self._observer.notice(f"in the workers, {text}\n{traceback}".rstrip())
+        elif kind == STARTED:
+            link = self._links.get(message[1])
+            if link is not None:
+                link.pid = message[2]
+        elif kind == EXITED:
+            link = self._links.get(message[1])
+            if link is not None:
+                self._on_exit(link, how_it_ended(message[2]))
+
+    def _on_template_end(self, how: str) -> None:
+        assert self._nursery is not None
+        wanted = self._nursery.wanted()
+        self._nursery = None
+        for link in list(self._links.values()):
+            _await_death(link)
+            self._on_exit(link, f"lost with the process that started it, which {_was(how)}")
+        if self._closing:
+            return
+        self._failed_templates += 1
+        if self._failed_templates > FEW:
+            self._post(m.GiveUp(f"the process that starts workers {_was(how)}, again and again; "
+                                "TASKRUN_DEBUG=1 shows what it says"))  # fmt: skip
+            return
+        try:
+            self._start_template()
+        except RunError as error:
+            self._post(m.GiveUp(str(error)))
+            return
+        self._start_wanted(wanted)
+
+    def _start_wanted(self, workers: list[int]) -> None:
+        if self._nursery is not None:
+            self._nursery.start(workers)
+
+    # -- the end of a worker ----------------------------------------------------------
+
+    def _on_exit(self, link: Link, how: str) -> None:
+        """A worker has ended: first all that it had ended, then itself."""
+        try:
+            self._take_the_last(link)
+        except WireError as error:
+            link.rejected = link.rejected or f"stopped, because what it sent was garbled: {error}"
+        executing = link.executing
+        link.outputs.read_the_last(link.ledger.executing)
+        reason = link.rejected or how
+        if executing is not None:
+            self._observer.output_ended(link.assigned[executing[0]])
+            if how == "exited with status 0":
+                reason = f"{how} in the middle of the call"
+        last_output = link.last_output
+        self._observer.worker_changed(f"w{link.id}", f"lost, {reason}")
+        self._let_go(link)
+        if not link.ready:
+            self._start_failed(link.id, reason, last_output)
+        elif link.assigned or not link.stopping:
+            self._post(m.WorkerLost(link.id, reason, executing, last_output))
+
+    def _take_the_last(self, link: Link) -> None:
+        reader = link.reader
+        while not link.rejected:
+            for frame in reader.read():
+                self._records.take(link, link.intake.frame(frame))
+            if reader.drained:
+                break
+        self._records.take(link, link.intake.look(link.ledger))
+
+    def _let_go(self, link: Link) -> None:
+        del self._links[link.id]
+        self._unsent.discard(link)
+        link.close()
+
+    def _start_failed(self, worker: int, reason: str, last_output: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts > FEW:
+            said = f"; the last said:\n{last_output.rstrip()}" if last_output else ""
+            self._soon(m.GiveUp(f"workers end before they can take a call ({reason}){said}"))
+        else:
+            self._soon(m.WorkerLost(worker, reason, None, last_output))
+
+    # -- small things -----------------------------------------------------------------
+
+    def _post(self, event: m.Event) -> None:
+        if not self._closing:
+            self._post_to(event)
+
+    def _soon(self, event: m.Event) -> None:
+        self._reactor.call_soon(lambda: self._post(event))
+
+    def _later(self, seconds: float, callback: Callable[[], None]) -> Any:
+        return self._reactor.call_at(monotonic() + seconds, callback)
+
+    def _run_until(self, predicate: Callable[[], bool], deadline: float) -> bool:
+        return self._reactor.run_until(predicate, deadline)
+
+    def _make_settings(self) -> Settings:
+        try:
+            cwd = os.getcwd()
+        except FileNotFoundError:
+            cwd = None  # it was deleted; the template starts in it all the same
+        additions = environment_additions(dict(os.environ))
+        return Settings(
+            argv=sys.argv[:],
+            path=sys.path[:],
+            cwd=cwd,
+            module=self._module,
+            file=self._file,
+            environment={**additions, **(self._environment or {})},
+            start_method=self._start_method,
+            set_by_user={task: frozenset(values) for task, values in self._constants.items()},
+            node="local",
+            coordinator=os.getpid(),
+        )
+
+
+def _await_death(link: Link) -> None:
+    """Its parent is gone, and so is it in a moment: end what is left of its session."""
+    if link.pid is not None:
+        sessions.signal_session(link.pid, signal.SIGKILL)
+    link.await_end(1.0)
+
+
+def _was(how: str) -> str:
+    return how if how.startswith("exited") else f"was {how}"

@@ -1,0 +1,147 @@
+"""What workers say, record by record, as events; the same for every kind of worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from taskrun import messages as m
+from taskrun.errors import WireError
+from taskrun.model import Recipe
+from taskrun.observers import Observer
+from taskrun.reactor import Timer
+from taskrun.values import encode
+
+_ENDED_LENGTH = 9  # the kind, and a Report
+
+
+class Source(Protocol):
+    """A worker, as far as its records are concerned."""
+
+    id: int
+    ready: bool
+    assigned: dict[int, Any]
+    escalations: dict[int, Timer]
+
+    def read_output_of(self, call: int, attempt: int) -> None:
+        """See to it that all that this attempt wrote has been shown."""
+
+
+class Records:
+    """Turns records into events, in order; what comes in a row becomes one event."""
+
+    def __init__(
+        self,
+        post: Callable[[m.Event], None],
+        observer: Observer,
+        recipe_ids: Iterator[int],
+        constants: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self._post = post
+        self._observer = observer
+        self._recipe_ids = recipe_ids
+        self._constants = constants
+        self._recipes: dict[Any, Recipe] = {}  # of submitted calls, by reference
+        self._handlers: dict[str, Callable[[Any, tuple[Any, ...]], m.Event | None]] = {
+            m.READY: self._ready,
+            m.BEGAN: self._began,
+            m.DEFINE: self._define,
+            m.SUBMIT: self._submit,
+            m.WAIT: lambda source, record: m.Waiting(source.id, *record[1:]),
+            m.RESUME: lambda source, record: m.Resumed(source.id, *record[1:]),
+            m.CANCEL: lambda source, record: m.CancelChild(*record[1:]),
+            m.PROGRESS: self._progress,
+            m.GAVE_BACK: self._gave_back,
+        }
+
+    def take(self, source: Source, records: list[tuple[Any, ...]]) -> None:
+        """Post the events of ``records``.  Raises WireError for what is no record."""
+        reports: list[tuple[Any, ...]] = []
+        ended, assigned = m.ENDED, source.assigned
+        row: m.Submitted | None = None
+        for record in records:
+            if record[0] == ended and len(record) == _ENDED_LENGTH:
+                if row is not None:
+                    row = self._post(row)
+                if record[8]:
+                    self._end_output(source, record)
+                assigned.pop(record[1], None)
+                if source.escalations:
+                    self._stop_escalating(source, record[1])
+                reports.append(record[1:])
+                continue
+            if reports:
+                self._post(m.Finished(source.id, reports))
+                reports = []
+            event = self._event(source, record)
+            if isinstance(event, m.Submitted):
+                row = self._joined(row, event)
+            elif event is not None:
+                if row is not None:
+                    row = self._post(row)
+                self._post(event)
+        if row is not None:
+            self._post(row)
+        if reports:
+            self._post(m.Finished(source.id, reports))
+
+    def _event(self, source: Source, record: tuple[Any, ...]) -> m.Event | None:
+        try:
+            return self._handlers[record[0]](source, record)
+        except Exception as error:
+            raise WireError(f"a worker sent a bad record of kind {record[0]!r}") from error
+
+    def _joined(self, row: m.Submitted | None, event: m.Submitted) -> m.Submitted:
+        if row is None:
+            return event
+        if (row.parent, row.attempt) == (event.parent, event.attempt):
+            row.calls.extend(event.calls)
+            return row
+        self._post(row)
+        return event
+
+    def _end_output(self, source: Source, record: tuple[Any, ...]) -> None:
+        """All that an attempt wrote is shown before its end is known."""
+        source.read_output_of(record[1], record[2])
+        call = source.assigned.get(record[1])
+        if call is not None:
+            self._observer.output_ended(call)
+
+    def _stop_escalating(self, source: Source, call: int) -> None:
+        timer = source.escalations.pop(call, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _ready(self, source: Source, record: tuple[Any, ...]) -> m.Event:
+        source.ready = True
+        self._observer.worker_changed(f"w{source.id}", f"started, pid {record[1]}")
+        return m.WorkerReady(source.id, record[1])
+
+    def _began(self, source: Source, record: tuple[Any, ...]) -> m.Event:
+        return m.Began(source.id, *record[1:])
+
+    def _define(self, source: Source, record: tuple[Any, ...]) -> None:
+        _, reference, name, facts = record
+        if reference not in self._recipes:
+            constants = self._constants.get(name, {})
+            self._recipes[reference] = Recipe(
+                id=next(self._recipe_ids),
+                name=name,
+                reference=reference,
+                constants={key: encode(value)[0] for key, value in constants.items()},
+                **facts,
+            )
+
+    def _submit(self, source: Source, record: tuple[Any, ...]) -> m.Event:
+        _, call, attempt, key, reference, blob, keys = record
+        return m.Submitted(call, attempt, [(key, self._recipes[reference], blob, keys)])
+
+    def _progress(self, source: Source, record: tuple[Any, ...]) -> None:
+        _, call, _, done, total = record
+        if call in source.assigned:
+            self._observer.progressed(source.assigned[call], done, total)
+
+    def _gave_back(self, source: Source, record: tuple[Any, ...]) -> m.Event:
+        for id, _ in record[1]:
+            source.assigned.pop(id, None)
+        return m.GaveBack(source.id, record[1])

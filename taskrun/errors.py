@@ -1,0 +1,140 @@
+"""Every error that taskrun raises, under one root.
+
+A message says what went wrong, where, and what to do next.  ``exit_status`` is
+what the command line returns when the error ends a run (1 a task failed,
+2 usage, 3 the run could not go on).
+"""
+
+from __future__ import annotations
+
+
+class TaskrunError(Exception):
+    """Root of all of taskrun's errors."""
+
+    exit_status = 1
+
+
+# -- raised before anything runs ------------------------------------------------------
+
+
+class UsageError(TaskrunError):
+    """Raised when the task file, the command line or the graph asks for what cannot be."""
+
+    exit_status = 2
+
+
+class LoadError(UsageError):
+    """Raised when importing the task file raises; carries the user's own traceback as text."""
+
+    def __init__(self, message: str, traceback_text: str = "") -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+
+# -- raised when a run as a whole cannot go on ----------------------------------------
+
+
+class RunError(TaskrunError):
+    """Raised when a run cannot go on: workers that never start, a resource nobody has."""
+
+    exit_status = 3
+
+
+class RunFailed(TaskrunError):
+    """Raised by :func:`taskrun.run` when calls failed; ``failures`` lists them, root last."""
+
+    def __init__(self, message: str, failures: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+class WireError(RunError):
+    """Raised when the other end of a Pipe sends what cannot be a frame or a record."""
+
+
+# -- how one call can end, other than with its own exception --------------------------
+
+
+class CallError(TaskrunError):
+    """Base of the errors that taskrun itself gives a call as its outcome."""
+
+
+class WorkerLost(CallError):
+    """The worker process died while it executed the call; names the signal or exit code."""
+
+
+class CallTimeout(CallError, TimeoutError):
+    """The attempt ran longer than the task's ``timeout=``."""
+
+
+class CallCancelled(CallError):
+    """The call was cancelled before it could end."""
+
+
+class CallSkipped(CallError):
+    """The call was not run, because something that it needs did not succeed."""
+
+
+class CallBlocked(CallError):
+    """The call can never start: what it needs is held by calls that wait for it."""
+
+
+class RemoteError(CallError):
+    """Stands for an exception that could not be pickled, or not rebuilt from its pickle.
+
+    Attributes: ``type_name`` (qualified name of the original class) and
+    ``traceback_text`` (the formatted original traceback).
+    """
+
+    def __init__(self, message: str, type_name: str = "", traceback_text: str = "") -> None:
+        super().__init__(message, type_name, traceback_text)
+        self.type_name = type_name
+        self.traceback_text = traceback_text
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ResultError(CallError):
+    """The task returned, but its result cannot travel (cannot be pickled, cannot be iterated)."""
+
+
+class ArgumentError(CallError):
+    """The call's arguments could not be pickled, or not be unpickled in the worker."""
+
+
+class TaskExit(CallError):
+    """The task raised SystemExit, KeyboardInterrupt or another BaseException."""
+
+
+# -- raised by a task on purpose ------------------------------------------------------
+
+
+class Skip(TaskrunError):
+    """Raise in a task to end the call as skipped: ``raise Skip("nothing to do")``."""
+
+
+class Retry(TaskrunError):
+    """Raise in a task to have the call tried again, holding no worker meanwhile.
+
+    ``after`` is in seconds.  Where the task says ``retries=``, this counts against it;
+    where it does not, the call may ask again as often as it likes.
+    """
+
+    def __init__(self, reason: str = "", *, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_retry, (str(self), self.after))
+
+
+def _rebuild_retry(reason: str, after: float) -> Retry:
+    return Retry(reason, after=after)
+
+
+class Interrupted(BaseException):
+    """Raised inside a running call that is being cancelled or has timed out.
+
+    A BaseException, so that a task's ``except Exception`` does not swallow it.
+    """

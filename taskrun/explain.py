@@ -1,0 +1,96 @@
+"""Why a call runs, waits, was skipped or retried, in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from taskrun.calls import (
+    FAILED,
+    FINAL,
+    HELD,
+    OK,
+    READY,
+    RUNNING,
+    SLEEPING,
+    WAITING,
+    Call,
+)
+from taskrun.core import Scheduler
+from taskrun.graph import CallWire, WholeWire
+
+
+def explain(scheduler: Scheduler, call: Call) -> str:
+    """What ``call`` is doing and why, live or afterwards."""
+    sentence = f"{call.title} {_why(scheduler, call)}"
+    if call.failure is not None and not call.ending and call.state not in FINAL:
+        ended = call.attempt if call.state in (READY, SLEEPING) else call.attempt - 1
+        sentence += f"; attempt {ended} ended with {call.failure.headline}"
+    return sentence
+
+
+def _why(scheduler: Scheduler, call: Call) -> str:
+    state = call.state
+    if state is WAITING:
+        return f"waits for {_awaited(call)}"
+    if state is READY:
+        return _why_ready(scheduler, call)
+    if state is RUNNING:
+        return _what_runs(scheduler, call)
+    if state is SLEEPING:
+        return f"is tried again after a pause (attempt {call.attempt + 1})"
+    if state is HELD:
+        return f"returned futures and waits for {_names((call.inputs or {}).values())}"
+    return _why_ended(scheduler, call)
+
+
+def _why_ready(scheduler: Scheduler, call: Call) -> str:
+    lacking = scheduler.resources.lacking(call.recipe.resources)
+    if lacking:
+        return f"is ready and waits until enough {', '.join(lacking)} is free"
+    placement = scheduler.placement
+    return f"is ready and waits for a slot: {placement.busy_cpu:g} of {placement.slots} are taken"
+
+
+def _what_runs(scheduler: Scheduler, call: Call) -> str:
+    worker = scheduler.placement.workers.get(call.worker or 0)
+    waits = [wait for wait in worker.waits if wait.call is call] if worker else []
+    if waits and waits[-1].pending:
+        return f"runs and waits for {_names(waits[-1].pending.values())}"
+    return f"runs in worker {call.worker}, attempt {call.attempt}"
+
+
+def _why_ended(scheduler: Scheduler, call: Call) -> str:
+    tries = f" in attempt {call.attempt}" if call.attempt > 1 else ""
+    if call.state is OK:
+        return f"succeeded{tries}"
+    if call.state is FAILED:
+        return f"failed{tries}: {call.ended_as().headline}"
+    if call.cause is not None:
+        return f"was {call.state}, because {call.cause.title} {call.cause.state}"
+    if call.failure is not None and call.failure.kind == "cancelled":
+        return call.failure.message.removeprefix(f"{call.title} ")
+    if call.failure is not None:
+        return f"was {call.state}: {call.failure.message}"
+    return f"was {call.state}, because the run was stopped: {scheduler.stopping}"
+
+
+def _awaited(call: Call) -> str:
+    """What a waiting call waits for."""
+    if call.family is None:
+        inputs = (call.inputs or {}).values()
+        return _names(used for used in inputs if used.state not in FINAL)
+    open_ = []
+    for wire in call.family.wires:
+        if isinstance(wire, CallWire) and wire.call(call.index).state not in FINAL:
+            used = wire.call(call.index)
+            open_.append(f"{used.title} ({used.state})")
+        elif isinstance(wire, WholeWire) and not wire.source.closed:
+            open_.append(f"{wire.source.name} ({wire.source.open} open)")
+    open_ += [f"{family.name} ({family.open} open)" for family in call.family.after if family.open]
+    return ", ".join(open_) or "nothing"
+
+
+def _names(calls: Iterable[Call]) -> str:
+    titles = [f"{call.title} ({call.state})" for call in calls]
+    more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
+    return ", ".join(titles[:3]) + more

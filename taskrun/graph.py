@@ -1,0 +1,526 @@
+"""The static graph of a run: families of calls, and how they grow.
+
+The calls of one task are a *family*.  What distinguishes the calls of a family are its
+*axes*: each ``each()`` brings the axes of what it iterates over, and, where it takes a
+value apart into items, one axis more for the items.  Two parameters that descend from
+the same fan-out share its axes and so advance together; axes that are not shared make
+the product.  A call's index has one position per axis.
+
+How many positions an axis has may depend on a call that has not ended yet.  So a family
+*expands* prefix by prefix: where the next axis's size is not known, the expansion waits
+for the call that will tell; where that call fails, one placeholder stands for all the
+calls that there will never be.
+
+The graph only keeps the books.  What follows from the end of a call it leaves in
+``ready`` (all inputs are there), ``doomed`` (an input is not coming) and ``created``,
+for the scheduler to take.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+from taskrun import calls as state
+from taskrun.calls import FINAL, OK, WAITING, Call
+from taskrun.messages import DROP_VALUE, SAY_BEGAN, WANT_ITEMS
+from taskrun.model import Each, Encoded, Plan, Recipe, Result, Task
+from taskrun.recipes import make_recipe
+from taskrun.values import encode
+
+Index = tuple[int, ...]
+
+
+class Axis:
+    """One dimension of a fan-out: literal items, or the items of ``source``'s calls."""
+
+    __slots__ = ("items", "key", "source")
+
+    def __init__(
+        self, key: object, source: Family | None = None, items: list[Encoded] | None = None
+    ) -> None:
+        self.key = key
+        self.source = source
+        self.items = items or []
+
+
+class Family:
+    """The calls of one task.
+
+    ``open`` counts calls that have not ended and expansions that still wait; at zero the
+    family is closed.  ``holds`` counts consumers that may yet create calls, ``users`` live
+    calls that take the whole family: while either is there, values are kept.
+    """
+
+    __slots__ = (
+        "after",
+        "axes",
+        "by_index",
+        "calls",
+        "closed",
+        "consumers",
+        "first_bad",
+        "holds",
+        "name",
+        "open",
+        "order",
+        "pending",
+        "places",
+        "recipe",
+        "sources",
+        "task",
+        "tolerated",
+        "users",
+        "waiters",
+        "wires",
+    )
+
+    def __init__(self, task: Task, order: int) -> None:
+        self.task = task
+        self.name = task.name
+        self.order = order
+        self.recipe: Recipe
+        self.axes: tuple[Axis, ...] = ()
+        self.places: dict[object, int] = {}  # axis key -> position in an index
+        self.wires: tuple[Wire, ...] = ()
+        self.after: list[Family] = []
+        self.sources: list[Family] = []  # those whose values the wires take
+        self.consumers: list[tuple[Family, bool]] = []  # and whether they take failures
+        self.calls: list[Call] = []
+        self.by_index: dict[Index, Call] = {}
+        self.waiters: list[tuple[Call, bool]] = []
+        self.pending = 0
+        self.open = 0
+        self.closed = False
+        self.first_bad: Call | None = None
+        self.holds = 0
+        self.users = 0
+        self.tolerated = False
+
+    @property
+    def single(self) -> bool:
+        return not self.axes
+
+    def at(self, index: Index) -> Call:
+        """The call at a full index."""
+        if len(self.axes) > 1:
+            return self.by_index[index]
+        return self.calls[index[0] if index else 0]
+
+    def in_order(self) -> list[Call]:
+        """All calls, in item order, placeholders in the places of what they stand for."""
+        if len(self.axes) > 1:
+            self.calls.sort(key=lambda call: call.index)
+        return self.calls
+
+
+# -- wires: how an argument is fetched ------------------------------------------------
+
+
+class Wire:
+    """Where one parameter of a family's calls comes from."""
+
+    __slots__ = ("name",)
+    name: str
+
+    def fetch(self, index: Any) -> Encoded:
+        """The argument of the call at ``index``."""
+        raise NotImplementedError
+
+    def hold(self, call: Call) -> None:
+        """A call that uses this wire was created."""
+
+    def release(self, call: Call) -> Iterator[Call]:
+        """Such a call has ended; gives the calls that it used."""
+        return iter(())
+
+
+class LiteralWire(Wire):
+    """``each([1, 2, 3])``: an item of a literal axis."""
+
+    __slots__ = ("items", "position")
+
+    def __init__(self, name: str, items: list[Encoded], position: int | None) -> None:
+        self.name = name
+        self.items = items
+        self.position = position  # None: the family has this axis only
+
+    def fetch(self, index: Any) -> Encoded:
+        return self.items[index if self.position is None else index[self.position]]
+
+
+class CallWire(Wire):
+    """``each(fan-out)``: the value of the source's call at the same positions; or, with
+    ``item``, one of that value's items."""
+
+    __slots__ = ("item", "positions", "source")
+
+    def __init__(
+        self, name: str, source: Family, positions: tuple[int, ...], item: int | None
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.positions = positions
+        self.item = item
+
+    def call(self, index: Any) -> Call:
+        if type(index) is not tuple:  # one axis, which the source shares or brings as items
+            return self.source.calls[index if self.positions else 0]
+        return self.source.at(tuple([index[position] for position in self.positions]))
+
+    def fetch(self, index: Any) -> Encoded:
+        call = self.call(index)
+        if call.state != OK:
+            return call.ended_as()  # only for always= tasks
+        if self.item is None:
+            return call.value
+        assert call.items is not None
+        return call.items[index[self.item] if type(index) is tuple else index]
+
+    def hold(self, call: Call) -> None:
+        self.call(call.index).users += 1
+
+    def release(self, call: Call) -> Iterator[Call]:
+        used = self.call(call.index)
+        used.users -= 1
+        yield used
+
+
+class WholeWire(Wire):
+    """``result(t)``: the value of a single call, or the list of a fan-out's values."""
+
+    __slots__ = ("errors", "source")
+
+    def __init__(self, name: str, source: Family, errors: str) -> None:
+        self.name = name
+        self.source = source
+        self.errors = errors
+
+    def fetch(self, index: Any) -> Encoded:
+        if self.source.single:
+            call = self.source.calls[0]
+            if call.state == OK:
+                return call.value
+            return None if self.errors == "skip" else call.ended_as()
+        if self.errors == "skip":
+            return [call.value for call in self.source.in_order() if call.state == OK]
+        return [
+            call.value if call.state == OK else call.ended_as() for call in self.source.in_order()
+        ]
+
+    def hold(self, call: Call) -> None:
+        self.source.users += 1
+
+    def release(self, call: Call) -> Iterator[Call]:
+        self.source.users -= 1
+        return iter(self.source.calls) if not self.source.users else iter(())
+
+
+# -- the graph ------------------------------------------------------------------------
+
+
+class Graph:
+    """The families of a plan, and what follows when one of their calls ends."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        new_call: Callable[..., Call],
+        recipe_ids: Iterator[int],
+        wanted: Collection[str] = (),
+    ) -> None:
+        """``new_call(recipe, index, family)`` makes a call with an id; ``wanted`` names the
+        tasks whose values are kept until the end of the run."""
+        self._new_call = new_call
+        self.ready: list[Call] = []
+        self.doomed: list[tuple[Call, Call]] = []
+        self.created: list[Call] = []
+        self.families: dict[str, Family] = {}
+        self._triggered: list[tuple[int, int, Family, Index]] = []
+        self._ticket = 0
+        self._axes: dict[object, Axis] = {}
+        for order, task in enumerate(plan.tasks):
+            self.families[task.name] = self._family(task, order)
+        for family in self.families.values():
+            self._finish(family, plan, recipe_ids, family.name in wanted)
+        self._say_what_is_tolerated()
+
+    def begin(self) -> None:
+        """Expand every family as far as is known."""
+        for family in self.families.values():
+            self._trigger(family, ())
+        self._expand_triggered()
+
+    # -- building ---------------------------------------------------------------------
+
+    def _family(self, task: Task, order: int) -> Family:
+        family = Family(task, order)
+        axes: dict[object, Axis] = {}
+        for source in task.params.values():
+            if isinstance(source, Each):
+                for axis in self._axes_of(source):
+                    axes.setdefault(axis.key, axis)
+        family.axes = tuple(axes.values())
+        family.places = {axis.key: place for place, axis in enumerate(family.axes)}
+        wires = [
+            wire
+            for name, source in task.params.items()
+            if (wire := self._wire(name, source, family)) is not None
+        ]
+        family.wires = tuple(wires)
+        family.after = [self.families[other.name] for other in task.options.after]
+        for wire in wires:
+            if isinstance(wire, CallWire | WholeWire):
+                tolerant = isinstance(wire, WholeWire) and wire.errors != "fail"
+                wire.source.consumers.append((family, tolerant))
+                wire.source.holds += 1
+                family.sources.append(wire.source)
+        for other in family.after:
+            other.consumers.append((family, False))
+        return family
+
+    def _axes_of(self, source: Each) -> tuple[Axis, ...]:
+        # Axes are shared, so that a million literal items are encoded once.
+        if source.task is None:
+            key: object = ("literal", source.identity)
+            if key not in self._axes:
+                self._axes[key] = Axis(key, items=[encode(item)[0] for item in source.items])
+            return (self._axes[key],)
+        of = self.families[source.task.name]
+        if not _takes_items(source, of):
+            return of.axes
+        key = ("items", of.name)
+        if key not in self._axes:
+            self._axes[key] = Axis(key, source=of)
+        return (*of.axes, self._axes[key])
+
+    def _wire(self, name: str, source: Any, family: Family) -> Wire | None:
+        if isinstance(source, Result):
+            return WholeWire(name, self.families[source.task.name], source.errors)
+        if not isinstance(source, Each):
+            return None
+        places, alone = family.places, len(family.axes) == 1
+        if source.task is None:
+            axis = self._axes[("literal", source.identity)]
+            return LiteralWire(name, axis.items, None if alone else places[axis.key])
+        of = self.families[source.task.name]
+        positions = tuple(places[axis.key] for axis in of.axes)
+        item = places[("items", of.name)] if _takes_items(source, of) else None
+        return CallWire(name, of, positions, item)
+
+    def _finish(self, family: Family, plan: Plan, recipe_ids: Iterator[int], wanted: bool) -> None:
+        """What can only be known when all consumers are."""
+        options = family.task.options
+        takes_value = wanted or any(
+            _takes_value(wire, family) for other, _ in family.consumers for wire in other.wires
+        )
+        flags = SAY_BEGAN if options.timeout is not None or options.label else 0
+        flags |= WANT_ITEMS if ("items", family.name) in self._axes else 0
+        flags |= 0 if takes_value else DROP_VALUE
+        family.holds += wanted
+        family.recipe = make_recipe(
+            family.task,
+            next(recipe_ids),
+            names=tuple(wire.name for wire in family.wires),
+            constants=plan.constants.get(family.name, {}),
+            flags=flags,
+        )
+
+    def _say_what_is_tolerated(self) -> None:
+        """A failure is tolerated where all consumers take it, directly or by being skipped
+        where that is tolerated in turn.  Teardown (``always=``) has no say."""
+        for family in reversed(self.families.values()):  # consumers first
+            verdicts = [
+                takes or consumer.tolerated
+                for consumer, takes in family.consumers
+                if takes or not consumer.task.options.always
+            ]
+            family.tolerated = bool(verdicts) and all(verdicts)
+
+    # -- expansion --------------------------------------------------------------------
+
+    def _trigger(self, family: Family, prefix: Index) -> None:
+        # In the order of the graph, so that what an expansion looks up is there already.
+        family.pending += 1
+        family.open += 1
+        self._ticket += 1
+        heapq.heappush(self._triggered, (family.order, self._ticket, family, prefix))
+
+    def _expand_triggered(self) -> None:
+        while self._triggered:
+            _, _, family, prefix = heapq.heappop(self._triggered)
+            self._expand(family, prefix)
+            self._expanded(family)
+
+    def _expand(self, family: Family, prefix: Index) -> None:
+        level = len(prefix)
+        if level == len(family.axes):
+            self._create(family, prefix or None)
+            return
+        axis = family.axes[level]
+        if axis.source is None:
+            count = len(axis.items)
+        else:
+            places = family.places
+            source = axis.source.at(tuple(prefix[places[each.key]] for each in axis.source.axes))
+            if source.state not in FINAL:
+                if source.expansions is None:
+                    source.expansions = []
+                source.expansions.append((family, prefix))
+                family.pending += 1
+                family.open += 1
+                return
+            if source.state != OK:
+                self._placeholder(family, prefix, source)
+                return
+            count = len(source.items or ())
+        if len(family.axes) == 1:
+            for position in range(count):
+                self._create(family, position)
+            return
+        for position in range(count):
+            self._expand(family, (*prefix, position))
+
+    def _expanded(self, family: Family) -> None:
+        """One expansion of ``family`` is over, well or not."""
+        family.pending -= 1
+        if not family.pending:
+            for source in family.sources:
+                source.holds -= 1
+                if not source.holds:
+                    self._free_all(source.calls)
+        self._one_less(family)
+
+    def _create(self, family: Family, index: Any) -> None:
+        call = self._add(family, index)
+        for wire in family.wires:
+            wire.hold(call)
+            if type(wire) is CallWire:
+                used = wire.call(call.index)
+                if used.state not in FINAL:
+                    call.needs += 1
+                    if used.dependants is None:
+                        used.dependants = []
+                    used.dependants.append(call)
+                elif used.state != OK and not family.task.options.always:
+                    self.doomed.append((call, used))
+            elif type(wire) is WholeWire:
+                self._await_family(call, wire.source, wire.errors != "fail")
+        for other in family.after:
+            self._await_family(call, other, False)
+        if not call.needs:
+            self.ready.append(call)
+
+    def _placeholder(self, family: Family, prefix: Index, source: Call) -> None:
+        call = self._add(family, prefix)
+        call.needs = -1  # never ready: it stands for calls that nobody can count
+        self.doomed.append((call, source))
+
+    def _add(self, family: Family, index: Any) -> Call:
+        call = self._new_call(family.recipe, index, family)
+        family.calls.append(call)
+        if type(index) is tuple:
+            family.by_index[index] = call
+        family.open += 1
+        self.created.append(call)
+        return call
+
+    def _await_family(self, call: Call, other: Family, tolerant: bool) -> None:
+        tolerant = tolerant or call.recipe.always
+        if not other.closed:
+            call.needs += 1
+            other.waiters.append((call, tolerant))
+        elif other.first_bad is not None and not tolerant:
+            self.doomed.append((call, other.first_bad))
+
+    # -- the end of a call ------------------------------------------------------------
+
+    def ended(self, call: Call) -> None:
+        """A call reached its final state: who was waiting for it?"""
+        if call.dependants is not None:
+            dependants, call.dependants = call.dependants, None
+            for dependant in dependants:
+                self._input_ended(dependant, call)
+        if call.expansions is not None:
+            expansions, call.expansions = call.expansions, None
+            for family, prefix in expansions:
+                family.pending -= 1
+                family.open -= 1
+                self._trigger(family, prefix)
+        family_of = call.family
+        if family_of is not None:
+            if call.state != OK and family_of.first_bad is None:
+                family_of.first_bad = call
+            if family_of.sources and call.needs >= 0:
+                for wire in family_of.wires:
+                    self._free_all(wire.release(call))
+            self._one_less(family_of)
+        if call.inputs is not None:
+            self.let_inputs_go(call)
+        if call.state == OK:
+            self._free(call)
+        if self._triggered:
+            self._expand_triggered()
+
+    def _input_ended(self, call: Call, used: Call) -> None:
+        if call.state != WAITING and call.state != state.HELD:
+            return
+        if used.state == OK or (call.recipe.always and call.state == WAITING):
+            call.needs -= 1
+            if not call.needs:
+                self.ready.append(call)
+        else:
+            self.doomed.append((call, used))
+
+    def _one_less(self, family: Family) -> None:
+        family.open -= 1
+        if family.open or family.closed:
+            return
+        family.closed = True
+        waiters, family.waiters = family.waiters, []
+        for call, tolerant in waiters:
+            if call.state != WAITING:
+                continue
+            if family.first_bad is not None and not tolerant:
+                self.doomed.append((call, family.first_bad))
+                continue
+            call.needs -= 1
+            if not call.needs:
+                self.ready.append(call)
+
+    # -- letting values go ------------------------------------------------------------
+
+    def _free_all(self, calls: Iterable[Call]) -> None:
+        for call in calls:
+            self._free(call)
+
+    def _free(self, call: Call) -> None:
+        """Let a value go when nobody can ask for it any more."""
+        if call.users or call.state not in FINAL:
+            return
+        family = call.family
+        if family is not None and (family.holds or family.users):
+            return
+        call.value = call.items = None
+
+    def let_inputs_go(self, call: Call) -> None:
+        """``call`` needs the futures in its arguments, or in its value, no more."""
+        inputs, call.inputs = call.inputs or {}, None
+        for used in inputs.values():
+            self.release(used)
+
+    def release(self, call: Call) -> None:
+        """One who may ask for ``call``'s value is gone."""
+        call.users -= 1
+        self._free(call)
+
+
+def _takes_items(source: Each, of: Family) -> bool:
+    return source.flat or of.single or of.task.is_generator
+
+
+def _takes_value(wire: Wire, family: Family) -> bool:
+    if isinstance(wire, CallWire):
+        return wire.source is family and wire.item is None
+    return isinstance(wire, WholeWire) and wire.source is family

@@ -1,0 +1,193 @@
+"""What a worker has ended, and what it is in, in memory that outlives it.
+
+A worker keeps the records that it has not sent yet in a small memory that it shares with
+the coordinator, and beside them which attempt it is executing.  A SIGKILL at any instant
+leaves both as they are: the coordinator reads from there what had ended, and knows what
+had not.
+
+The rules that make this exact:
+
+- One word says how much of the data is valid, and is stored after the data.
+- The record of an outcome is there before "executing" moves on.
+- The data and their *generation* number are sent together, as one frame, straight from
+  here; then the length is set to zero, and only then the generation is counted up.  So
+  it is known which records of a frame were seen here before, and which here were sent.
+
+Each word is written by one side only, in one store of eight bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import struct
+from typing import Any, Final
+
+from taskrun.errors import WireError
+
+SIZE: Final = 256 * 1024
+STREAMS: Final = ("stdout", "stderr")
+
+# The words of the header, by number.  The generation comes last, so that it and the data
+# are one piece, which is sent as one frame.
+_EXECUTING: Final = 0
+_LENGTH: Final = 1
+_READS: Final = 2  # and 3: of the worker's stdout and stderr
+_GENERATION: Final = 7
+_FRAME: Final = _GENERATION * 8
+_DATA: Final = _FRAME + 8
+
+_WORD = struct.Struct("=Q")
+_PREFIX = struct.Struct("=I")
+_ATTEMPT_BITS: Final = 24
+_ATTEMPT_MASK: Final = (1 << _ATTEMPT_BITS) - 1
+
+Executing = tuple[int, int]
+
+
+class Ledger:
+    """Both ends' view of the shared memory; see the module's own text."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, _DATA + SIZE)  # keeps a descriptor of its own
+        self._words = memoryview(self._map).cast("Q")
+        self._view = memoryview(self._map)
+        self.used = 0
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._words.release()
+        self._view.release()
+        self._map.close()
+
+    # -- the worker's side ------------------------------------------------------------
+
+    def begin(self, call: int, attempt: int) -> None:
+        """From now on ``(call, attempt)`` is being executed."""
+        self._words[_EXECUTING] = (call + 1) << _ATTEMPT_BITS | attempt & _ATTEMPT_MASK
+
+    def end(self) -> None:
+        """Nothing is being executed."""
+        self._words[_EXECUTING] = 0
+
+    def append(self, record: bytes) -> bool:
+        """Keep a record; False where there is no room."""
+        start = self.used
+        end = start + 4 + len(record)
+        if end > SIZE:
+            return False
+        self._map[_DATA + start : _DATA + end] = _PREFIX.pack(len(record)) + record
+        self.used = end
+        self._words[_LENGTH] = end  # valid from here on
+        return True
+
+    def frame(self) -> memoryview:
+        """Everything that is kept, as the frame in which it is sent."""
+        return self._view[_FRAME : _DATA + self.used]
+
+    def frame_of(self, record: bytes) -> bytes:
+        """The frame of one record that is too large to be kept; the ledger must be empty."""
+        generation = self._words[_GENERATION]
+        return b"".join((_WORD.pack(generation), _PREFIX.pack(len(record)), record))
+
+    def clear(self) -> None:
+        """The frame was sent."""
+        self.used = 0
+        self._words[_LENGTH] = 0
+        self._words[_GENERATION] += 1
+
+    def reads(self, stream: int) -> int:
+        """See :meth:`reading`."""
+        return self._words[_READS + stream]
+
+    # -- the coordinator's side -------------------------------------------------------
+
+    @property
+    def executing(self) -> Executing | None:
+        """The attempt that the worker is in just now, or was in when it died."""
+        word = self._words[_EXECUTING]
+        if not word:
+            return None
+        return (word >> _ATTEMPT_BITS) - 1, word & _ATTEMPT_MASK
+
+    def reading(self, stream: int) -> None:
+        """Say that the worker's output is about to be read.
+
+        The lowest bit of a stream's word says that a read is under way, the rest counts
+        the reads that took something without an end mark behind it.  So a worker that
+        finds its output Pipe empty and this word as it was knows that nothing was written.
+        """
+        self._words[_READS + stream] |= 1
+
+    def have_read(self, stream: int, *, unmarked: bool) -> None:
+        """The read is over; ``unmarked``: what it took does not end with an end mark."""
+        self._words[_READS + stream] += 1 if unmarked else -1
+
+    def copy(self) -> tuple[int, bytes] | None:
+        """The generation and the data now; None where the worker sent them meanwhile."""
+        generation = self._words[_GENERATION]
+        data = bytes(self._view[_DATA : _DATA + self._words[_LENGTH]])
+        return (generation, data) if generation == self._words[_GENERATION] else None
+
+
+class Intake:
+    """Takes each record of one worker once and in order, whichever way it comes.
+
+    Every generation is sent as one frame, so the ledger's own is the next to be taken only
+    when the frames of all before it have come.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0  # the generation of the next frame
+        self._taken = 0  # so many bytes of it were taken from the ledger
+
+    def frame(self, frame: memoryview) -> list[tuple[Any, ...]]:
+        """The records of a frame that are new.  Raises WireError where it is malformed."""
+        if len(frame) < 8 or _WORD.unpack_from(frame)[0] != self._next:
+            raise WireError("a worker sent a frame that is not the next one")
+        records = parse(frame[8:], self._taken)
+        self._next += 1
+        self._taken = 0
+        return records
+
+    def look(self, ledger: Ledger) -> list[tuple[Any, ...]]:
+        """The new records that the worker has not sent yet; reads the ledger only."""
+        copied = ledger.copy()
+        if copied is None or copied[0] != self._next:
+            return []
+        records = parse(copied[1], self._taken)
+        self._taken = len(copied[1])
+        return records
+
+
+def parse(data: bytes | memoryview, start: int = 0) -> list[tuple[Any, ...]]:
+    """The records in ``data`` from ``start`` on.  Raises WireError where it is malformed."""
+    records: list[tuple[Any, ...]] = []
+    loads, measure = pickle.loads, _PREFIX.unpack_from
+    view = memoryview(data)
+    end = len(view)
+    try:
+        while start < end:
+            body = start + 4
+            start = body + measure(view, start)[0]
+            record = loads(view[body:start])
+            if type(record) is not tuple or not record:
+                raise WireError(f"a {type(record).__name__}")
+            records.append(record)
+    except Exception as error:
+        raise WireError(f"a worker sent what is no record: {error!r}") from error
+    return records
+
+
+def shared_file(size: int = _DATA + SIZE) -> int:
+    """A descriptor of ``size`` zero bytes of memory that other processes can map."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("taskrun")
+    else:
+        import tempfile  # only where there is no memfd
+
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd

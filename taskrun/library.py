@@ -1,0 +1,110 @@
+"""``taskrun.run``: a run from Python, or from a notebook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from taskrun.calls import FAILED, OK, Call
+from taskrun.coordinator import Run
+from taskrun.errors import RunFailed, UsageError
+from taskrun.loading import Loaded, gather, load
+from taskrun.model import Plan, Task
+from taskrun.observers import Observer
+from taskrun.planning import make_plan
+from taskrun.reactor import Reactor
+from taskrun.settings import Settings, cores_here
+from taskrun.values import decode, decode_failure
+
+
+def run(
+    *what: str | os.PathLike[str] | Task,
+    jobs: int | None = None,
+    params: Mapping[str, Any] | None = None,
+    policy: str = "stop",
+    resources: Mapping[str, float] | None = None,
+    output: str = "line",
+    inline: bool = False,
+) -> Any:
+    """Run tasks and give their values.
+
+    ``what``: task objects, ``run(total, words)``, or a task file and the names of tasks in
+    it, ``run("tasks.py", "total")``; without names, what ``taskrun exec`` would run.
+    ``jobs`` defaults to the cores.  ``params``: run parameters, by ``name`` or
+    ``task.name``; not converted.  ``policy``: ``stop``, ``keep-going`` or ``fail-fast``.
+    ``output``: ``line``, ``group``, ``raw`` or ``quiet``.
+
+    Gives the value of the one task named, or a dict of values by task name.  The value of
+    a fan-out is the list of its calls' values, in item order.
+
+    Raises RunFailed, from the exception of the call that failed first, UsageError for what
+    cannot be run, and RunError where the run could not go on.
+    """
+    loaded, names, single = _tasks_of(what)
+    plan = make_plan(loaded, names, given=params)
+    settings = Settings(
+        jobs=jobs or cores_here(),
+        policy=policy,
+        resources=dict(resources or {}),
+        output=output,
+        inline=inline,
+    )
+    return _values_of(plan, settings, single)
+
+
+def _tasks_of(what: tuple[Any, ...]) -> tuple[Loaded, list[str], bool]:
+    if not what:
+        raise UsageError("run() needs a task, or a task file: run(total) or run('tasks.py')")
+    if all(isinstance(one, Task) for one in what):
+        return Loaded(gather(what)), [task.name for task in what], len(what) == 1
+    file, *names = what
+    if isinstance(file, Task) or not all(isinstance(name, str) for name in names):
+        raise UsageError("run() takes task objects, or a task file and names: not a mix of them")
+    return load(file), names, len(names) == 1
+
+
+class _Failures(Observer):
+    """The failed calls of a run, in the order of their end."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def call_ended(self, call: Any) -> None:
+        if call.state == FAILED:
+            self.calls.append(call)
+
+
+def _values_of(plan: Plan, settings: Settings, single: bool) -> Any:
+    from taskrun.display import Display
+
+    reactor = Reactor()
+    display = Display(settings, reactor)
+    failures = _Failures()
+    observers = [*display.observers, failures]
+    run = Run(plan, settings, observers, reactor, wanted=plan.targets)
+    status = run.execute()
+    if status in (130, 143):
+        raise KeyboardInterrupt
+    untolerated = [call for call in failures.calls if not call.tolerated]
+    if status:
+        raise _failed(untolerated, run)
+    values = {name: _value_of(run, name) for name in plan.targets}
+    return next(iter(values.values())) if single else values
+
+
+def _failed(calls: list[Call], run: Run) -> RunFailed:
+    said = tuple(call.ended_as() for call in calls)
+    if not calls:
+        return RunFailed(f"the run was stopped: {run.core.stopping}")
+    first = calls[0]
+    more = f", and {len(calls) - 1} more" if len(calls) > 1 else ""
+    error = RunFailed(f"{first.title} failed{more}: {said[0].headline}", said)
+    error.__cause__ = decode_failure(said[0])
+    return error
+
+
+def _value_of(run: Run, name: str) -> Any:
+    family = run.core.graph.families[name]
+    values = [decode(call.value) if call.state == OK else None for call in family.in_order()]
+    return values[0] if family.single else values

@@ -1,0 +1,450 @@
+"""Which ready call goes to which worker.
+
+Small calls are sent in batches, as many as take a few milliseconds, so that the cost of
+a message is shared.  That a call waits behind a long one while another worker is idle
+is prevented from the other end: when a worker is idle and nothing is ready, those that
+have calls in advance and have been silent for a moment are asked to give half back.
+
+A running call may wait for calls that it submitted.  Its worker is then *lent*: its slot
+is free for a spare worker, up to four workers a slot.  Past that, the waiting worker
+itself runs, nested, a call that its waiting call needs.  Every call that waits, in a
+worker or beneath another in a worker's stack, waits for one that it needs; needs have no
+cycle, so something can always go on.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from taskrun import messages as m
+from taskrun.calls import FINAL, HELD, READY, RUNNING, WAITING, Call
+from taskrun.model import Recipe
+from taskrun.ready import Queue, ReadyCalls
+from taskrun.resources import Resources
+
+BATCH_SECONDS = 0.004  # how much work a worker is given in advance
+BATCH_CALLS = 256  # ... and at most so many calls
+LONG = 0.05  # calls longer than this are not sent in advance: a round trip is < 1 % of them
+SILENT = 0.002  # a worker silent for so long gives calls back when another is idle
+OVERDUE = 0.02  # ... and says in any case what it is doing
+DEFAULT_CPU = 1.0
+SEARCH = 10_000  # calls looked at to find one that a waiting worker can run itself
+
+
+class Timers:
+    """Actions to be done at a time; the time is told, never asked for."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._ticket = 0
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        self._ticket += 1
+        heapq.heappush(self._heap, (when, self._ticket, action))
+
+    def next(self) -> float | None:
+        return self._heap[0][0] if self._heap else None
+
+    def due(self, now: float) -> Callable[[], None] | None:
+        """Take out an action that is due, if there is one."""
+        if self._heap and self._heap[0][0] <= now:
+            return heapq.heappop(self._heap)[2]
+        return None
+
+
+class Wait:
+    """A running attempt that waits for calls it submitted."""
+
+    __slots__ = ("any_of", "call", "over", "pending")
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.any_of = False
+        self.pending: dict[bytes, Call] = {}
+        self.over = False  # what it waits for is there
+
+
+class Worker:
+    """What the scheduler knows of a worker.
+
+    ``calls``: assigned and not ended, in order; the first may have begun.  ``waits``: the
+    attempts in it that wait, innermost last.  ``lent``: nothing in it runs just now.
+    ``cpu``: what its running call takes of the slots.  ``heard``: when it last reported.
+    ``checked``: an overdue check is pending.
+    """
+
+    __slots__ = ("calls", "checked", "cpu", "heard", "id", "lent", "pid", "waits")
+
+    def __init__(self, id: int, pid: int, now: float) -> None:
+        self.id = id
+        self.pid = pid
+        self.calls: dict[int, Call] = {}
+        self.waits: list[Wait] = []
+        self.lent = False
+        self.cpu = 0.0
+        self.heard = now
+        self.checked = False
+
+
+class Placement:
+    """The workers, the ready calls, and who gets what."""
+
+    def __init__(
+        self, slots: int, most_workers: int, ahead: bool, resources: Resources, timers: Timers
+    ) -> None:
+        """``ahead``: whether workers are given calls in advance."""
+        self.slots = slots
+        self.resources = resources
+        self.ready = ReadyCalls()
+        self.workers: dict[int, Worker] = {}
+        self.busy_cpu = 0.0
+        self.out: list[m.Command] = []
+        self._most_workers = most_workers
+        self._gives_ahead = ahead
+        self._timers = timers
+        self._idle: dict[int, Worker] = {}
+        # Those with calls in advance that were not asked to give back, longest silent first.
+        self._ahead: OrderedDict[int, Worker] = OrderedDict()
+        self._starting = 0
+        self._look_at: float | None = None
+        self._now = 0.0
+
+    # -- workers come, report and go --------------------------------------------------
+
+    def join(self, id: int, pid: int, now: float) -> None:
+        """A worker can take calls."""
+        self._starting = max(0, self._starting - 1)
+        self.workers[id] = self._idle[id] = Worker(id, pid, now)
+
+    def leave(self, id: int) -> Worker | None:
+        """A worker is gone; None if it never was ready."""
+        worker = self.workers.pop(id, None)
+        if worker is None:
+            self._starting = max(0, self._starting - 1)
+            return None
+        self._idle.pop(id, None)
+        self._ahead.pop(id, None)
+        self._occupy(worker, 0.0)
+        for wait in worker.waits:
+            self._unwatch(worker, wait)
+        return worker
+
+    def heard(self, worker: Worker, now: float) -> None:
+        """A worker reported something: does it still have work?"""
+        worker.heard = now
+        calls, waits = len(worker.calls), len(worker.waits)
+        if calls - waits > 1:
+            self._ahead[worker.id] = worker
+            self._ahead.move_to_end(worker.id)
+        else:
+            self._ahead.pop(worker.id, None)
+        if calls > waits:
+            return
+        self._occupy(worker, 0.0)
+        worker.lent = waits > 0
+        if not waits:
+            self._idle[worker.id] = worker
+        self.go_on(worker)  # perhaps a nested call ended, and the one below it can go on
+
+    def _occupy(self, worker: Worker, cpu: float) -> None:
+        """What runs in ``worker`` takes so much of the slots."""
+        if cpu != worker.cpu:
+            # Rounded, so that what is left of a sum of fractions keeps no call from a slot.
+            self.busy_cpu = round(self.busy_cpu + cpu - worker.cpu, 6)
+            worker.cpu = cpu
+
+    # -- waiting ----------------------------------------------------------------------
+
+    def wait(self, worker: Worker, call: Call, any_of: bool) -> Wait:
+        """A running attempt waits: its slot is free."""
+        wait = worker.waits[-1] if worker.waits else None
+        if wait is None or wait.call is not call:
+            wait = Wait(call)
+            worker.waits.append(wait)
+        elif wait.over:
+            self._unwatch(worker, wait)  # it went on before a nested call could begin
+            wait.over = False
+        wait.any_of = any_of
+        self._ahead.pop(worker.id, None)
+        # Another call may be on its way to it: a nested one, which begins now, or one that
+        # was sent in advance and comes back.
+        worker.lent = len(worker.calls) == len(worker.waits)
+        if worker.lent:
+            self._occupy(worker, 0.0)
+        return wait
+
+    def go_on(self, worker: Worker) -> None:
+        """The innermost waiting attempt goes on, if what it waits for is there and no
+        nested call is on top of it."""
+        if worker.lent and worker.waits[-1].over:
+            self.resume(worker)
+
+    def resume(self, worker: Worker) -> None:
+        """The innermost waiting attempt of a lent worker goes on.
+
+        It does not wait for its slot to come back: for a moment one call more than slots
+        may run, until the spare worker that took the slot has ended its call.
+        """
+        wait = worker.waits.pop()
+        self._unwatch(worker, wait)
+        worker.lent = False
+        self._occupy(worker, _cpu(wait.call.recipe))
+
+    def end_wait(self, worker: Worker, call: Call) -> None:
+        """``call`` waits no more, if it did: it has ended, or went on by itself."""
+        for wait in [wait for wait in worker.waits if wait.call is call]:
+            worker.waits.remove(wait)
+            self._unwatch(worker, wait)
+
+    def _unwatch(self, worker: Worker, wait: Wait) -> None:
+        for child in wait.pending.values():
+            if child.watchers and worker.id in child.watchers:
+                child.watchers.remove(worker.id)
+        wait.pending.clear()
+
+    # -- deciding ---------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Call | None:
+        """Assign what can be assigned.
+
+        Gives a call that can never start, because the calls that wait for it hold what it
+        needs: fail it and come again.
+        """
+        self._now = now
+        blocked = self._dispatch() if self.ready.count else None
+        if blocked is None and self.ready.count:
+            self._want_workers()
+            blocked = self._deadlocked()
+        if blocked is not None:
+            self.ready.discard(blocked)
+            return blocked
+        if self._idle and self._ahead and self.busy_cpu + DEFAULT_CPU <= self.slots:
+            self._feed_the_idle()
+        return None
+
+    def _dispatch(self) -> Call | None:
+        """Give ready calls to idle workers, best first."""
+        passed_over: list[Queue] = []
+        awaited: set[str] = set()  # what better calls wait for: lesser ones leave it alone
+        while self._idle and (queue := self.ready.best(passed_over)) is not None:
+            cpu = _cpu(queue.recipe)
+            if cpu and self.busy_cpu + cpu > self.slots:
+                break  # nothing overtakes: a call that needs many slots gets its turn
+            if not queue.plain:
+                call, needs = queue.calls[0], queue.recipe.resources
+                lacking = self.resources.lacking(needs)
+                if lacking and self._held_by_ancestors(call, lacking):
+                    return call
+                # A submitted call overtakes: who waits for it may hold what is awaited.
+                if lacking or (call.parent is None and not awaited.isdisjoint(needs)):
+                    awaited.update(lacking)
+                    passed_over.append(queue)
+                    continue
+            _, worker = self._idle.popitem()
+            self._assign(worker, queue, self._share(queue), cpu)
+        return None
+
+    def _held_by_ancestors(self, call: Call, lacking: list[str]) -> bool:
+        """Whether ``call`` can never start, because those that wait for it hold what it
+        needs."""
+        needs, capacity = call.recipe.resources, self.resources.capacity
+        return any(capacity[name] - _held_above(call, name) < needs[name] for name in lacking)
+
+    def _deadlocked(self) -> Call | None:
+        """A ready call that can never start, because calls that wait hold what it lacks,
+        and nothing runs that could change it."""
+        if self.busy_cpu or self._starting:
+            return None
+        if any(len(worker.calls) > len(worker.waits) for worker in self.workers.values()):
+            return None
+        stuck = [call for call in self.ready if self.resources.lacking(call.recipe.resources)]
+        return min(stuck, key=self._innocence, default=None)
+
+    def _innocence(self, call: Call) -> tuple[bool, bool, int]:
+        """Least of a call whose ancestors hold what it lacks; it keeps others from going on."""
+        lacking = self.resources.lacking(call.recipe.resources)
+        return (not any(_held_above(call, name) for name in lacking), call.parent is None, call.id)
+
+    def _share(self, queue: Queue) -> int:
+        """How many calls a worker may be given at once, so that all get some."""
+        return max(1, min(self._depth(queue), len(queue.calls) // (2 * self.slots)))
+
+    def _depth(self, queue: Queue) -> int:
+        """How many calls of ``queue`` a worker may have, the running one included."""
+        mean = queue.mean
+        if mean is None or mean > LONG or not queue.plain or not self._gives_ahead:
+            return 1
+        return min(BATCH_CALLS, 2 + int(BATCH_SECONDS / max(mean, 1e-6)))
+
+    def top_up(self, worker: Worker, now: float) -> None:
+        """A worker that is at work may get more calls in advance."""
+        if not self.ready.count or not worker.calls or worker.waits:
+            return
+        if self.busy_cpu > self.slots:
+            return  # a call was resumed beyond the slots: somebody has to run dry
+        queue = self.ready.best()
+        if queue is None or not queue.plain or worker.calls[next(reversed(worker.calls))].units:
+            return
+        room = min(self._depth(queue) - len(worker.calls), self._share(queue))
+        if room > 0:
+            self._now = now
+            self._assign(worker, queue, room, worker.cpu)
+
+    def _assign(self, worker: Worker, queue: Queue, count: int, cpu: float) -> None:
+        calls = self.ready.take(queue, count)
+        self._hand_over(worker, calls, cpu)
+        if len(worker.calls) > 1:
+            self._ahead[worker.id] = worker
+            self._ahead.move_to_end(worker.id)
+            self._check_later(worker, self._now + OVERDUE)
+        self.out.append(m.Assign(worker.id, calls))
+
+    def _hand_over(self, worker: Worker, calls: list[Call], cpu: float) -> None:
+        """The first of them takes ``cpu`` of the slots, and the resources it needs."""
+        for call in calls:
+            call.state = RUNNING
+            call.attempt += 1
+            call.worker = worker.id
+            worker.calls[call.id] = call
+        if not self.ready.queue(calls[0].recipe).plain:
+            calls[0].units = self.resources.take(calls[0].recipe.resources)
+        self._occupy(worker, cpu)
+        worker.heard = self._now
+
+    def _want_workers(self) -> None:
+        """Ready calls are left over: start workers, or let waiting ones run some."""
+        queue = self.ready.best()
+        assert queue is not None
+        # A call that needs many slots may find others beside it: workers for slots of one cpu.
+        cpu = min(_cpu(queue.recipe), DEFAULT_CPU)
+        room = int((self.slots - self.busy_cpu) / cpu) if cpu else self.ready.count
+        have = len(self.workers) + self._starting
+        free = min(self.ready.count, room) - len(self._idle) - self._starting
+        more = min(free, self._most_workers - have)
+        if more > 0:
+            self._starting += more
+            self.out.append(m.StartWorkers(more))
+        elif room and have >= self._most_workers and not self._idle and not self._starting:
+            self._nest()
+
+    # -- nesting ----------------------------------------------------------------------
+
+    def _nest(self) -> None:
+        """All spare workers wait: let them run calls that they wait for themselves."""
+        for worker in reversed(list(self.workers.values())):
+            if not self.ready.count or self.busy_cpu >= self.slots:
+                return
+            if not worker.lent or worker.waits[-1].over:
+                continue
+            call = self._ready_below(worker.waits[-1].pending.values())
+            if call is not None:
+                self._assign_nested(worker, call)
+
+    def _ready_below(self, calls: Iterable[Call]) -> Call | None:
+        """A ready call that one of ``calls`` is or needs, directly or not."""
+        seen: set[int] = set()
+        stack = list(calls)
+        while stack and len(seen) < SEARCH:
+            call = stack.pop()
+            if call.id in seen:
+                continue
+            seen.add(call.id)
+            if call.state is READY and self._fits(call.recipe):
+                return call
+            if call.state in (WAITING, HELD) and call.inputs:
+                stack.extend(call.inputs.values())
+            elif call.state is RUNNING and call.worker in self.workers:
+                for wait in self.workers[call.worker].waits:
+                    if wait.call is call:
+                        stack.extend(wait.pending.values())
+        return None
+
+    def _fits(self, recipe: Recipe) -> bool:
+        cpu = _cpu(recipe)
+        return self.busy_cpu + cpu <= self.slots and not self.resources.lacking(recipe.resources)
+
+    def _assign_nested(self, worker: Worker, call: Call) -> None:
+        self.ready.discard(call)
+        worker.lent = False
+        self._hand_over(worker, [call], _cpu(call.recipe))
+        self.out.append(m.Assign(worker.id, [call], nested=True))
+
+    # -- taking back ------------------------------------------------------------------
+
+    def _feed_the_idle(self) -> None:
+        """Workers are idle and no call is ready: ask those that have calls in advance and
+        have been silent for a while to give back half of them."""
+        askable = len(self._idle)
+        while askable and self._ahead:
+            worker = next(iter(self._ahead.values()))
+            due = worker.heard + SILENT
+            if due > self._now:
+                if self._look_at is None:
+                    self._look_at = due
+                    self._timers.at(due, self._look_again)
+                return
+            del self._ahead[worker.id]  # until it is heard of again
+            self.reclaim(worker, len(worker.calls) // 2)
+            askable -= 1
+
+    def _look_again(self) -> None:
+        self._look_at = None  # the scheduler goes on to schedule()
+
+    def _check_later(self, worker: Worker, when: float) -> None:
+        if not worker.checked:
+            worker.checked = True
+            self._timers.at(when, lambda: self._check(worker, when))
+
+    def _check(self, worker: Worker, now: float) -> None:
+        """A batch should be over by now: is its worker in a call that takes longer than
+        expected, and holds back the outcomes of those before it?"""
+        worker.checked = False
+        if self.workers.get(worker.id) is not worker or len(worker.calls) < 2:
+            return
+        due = worker.heard + OVERDUE
+        if due <= now:
+            self.reclaim(worker, 0)
+        else:
+            self._check_later(worker, due)
+
+    def reclaim(self, worker: Worker, count: int) -> None:
+        """Ask a worker to give back up to ``count`` calls, and to say what it is doing."""
+        self.out.append(m.Reclaim(worker.id, count))
+
+    def running(self) -> int:
+        """How many workers are at work."""
+        return len(self.workers) - len(self._idle)
+
+    def ended_by(self, worker: Worker, child: Call) -> list[Wait]:
+        """The waits in ``worker`` that were for ``child``, now that it has ended."""
+        waits = [wait for wait in worker.waits if wait.pending.get(child.key) is child]
+        for wait in waits:
+            del wait.pending[child.key]
+            wait.over = wait.any_of or not wait.pending
+        return waits
+
+    def watch(self, worker: Worker, wait: Wait, child: Call) -> None:
+        """``wait`` is for ``child``, among others."""
+        if child.key in wait.pending:
+            return
+        wait.pending[child.key] = child
+        if child.state not in FINAL:
+            child.watchers = child.watchers or []
+            child.watchers.append(worker.id)
+
+
+def _cpu(recipe: Recipe) -> float:
+    return recipe.resources.get("cpu", DEFAULT_CPU)
+
+
+def _held_above(call: Call, name: str) -> float:
+    """How much of a resource the ancestors of ``call`` hold."""
+    held = 0.0
+    ancestor = call.parent
+    while ancestor is not None:
+        if ancestor.units and name in ancestor.units:
+            held += ancestor.recipe.resources[name]
+        ancestor = ancestor.parent
+    return held

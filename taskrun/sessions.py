@@ -1,0 +1,96 @@
+"""Processes by session: every worker leads one, and all that its calls start is in it.
+
+On Linux the members are read from /proc.  Elsewhere only the worker's own process group
+is known, which is what most programs started by a task stay in.
+"""
+# ruff: noqa: PTH
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+_LINUX: Final = sys.platform == "linux"
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+class Process(NamedTuple):
+    """A living process."""
+
+    pid: int
+    parent: int
+    session: int
+
+
+def processes() -> Iterator[Process]:
+    """All living processes; on Linux only, elsewhere none."""
+    if not _LINUX:
+        return
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                line = file.read()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended meanwhile, or is hidden from us
+        # The name, in brackets, may contain anything, brackets too.
+        state, parent, _, session = line[line.rindex(b")") + 2 :].split(None, 4)[:4]
+        if state not in (b"Z", b"X"):
+            yield Process(int(name), int(parent), int(session))
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session, its leader included."""
+    return [process.pid for process in processes() if process.session == session]
+
+
+def send(pids: Iterable[int], number: int) -> int:
+    """Signal each process; gives how many there were to be signalled."""
+    reached = 0
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue  # it has ended, or it is another user's now
+        reached += 1
+    return reached
+
+
+def signal_session(session: int, number: int) -> None:
+    """Signal all processes of a session; with SIGKILL also those forked meanwhile."""
+    if not _LINUX:
+        try:
+            os.killpg(session, number)
+        except (ProcessLookupError, PermissionError):
+            pass  # nothing of it is left
+        return
+    seen: set[int] = set()
+    while found := set(members(session)) - seen:
+        send(found, number)
+        seen |= found
+        if number != signal.SIGKILL:
+            return
+
+
+def die_with_parent(parent: int) -> None:
+    """Have this process killed when ``parent``, its parent, ends (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before we asked
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all descendants that lose theirs (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _LINUX:
+        import ctypes  # slow to import; the coordinator never needs it
+
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

@@ -1,0 +1,52 @@
+"""How a run is to go: what the command line and ``taskrun.run`` decide for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a run is to go.
+
+    ``jobs``: slots (``-j``).  ``policy``: ``stop``, ``keep-going`` or ``fail-fast``.
+    ``resources``: name -> amount, beside ``cpu`` and ``memory``.  ``output``: ``line``,
+    ``group``, ``raw``, ``quiet``.  ``json``: events on stdout.  ``joblog``: a file for a
+    row per attempt.  ``start_method``: ``forkserver`` or ``spawn``.  ``inline``: every call
+    in this process.  ``grace``: seconds between interrupt, TERM and KILL.
+    """
+
+    jobs: int = 1
+    policy: str = "stop"
+    resources: dict[str, float] = field(default_factory=dict)
+    output: str = "line"
+    json: bool = False
+    joblog: str | None = None
+    start_method: str = "forkserver"
+    inline: bool = False
+    grace: float = 2.0
+
+
+# -- what this machine has -------------------------------------------------------------
+
+
+def cores_here() -> int:
+    """How many cores this process may use."""
+    if sys.version_info >= (3, 13):
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_here() -> float:
+    """Bytes of memory that this machine, or this container, has."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+    except OSError:  # no such limit here
+        return total
+    return min(total, float(limit)) if limit != "max" else total

@@ -1,0 +1,177 @@
+"""What must hold after every event of a run, whatever happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskrun import messages as m
+from taskrun.calls import FINAL, OK, READY, RUNNING, WAITING, Call
+from taskrun.core import Scheduler
+from taskrun.graph import CallWire, WholeWire
+
+ROUNDING = 1e-6
+
+
+class Auditor:
+    """Follows a scheduler's commands, and goes through its books."""
+
+    def __init__(self, scheduler: Scheduler, every_event: bool = True) -> None:
+        self.scheduler = scheduler
+        self.every_event = every_event
+        self.ended: dict[int, str] = {}
+        self.attempts: dict[int, list[tuple[int, str]]] = {}
+        self.run_ended = 0
+        self._executed: set[tuple[int, int]] = set()
+
+    def after(self, commands: list[m.Command]) -> None:
+        """An event was handled, and this came of it."""
+        assert not (self.run_ended and commands), "the run is over, and still commands"
+        resumed = False
+        for command in commands:
+            match command:
+                case m.Assign():
+                    self._assigned(command)
+                case m.Deliver():
+                    resumed = True
+                case m.AttemptEnded():
+                    self._attempt_ended(command)
+                case m.CallEnded(call):
+                    assert call.id not in self.ended, f"{call!r} ended twice"
+                    assert call.state in FINAL
+                    self.ended[call.id] = call.state
+                case m.RunEnded():
+                    self.run_ended += 1
+                case _:
+                    pass
+        if any(isinstance(command, m.Assign) for command in commands) and not resumed:
+            self._slots_are_kept(commands)
+        if self.every_event:
+            self._audit()
+
+    def executed(self, call: Call, attempt: int) -> None:
+        """A worker has begun an attempt."""
+        assert (call.id, attempt) not in self._executed, f"{call!r} was executed twice"
+        self._executed.add((call.id, attempt))
+
+    def at_the_end(self, sim: Any) -> None:
+        """The run is over."""
+        assert self.run_ended == 1, f"RunEnded {self.run_ended} times:\n{sim.story()}"
+        if self.scheduler.status == 3:
+            return  # it gave up: calls stay open
+        self._audit()
+        for call in self.scheduler.calls:
+            assert self.ended.get(call.id) == call.state, f"{call!r} is not at its end"
+            if call.state == OK:
+                ends = [how for _, how in self.attempts.get(call.id, []) if how == "value"]
+                assert ends == ["value"], f"{call!r} was completed by {ends}"
+
+    # -- one command ------------------------------------------------------------------
+
+    def _assigned(self, command: m.Assign) -> None:
+        assert command.calls, "an empty assignment"
+        for call in command.calls:
+            _inputs_have_ended(call)
+
+    def _slots_are_kept(self, commands: list[m.Command]) -> None:
+        """Calls that waited may go on beyond the slots; nothing more is started then."""
+        placement = self.scheduler.placement
+        started = [c.calls[0] for c in commands if isinstance(c, m.Assign)]
+        if any(call.recipe.resources.get("cpu", 1.0) for call in started):
+            assert placement.busy_cpu <= placement.slots + ROUNDING, "slots are over-committed"
+
+    def _attempt_ended(self, end: m.AttemptEnded) -> None:
+        before = self.attempts.setdefault(end.call.id, [])
+        assert not before or before[-1][0] < end.attempt, f"attempt {end.attempt} ended twice"
+        before.append((end.attempt, end.outcome))
+        retries = end.call.recipe.retries
+        if retries is not None:
+            assert end.attempt <= retries + 1, f"{end.call!r}: more attempts than allowed"
+        elif any(how != "retry" for _, how in before[:-1]):
+            raise AssertionError(f"{end.call!r} was tried again without retries: {before}")
+
+    # -- the books --------------------------------------------------------------------
+
+    def _audit(self) -> None:
+        for id, state in self.ended.items():
+            assert self.scheduler.calls[id].state == state, "a final state was left"
+        if self.scheduler.over:
+            return
+        self._audit_calls()
+        self._audit_workers()
+        self._audit_resources()
+
+    def _audit_calls(self) -> None:
+        scheduler, ready = self.scheduler, self.scheduler.placement.ready
+        queued = [call for queue in ready._queues.values() for call in queue.calls]
+        assert ready.count == len(queued)
+        assert {call.id for call in queued} == self._in_state(READY)
+        assert scheduler._live == len(scheduler.calls) - len(self.ended)
+        for call in scheduler.calls:
+            assert call.needs >= 0 or call.placeholder
+            assert call.state != WAITING or call.needs, f"{call!r} waits for nothing"
+            assert call.users >= 0, f"{call!r} was let go too often"
+            assert (call.units is not None) <= (call.state == RUNNING)
+
+    def _audit_workers(self) -> None:
+        placement = self.scheduler.placement
+        assigned: set[int] = set()
+        for worker in placement.workers.values():
+            for call in worker.calls.values():
+                assert call.state == RUNNING and call.worker == worker.id, repr(call)
+                assert call.id not in assigned
+                assigned.add(call.id)
+            waits = len(worker.waits)
+            assert worker.lent == (0 < waits == len(worker.calls))
+            for wait in worker.waits:
+                assert wait.call.id in worker.calls, f"worker {worker.id} waits for nobody"
+            if worker.id in placement._idle:
+                assert not worker.calls and not worker.waits and not worker.cpu
+            else:
+                assert worker.calls, f"worker {worker.id} is neither idle nor at work"
+        assert assigned == self._in_state(RUNNING)
+        total = sum(worker.cpu for worker in placement.workers.values())
+        assert abs(placement.busy_cpu - total) < ROUNDING
+
+    def _audit_resources(self) -> None:
+        resources = self.scheduler.resources
+        running = [call for call in self.scheduler.calls if call.units is not None]
+        for name, capacity in resources.capacity.items():
+            if name == "cpu":
+                continue
+            needs = [(call, call.recipe.resources[name]) for call in running
+                     if name in call.recipe.resources]  # fmt: skip
+            held = sum(amount for _, amount in needs)
+            assert held <= capacity + ROUNDING, f"{name} is over-committed"
+            assert abs(resources.used(name) - held) < ROUNDING
+            if name != "memory":
+                _units_are_shared_out_once(name, needs)
+
+    def _in_state(self, state: str) -> set[int]:
+        return {call.id for call in self.scheduler.calls if call.state == state}
+
+
+def _inputs_have_ended(call: Call) -> None:
+    if call.family is None:
+        for used in (call.inputs or {}).values():
+            assert used.state == OK or (call.recipe.always and used.state in FINAL), repr(call)
+        return
+    for wire in call.family.wires:
+        if isinstance(wire, CallWire):
+            used = wire.call(call.index)
+            assert used.state == OK or (call.recipe.always and used.state in FINAL), repr(call)
+        elif isinstance(wire, WholeWire):
+            assert wire.source.closed, f"{call!r} has begun before {wire.source.name} ended"
+            tolerant = call.recipe.always or wire.errors != "fail"
+            assert tolerant or wire.source.first_bad is None, repr(call)
+    for other in call.family.after:
+        assert other.closed and (call.recipe.always or other.first_bad is None), repr(call)
+
+
+def _units_are_shared_out_once(name: str, needs: list[tuple[Call, float]]) -> None:
+    shares: dict[int, float] = {}
+    for call, amount in needs:
+        assert call.units is not None
+        assert len(call.units[name]) == (int(amount) if amount >= 1 else int(amount > 0))
+        for unit in call.units[name]:
+            shares[unit] = shares.get(unit, 0.0) + min(amount, 1.0)
+    assert all(share <= 1.0 + ROUNDING for share in shares.values()), f"{name}: {shares}"

@@ -1,0 +1,443 @@
+"""The command line: by click's runner, and as a process where exit statuses matter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from taskrun.cli.graph import tree_lines
+from taskrun.cli.main import main
+from taskrun.cli.words import task_names
+from taskrun.settings import Settings, cores_here
+
+FILE = '''
+from taskrun import task, each, result, per_worker
+
+@task
+def urls(seed: str = "http://x/", depth: int = 2):
+    """List the pages.
+
+    All of them.
+    """
+
+@task
+def fetch(url=each(urls)): ...
+
+@task(after=[urls])
+def total(pages=result(fetch, errors="skip"), client=per_worker(dict)):
+    """Add up."""
+
+@task
+def work(x: int): ...
+
+def double(x: int): return 2 * x
+
+def pair(x, y): ...
+
+class Thing: ...
+'''
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "tasks.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("TASKRUN_")]:
+        monkeypatch.delenv(name)
+    modules, path = dict(sys.modules), list(sys.path)
+    yield tmp_path
+    for name in set(sys.modules) - set(modules):
+        del sys.modules[name]
+    sys.path[:] = path
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands in for the coordinator: keeps what it was asked to do."""
+    asked: list[Any] = []
+
+    def execute(plan: Any, settings: Any) -> int:
+        asked.append((plan, settings))
+        return 1
+
+    def execute_map(loaded: Any, task: Any, lines: Any, settings: Any, keep_order: bool) -> int:
+        asked.append((task, list(lines), settings, keep_order))
+        return 0
+
+    fake = types.ModuleType("taskrun.coordinator")
+    vars(fake).update(Settings=types.SimpleNamespace, execute=execute, execute_map=execute_map)
+    monkeypatch.setitem(sys.modules, "taskrun.coordinator", fake)
+    return asked
+
+
+def run(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "taskrun", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert err.startswith("taskrun: error: ") and err.count("\n") == 1
+    return err.removeprefix("taskrun: error: ").strip()
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+# -- the command itself ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["exec"], ["map"], ["list"], ["graph"], ["completion"]])
+def test_help_fits_one_screen(command: list[str]) -> None:
+    done = run(*command, "--help")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+def test_help_has_a_line_for_every_command_and_imports_none() -> None:
+    code = (
+        "import sys; from taskrun.cli.main import main; main(['--help']); "
+        "print([m for m in sys.modules if m.startswith('taskrun.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert all(f"\n  {name} " in done.stdout for name in ("exec", "map", "list", "graph"))
+    assert done.stdout.splitlines()[-1].count("taskrun.cli.") == 2  # main and group
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Commands:" in output_of(capsys)
+
+
+def test_the_version_is_shown_and_no_variable_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskrun import __version__
+
+    assert run("--version").stdout == f"taskrun {__version__}\n"
+    monkeypatch.setenv("TASKRUN_VERSION", "7")
+    assert "urls" in run("list").stdout
+
+
+WRONG_COMMANDS = [
+    (["run", "tasks.py"], "no such command 'run'; did you mean 'exec'?"),
+    (["lst"], "no such command 'lst'; did you mean 'list'?"),
+    (["tasks.py"], "did you mean 'exec tasks.py'?"),
+    (["zzz"], "there are exec, map, list, graph, completion"),
+    (["exec", "--keep-gonig"], "'--keep-going'"),
+    (["exec", "-j", "x"], "'x' is not a valid integer"),
+    (["exec", "-j", "0"], "-j 0 leaves nobody to do the work"),
+    (["exec", "-j", "-2"], "-j is a number of workers, 1 or more, not -2"),
+    (["exec", "-k", "--fail-fast"], "--keep-going and --fail-fast exclude each other"),
+    (["exec", "--output", "grop"], "'grop' is not one of"),
+    (["exec", "--start-method", "fork"], "'fork' is not one of"),
+    (["exec", "--resource", "gpu"], "--resource takes NAME=AMOUNT"),
+    (["exec", "--resource", "gpu=x"], "gpu must be a number, not 'x'"),
+    (["exec", "--resource", "gpu=1.5"], "gpu must be a whole number, at most 100,000"),
+    (["exec", "--resource", "gpu=1000000000"], "at most 100,000"),
+    (["exec", "--resource", "cpu=3"], "is said by -j"),
+    (["exec", "--joblog", "no/where.tsv"], "there is no folder no"),
+    (["exec", "-n", "--json"], "--dry-run has no --json form"),
+    (["exec", "gone.py"], "there is no file gone.py"),
+    (["exec", "taks.py"], "did you mean tasks.py?"),
+    (["exec", "totl"], "no task 'totl' in tasks.py; did you mean 'total'?"),
+    (["exec", "./"], "./ is a folder: name a file in it; did you mean tasks.py?"),
+    (["exec", "-p", "dpth=3"], "did you mean 'depth'?"),
+    (["exec", "-p", "depth=x"], "urls: depth='x' does not fit; expected int"),
+    (["exec", "work"], "work (named on the command line) needs a value for x: -p x=..."),
+    (["list", "total"], "list takes a FILE (.py) only, not total"),
+    (["graph", "totl"], "did you mean 'total'?"),
+    (["map"], "missing argument 'FILE:FUNC'"),
+    (["map", "double", "1"], "map takes FILE:FUNC such as tasks.py:fetch, not 'double'"),
+    (["map", "tasks.py:duble", "1"], "no function 'duble' in tasks.py; did you mean 'double'?"),
+    (["map", "tasks.py:Thing", "1"], "Thing cannot be mapped: a task is a function"),
+    (["map", "tasks.py:pair", "1"], "map gives pair one argument, but it needs 'y' too"),
+    (["map", "tasks.py:double", "1", "x"], "double: x='x' does not fit; expected int"),
+    (["completion", "csh"], "'csh' is not one of 'bash', 'zsh', 'fish'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), WRONG_COMMANDS, ids=[" ".join(a) for a, _ in WRONG_COMMANDS]
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_two(
+    capsys: pytest.CaptureFixture[str], executed: list[Any], args: list[str], says: str
+) -> None:
+    assert says in error_of(capsys, *args)
+    assert executed == []
+
+
+def test_a_folder_that_is_named_where_a_task_was_meant_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "build").mkdir()
+    assert "build is a folder" in error_of(capsys, "exec", "build")
+
+
+def test_a_task_counts_before_a_folder_of_its_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "total").mkdir()
+    assert "named on the command line" in output_of(capsys, "exec", "total", "-n")
+
+
+def test_a_file_that_fails_to_import_shows_its_traceback_and_ours_not(folder: Path) -> None:
+    (folder / "bad.py").write_text("def f():\n    1 / 0\nf()\n")
+    done = run("exec", "bad.py")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("Traceback") and "taskrun/" not in done.stderr
+    assert done.stderr.endswith(
+        "taskrun: error: bad.py cannot be imported: ZeroDivisionError: division by zero\n"
+    )
+
+
+def test_an_interrupt_while_importing_is_quiet(folder: Path) -> None:
+    (folder / "slow.py").write_text(
+        "import signal\nprint('importing', flush=True)\nsignal.pause()\n"
+    )
+    command = [sys.executable, "-m", "taskrun", "exec", "slow.py"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "taskrun", "list"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == b""
+
+
+def test_an_output_that_cannot_show_a_name_shows_its_escape(folder: Path) -> None:
+    (folder / "names.py").write_text(
+        "from taskrun import task\n@task(name='snow ☃')\ndef a(): ...\n", encoding="utf-8"
+    )
+    done = run("graph", "names.py", env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "snow \\u2603\n", "")
+
+
+# -- exec -----------------------------------------------------------------------------
+
+
+def test_exec_hands_the_plan_and_the_settings_to_the_coordinator(executed: list[Any]) -> None:
+    args = ["exec", "tasks.py", "total", "-j", "3", "-p", "depth=4", "-k", "--resource", "gpu=2"]
+    args += ["--resource", "memory=4G", "--output", "group", "--json", "--joblog", "log.tsv"]
+    assert main([*args, "--inline", "--start-method", "spawn"]) == 1
+    [(plan, settings)] = executed
+    assert [task.name for task in plan.tasks] == ["urls", "fetch", "total"]
+    assert plan.constants == {"urls": {"depth": 4}} and plan.targets == {"total"}
+    assert settings == Settings(
+        jobs=3,
+        policy="keep-going",
+        resources={"gpu": 2.0, "memory": 4e9},
+        output="group",
+        json=True,
+        joblog="log.tsv",
+        start_method="spawn",
+        inline=True,
+    )
+
+
+def test_exec_has_defaults(executed: list[Any]) -> None:
+    main(["exec"])
+    [(plan, settings)] = executed
+    assert plan.file == str(Path("tasks.py").absolute())
+    assert settings.jobs == cores_here() >= 1
+    assert (settings.policy, settings.output) == ("stop", "line")
+    assert (settings.start_method, settings.joblog, settings.json) == ("forkserver", None, False)
+
+
+def test_every_option_can_be_a_variable(
+    executed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASKRUN_JOBS", "5")
+    monkeypatch.setenv("TASKRUN_KEEP_GOING", "1")
+    monkeypatch.setenv("TASKRUN_RESOURCE", "gpu=2 tpu=1")
+    monkeypatch.setenv("TASKRUN_PARAM", "depth=4 seed=s")
+    monkeypatch.setenv("TASKRUN_START_METHOD", "spawn")
+    main(["exec"])
+    main(["exec", "--fail-fast", "-j", "1"])
+    (plan, first), (_, second) = executed
+    assert plan.constants == {"urls": {"depth": 4, "seed": "s"}}
+    assert (first.jobs, first.policy, first.start_method) == (5, "keep-going", "spawn")
+    assert first.resources == {"gpu": 2.0, "tpu": 1.0}
+    assert (second.jobs, second.policy) == (1, "fail-fast")  # what is typed counts more
+
+
+def test_a_dry_run_says_what_would_run_how_often_and_why(
+    capsys: pytest.CaptureFixture[str], executed: list[Any]
+) -> None:
+    assert output_of(capsys, "exec", "total", "-n").splitlines() == [
+        "urls   1 call              needed by total",
+        "fetch  1 per item of urls  needed by total",
+        "total  1 call              named on the command line",
+    ]
+    assert executed == []
+
+
+# -- map ------------------------------------------------------------------------------
+
+
+def test_map_converts_its_arguments(executed: list[Any]) -> None:
+    assert main(["map", "tasks.py:double", "--keep-order", "-j", "2", "--", "1", "-2"]) == 0
+    [(task, lines, settings, keep_order)] = executed
+    assert (task.name, lines, settings.jobs, keep_order) == ("double", [1, -2], 2, True)
+    assert task.function(4) == 8
+
+
+def test_map_takes_tasks_and_whatever_their_first_parameter_comes_from(
+    executed: list[Any],
+) -> None:
+    main(["map", "tasks.py:fetch", "http://a"])
+    assert executed[0][0].name == "fetch" and executed[0][1] == ["http://a"]
+
+
+MAPPED = """
+import sys, types
+fake = types.ModuleType("taskrun.coordinator")
+fake.Settings = types.SimpleNamespace
+def execute_map(loaded, task, lines, settings, keep_order):
+    for line in lines:
+        print(repr(line), flush=True)
+    return 0
+fake.execute_map = execute_map
+sys.modules["taskrun.coordinator"] = fake
+from taskrun.cli.main import main
+from taskrun.settings import Settings, cores_here
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def mapped(function: str, **streams: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", MAPPED, "map", function]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **streams)
+
+
+def test_map_reads_stdin_line_by_line_as_it_comes() -> None:
+    process = mapped("tasks.py:double")
+    assert process.stdin is not None and process.stdout is not None
+    for number in (b"1", b"2"):
+        process.stdin.write(number + b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == number + b"\n"
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def test_map_names_the_line_that_does_not_fit() -> None:
+    process = mapped("tasks.py:double", stderr=subprocess.PIPE)
+    out, err = process.communicate(b"1\nx\n", timeout=60)
+    assert (process.returncode, out) == (2, b"1\n")
+    assert err == b"taskrun: error: line 2 of stdin: double: x='x' does not fit; expected int\n"
+
+
+def test_map_takes_lines_that_are_no_text_as_file_names_do(folder: Path) -> None:
+    (folder / "names.py").write_text("def size(path): ...\n")
+    out, _ = mapped("names.py:size").communicate(b"\xff.txt\n\nlast", timeout=60)
+    assert out == b"'\\udcff.txt'\n''\n'last'\n"
+
+
+# -- list, graph ----------------------------------------------------------------------
+
+
+def test_list_shows_what_there_is_and_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output_of(capsys, "list").splitlines() == [
+        "* urls   List the pages.",
+        "         seed='http://x/', depth=2",
+        "* fetch",
+        "         url=each(urls)",
+        "* total  Add up.",
+        "         pages=result(fetch, errors='skip'), client=per_worker(dict)",
+        "  work",
+        "         x",
+        "         needs -p x=...",
+    ]
+
+
+def test_graph_draws_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output_of(capsys, "graph", "total").splitlines() == [
+        "total",
+        "├── fetch [result]",
+        "│   └── urls [each]",
+        "└── urls [after]",
+    ]
+
+
+def test_a_tree_names_what_was_shown_only_again() -> None:
+    from taskrun import task
+
+    a = task(lambda: 1, name="a")
+    b = task(lambda: 1, name="b", after=[a])
+    c = task(lambda: 1, name="c", after=[b])
+    d = task(lambda: 1, name="d", after=[b, c])
+    assert list(tree_lines([a, b, c, d], boxes=False)) == [
+        "d",
+        "|-- b [after]",
+        "|   `-- a [after]",
+        "`-- c [after]",
+        "    `-- b [after] (see above)",
+    ]
+
+
+def test_graph_escapes_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "odd.py").write_text(
+        "from taskrun import task\n@task(name='a\"b\\\\c #<1>')\ndef a(): ...\n"
+        "@task(after=a)\ndef b(): ...\n"
+    )
+    assert '"a\\"b\\\\c #<1>" -> "b" [label="after" style=dashed];' in output_of(
+        capsys, "graph", "odd.py", "--dot"
+    )
+    mermaid = output_of(capsys, "graph", "odd.py", "--mermaid")
+    assert 't0["a#34;b#92;c #35;#60;1#62;"]' in mermaid and "t0 -.->|after| t1" in mermaid
+
+
+# -- completion -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_the_script_of_a_shell(shell: str) -> None:
+    from taskrun.cli.group import cli
+
+    done = CliRunner().invoke(cli, ["completion", shell])
+    assert done.exit_code == 0 and "_TASKRUN_COMPLETE" in done.output
+
+
+def completed(words: str, count: int) -> list[str]:
+    wanted = {"_TASKRUN_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    return run(env={**os.environ, **wanted}).stdout.splitlines()
+
+
+def test_commands_and_tasks_are_completed() -> None:
+    assert completed("taskrun ma", 1) == ["plain,map"]
+    assert completed("taskrun exec to", 2) == ["plain,total"]
+    assert completed("taskrun exec tasks.py f", 3) == ["plain,fetch"]
+    assert completed("taskrun exec zz", 2) == ["file,zz"]
+    assert completed("taskrun exec tasks.py zz", 3) in ([], [""])
+
+
+def test_completing_never_runs_the_file(folder: Path) -> None:
+    (folder / "tasks.py").write_text("print('ran')\n@task(name='x')\ndef a(): ...\n1 / 0\n")
+    assert completed("taskrun exec ", 2) == ["plain,x"]
+
+
+@pytest.mark.parametrize("content", [b"def broken(:", b"x = '\0'", b"\xff\xfe", b"(" * 10_000])
+def test_completing_is_quiet_about_broken_files(folder: Path, content: bytes) -> None:
+    (folder / "tasks.py").write_bytes(content)
+    assert task_names(None) == []

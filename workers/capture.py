@@ -1,0 +1,173 @@
+"""What a call writes to fd 1 and 2, whoever writes it: Python, C code, a subprocess.
+
+Both are Pipes that only the coordinator reads.  At the end of a call the worker writes a
+mark into them, so that the coordinator knows whose the bytes before it are, but only where
+the call may have written anything.  That is known for certain without a mark: the Pipe is
+empty now, and the coordinator has taken nothing out of it since the last call ended (see
+``Ledger.reading``).
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import io
+import os
+import select
+import struct
+import sys
+import termios
+from typing import Any, Final
+
+from taskrun.ledger import STREAMS, Ledger
+
+# A mark: NUL, the worker's token, the call, its attempt, and whether that has ended or
+# only waits.  Written at once and shorter than PIPE_BUF, so it stays in one piece.
+_REST = struct.Struct("!QI?")
+TOKEN_BYTES: Final = 16
+MARK_BYTES: Final = 1 + TOKEN_BYTES + _REST.size
+
+
+def mark(token: bytes, call: int, attempt: int, ended: bool) -> bytes:
+    """The mark behind what an attempt wrote."""
+    return b"\0" + token + _REST.pack(call, attempt & 0xFFFFFFFF, ended)
+
+
+def unpack_mark(data: bytes, start: int) -> tuple[int, int, bool]:
+    """(call, attempt, ended) of the mark that begins at ``start``."""
+    call, attempt, ended = _REST.unpack_from(data, start + 1 + TOKEN_BYTES)
+    return call, attempt, ended
+
+
+class Capture:
+    """The worker's side of its two output Pipes."""
+
+    def __init__(self, ledger: Ledger, token: bytes, pipes: tuple[int, int]) -> None:
+        """``pipes``: their writing ends, which stay open here as private copies."""
+        self._ledger = ledger
+        self._token = token
+        self._pipes = pipes
+        for fd, pipe in enumerate(pipes, 1):
+            os.dup2(pipe, fd)
+        self._identity = [_identity(fd) for fd in (1, 2)]
+        self._streams = [_text_stream(fd, name) for fd, name in enumerate(STREAMS, 1)]
+        self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
+        self._count = array.array("i", [0])
+        self._reads = [0, 0]
+        sys.stdout, sys.stderr = self._streams
+        sys.__stdout__, sys.__stderr__ = self._streams  # type: ignore[misc]
+
+    def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
+        """The attempt has ended (or waits): mark what it wrote; gives whether it may have.
+
+        Undoes what it did to fd 1 and 2 and to sys.stdout and sys.stderr.
+        """
+        if sys.stdout is not self._streams[0] or sys.stderr is not self._streams[1]:
+            self._restore_streams()
+        if not self._intact():
+            self._restore_descriptors()
+        try:
+            self._flush_out()
+            self._flush_err()
+        except (OSError, ValueError):
+            self._recover_streams()
+        if not self._touched():
+            return False
+        data = mark(self._token, call, attempt, ended)
+        for pipe in self._pipes:
+            _write_whole(pipe, data)
+        return True
+
+    def flush(self) -> None:
+        """Write out what Python still holds back."""
+        self._flush_out()
+        self._flush_err()
+
+    def close(self) -> None:
+        """In a forked child: only fd 1 and 2 are its own."""
+        for pipe in self._pipes:
+            os.close(pipe)
+
+    def _touched(self) -> bool:
+        """Whether anything may have been written since this was asked last."""
+        count, touched = self._count, False
+        for stream, pipe in enumerate(self._pipes):
+            fcntl.ioctl(pipe, termios.FIONREAD, count)
+            # Only now the coordinator's word: what it took before the Pipe was found empty
+            # shows there.
+            reads = self._ledger.reads(stream)
+            if count[0] or reads != self._reads[stream]:
+                touched = True
+                self._reads[stream] = reads & ~1
+        return touched
+
+    def _intact(self) -> bool:
+        try:
+            return [_identity(1), _identity(2)] == self._identity
+        except OSError:
+            return False
+
+    def _restore_descriptors(self) -> None:
+        for fd, pipe in enumerate(self._pipes, 1):
+            os.dup2(pipe, fd)
+
+    def _restore_streams(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and stream not in self._streams:
+                _flush_foreign(stream)
+        self._renew_closed()
+
+    def _recover_streams(self) -> None:
+        """They could not be flushed: closed, detached, or made non-blocking."""
+        self._renew_closed()
+        for fd, stream in enumerate(self._streams, 1):
+            os.set_blocking(fd, True)
+            stream.flush()
+
+    def _renew_closed(self) -> None:
+        for number, name in enumerate(STREAMS):
+            if not _is_fit(self._streams[number], number + 1):
+                self._streams[number] = _text_stream(number + 1, name)
+        self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
+        sys.stdout, sys.stderr = self._streams
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_ino, status.st_dev
+
+
+def _text_stream(fd: int, name: str) -> Any:
+    """The interpreter's own stream for ``fd`` as the template set it up, else a new one.
+
+    What the task file kept of it, in a logging handler say, is then the same object.
+    """
+    stream = getattr(sys, f"__{name}__", None)
+    if isinstance(stream, io.TextIOWrapper) and _is_fit(stream, fd) and stream.line_buffering:
+        return stream
+    return open(fd, "w", buffering=1, closefd=False, errors="backslashreplace")
+
+
+def _is_fit(stream: Any, fd: int) -> bool:
+    try:
+        return bool(stream.fileno() == fd)
+    except (OSError, ValueError):  # closed or detached
+        return False
+
+
+def _flush_foreign(stream: Any) -> None:
+    try:
+        stream.flush()
+    except Exception:
+        pass  # it is whatever the task put there; all that can be done was tried
+
+
+def _write_whole(pipe: int, data: bytes) -> None:
+    while True:
+        try:
+            os.write(pipe, data)  # all or nothing: it is shorter than PIPE_BUF
+            return
+        except BlockingIOError:  # the task, or a program it ran, made the Pipe non-blocking
+            poll = select.poll()
+            poll.register(pipe, select.POLLOUT)
+            poll.poll()

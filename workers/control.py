@@ -1,0 +1,157 @@
+"""The control thread: what the coordinator can ask of a worker while a call runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from taskrun import sessions
+from taskrun.messages import BEGAN, INTERRUPT, PING, PONG, REPORT, STACK, STACK_IS
+from taskrun.wire import READ_SIZE, Decoder, send_frame
+
+if TYPE_CHECKING:
+    from collections import deque
+
+    from taskrun.workers.execute import Executor, Running
+    from taskrun.workers.outbox import Outbox
+
+TERM_TO_KILL: Final = 0.5  # seconds that an interrupted call's subprocesses have
+_GONE: Final = 71  # exit status of a worker whose coordinator is gone
+
+
+class Served(Protocol):
+    """The worker, as far as its control thread is concerned."""
+
+    queue: deque[tuple[Any, ...]]
+    executor: Executor
+    outbox: Outbox
+
+    def read_what_is_there(self) -> None:
+        """Read calls that wait in the call Pipe while one is executed."""
+
+    def give_back(self, count: int) -> None:
+        """Return up to ``count`` calls that have not begun, the last first."""
+
+
+class Control(threading.Thread):
+    """Reads the control Pipe; see ``messages`` for what comes on it."""
+
+    def __init__(self, worker: Served, fd: int) -> None:
+        super().__init__(name="taskrun control", daemon=True)
+        self._worker = worker
+        self._fd = fd
+        self._main = threading.main_thread().ident
+        self._handlers: dict[str, Callable[..., None]] = {
+            REPORT: self._report,
+            INTERRUPT: self._interrupt,
+            PING: self._ping,
+            STACK: self._stack,
+        }
+
+    def run(self) -> None:
+        """Serve until the coordinator is gone; the worker then ends as well."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # interrupts are the main's
+        try:
+            decoder = Decoder()
+            while data := os.read(self._fd, READ_SIZE):
+                for frame in decoder.feed(data):
+                    for record in pickle.loads(frame):
+                        self._handlers[record[0]](*record[1:])
+        except ConnectionError:
+            pass  # as good as the end of the Pipe
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # a bug of ours, or a task closed our Pipe
+        self._end_with_all()
+
+    def close(self) -> None:
+        """In a forked child: the thread is not there, the Pipe is."""
+        os.close(self._fd)
+
+    def _end_with_all(self) -> None:
+        own = os.getpid()
+        sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
+        os._exit(_GONE)
+
+    # -- what is asked ----------------------------------------------------------------
+
+    def _report(self, count: int) -> None:
+        worker = self._worker
+        worker.read_what_is_there()
+        with worker.outbox.lock:
+            self._say_began(worker.executor.running)
+            worker.give_back(count)
+            worker.outbox.flush()
+
+    def _say_began(self, running: Running | None) -> None:
+        # With the outbox's lock held: the end of an attempt is told after ``done`` is set,
+        # so that this cannot come behind it.
+        if running is not None and not running.told and not running.done:
+            running.told = True
+            self._worker.outbox.tell((BEGAN, running.call, running.attempt, running.began, None))
+
+    def _interrupt(self, call: int, attempt: int, reason: str) -> None:
+        worker = self._worker
+        worker.read_what_is_there()
+        if self._refuse_queued(call, attempt, reason):
+            return
+        # Found before the attempt is looked at once more: nothing that a later call starts
+        # is among them.
+        others = [pid for pid in sessions.members(os.getpid()) if pid != os.getpid()]
+        running = worker.executor.interrupt(call, attempt, reason)
+        if running is None or running is not worker.executor.running:
+            return  # it is over, or waits for a nested call and sees to it afterwards
+        assert self._main is not None
+        signal.pthread_kill(self._main, signal.SIGINT)
+        self._end_subprocesses(others)
+
+    def _refuse_queued(self, call: int, attempt: int, reason: str) -> bool:
+        worker = self._worker
+        for record in list(worker.queue):
+            if record[1:3] == (call, attempt):
+                try:
+                    worker.queue.remove(record)
+                except ValueError:
+                    return False  # it has begun just now
+                worker.executor.refuse(record, reason)
+                worker.outbox.flush()
+                return True
+        return False
+
+    def _end_subprocesses(self, others: list[int]) -> None:
+        shell = sys.modules.get("taskrun.shell")
+        if shell is not None:
+            shell.kill_groups()
+        if sessions.send(others, signal.SIGTERM):
+            killer = threading.Timer(TERM_TO_KILL, _kill_survivors, [set(others)])
+            killer.daemon = True
+            killer.start()
+
+    def _ping(self, token: object) -> None:
+        self._answer((PONG, token))
+
+    def _stack(self, token: object) -> None:
+        assert self._main is not None
+        self._answer((STACK_IS, token, _stack_of(self._main)))
+
+    def _answer(self, record: tuple[Any, ...]) -> None:
+        send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
+
+
+def _kill_survivors(pids: set[int]) -> None:
+    sessions.send(pids.intersection(sessions.members(os.getpid())), signal.SIGKILL)
+
+
+def _stack_of(thread: int) -> str:
+    """The stack of a thread as text, without the frames that are ours."""
+    import traceback
+
+    ours = os.path.dirname(os.path.abspath(__file__)), os.path.dirname(sessions.__file__)
+    frames = traceback.extract_stack(sys._current_frames()[thread])
+    return "".join(
+        traceback.format_list([frame for frame in frames if not frame.filename.startswith(ours)])
+    )

@@ -1,0 +1,405 @@
+"""Call in, outcome out: executes one attempt after the other and catches everything.
+
+Whatever a task does, short of ending the process, becomes a report: values are pickled
+here, so that one which cannot be is an outcome and not a hang, and exceptions are tried
+out in both directions.
+
+An attempt that is interrupted gets ``Interrupted`` raised in it, from a signal handler.
+That must never happen while our own code is in the middle of something: ``Running.user``
+says when it may.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter, time
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+from taskrun.context import Future
+from taskrun.errors import (
+    ArgumentError,
+    Interrupted,
+    LoadError,
+    ResultError,
+    Retry,
+    Skip,
+    TaskExit,
+)
+from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
+from taskrun.values import encode, encode_failure, encode_items
+from taskrun.workers.loops import Loops, standing_still
+from taskrun.workers.recipes import ASYNC, GENERATOR, PLAIN, Home, Known
+
+Outcome = tuple[str, Any, Any]
+"""Kind, payload and items of a Report."""
+
+_QUICK = frozenset((int, float, str, bool, type(None)))
+_RECURSION = 1000
+_DEEPEST = 20_000  # as much as the main thread's stack surely has room for
+_CONTAINERS = frozenset((list, tuple, dict, Future))
+
+
+class Running:
+    """One attempt while it is executed.
+
+    ``below``: the attempt that waits for this one, on the same stack.  ``user``: code of
+    the task is running, and may be interrupted.  ``interrupt``: why it is to end.
+    ``raised``: the task knows.  ``told``: that it began.  ``cancel`` ends its coroutine,
+    ``on_end`` is called when that has ended.
+    ``keys``: of the calls it submitted; ``futures``: those still unknown here.
+    """
+
+    __slots__ = (
+        "attempt", "began", "below", "call", "cancel", "done", "futures", "index", "interrupt",
+        "keys", "known", "on_end", "ordinals", "raised", "told", "units", "user",
+    )  # fmt: skip
+
+    def __init__(
+        self, call: int, attempt: int, known: Known, index: Any, units: Any, below: Running | None
+    ) -> None:
+        self.call = call
+        self.attempt = attempt
+        self.known = known
+        self.index = index
+        self.units = units
+        self.below = below
+        self.began = time()
+        self.user = self.raised = self.told = self.done = False
+        self.interrupt: str | None = None
+        self.cancel: Callable[[], object] | None = None
+        self.on_end: Callable[[], object] | None = None
+        self.keys: set[bytes] | None = None
+        self.futures: dict[bytes, Future] | None = None
+        self.ordinals: dict[bytes, int] | None = None
+
+    def enter_user(self) -> None:
+        """The task's code runs from here.  Raises Interrupted where it is to end."""
+        self.user = True
+        if self.interrupt is not None and not self.raised:
+            self.raised = True
+            raise Interrupted(self.interrupt)
+
+
+class Book(Protocol):
+    """Where it is noted what is being executed: a Ledger, or nowhere."""
+
+    def begin(self, call: int, attempt: int) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Marks(Protocol):
+    """Who sees to the output of calls: a Capture, or nobody."""
+
+    def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool: ...
+
+
+class Port(Protocol):
+    """The way to the coordinator."""
+
+    def tell(self, record: tuple[Any, ...]) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class Executor:
+    """Executes calls in the thread that made it, one at a time, or nested while one waits.
+
+    ``passes``: exceptions that are let through instead of becoming an outcome.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        home: Home,
+        book: Book,
+        marks: Marks,
+        *,
+        thread_variables: frozenset[str] = frozenset(),
+        passes: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self.running: Running | None = None
+        self.made: dict[Any, Any] = {}
+        self.forked = False
+        self.loops = Loops()
+        self._port = port
+        self._home = home
+        self._known: dict[int, Known] = {}
+        self._book = book
+        self._marks = marks
+        self._thread_variables = thread_variables
+        self._passes = passes
+        self._generators: list[Any] = []
+        self._cancelled: dict[tuple[int, int], str] = {}  # interrupted before they came
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def learn(self, record: tuple[Any, ...]) -> None:
+        """Take a TASK record."""
+        self._known[record[1]] = Known(record, self._home)
+
+    def execute(self, record: tuple[Any, ...]) -> None:
+        """Execute a CALL record and report how it ended."""
+        _, call, attempt, recipe, index, args, units = record
+        known = self._known[recipe]
+        below = self.running
+        self.running = running = Running(call, attempt, known, index, units, below)
+        self._book.begin(call, attempt)
+        if self._cancelled:
+            running.interrupt = self._cancelled.pop((call, attempt), None)
+        start = perf_counter()
+        try:
+            kind, payload, items = self._attempt(running, args)
+        except self._passes:
+            self.running = below
+            raise
+        except BaseException as error:  # an interrupt in the few steps around the call
+            running.user = False
+            kind, payload, items = self._failed(running, error)
+        seconds = perf_counter() - start
+        wrote = self._marks.ended(call, attempt)
+        self._report(running, (ENDED, call, attempt, kind, payload, items, running.began,
+                               seconds, wrote))  # fmt: skip
+
+    def execute_nested(self, record: tuple[Any, ...]) -> None:
+        """Execute a CALL record while the running attempt waits."""
+        waiting = self.running
+        assert waiting is not None
+        self._marks.ended(waiting.call, waiting.attempt, ended=False)
+        with standing_still(), _room_to_recurse():
+            self.execute(record)
+
+    def _report(self, running: Running, record: tuple[Any, ...]) -> None:
+        running.done = True
+        self._port.tell(record)
+        # Only now: an attempt whose outcome is not kept yet is one that was lost.
+        below = self.running = running.below
+        if below is None:
+            self._book.end()
+        else:
+            self._book.begin(below.call, below.attempt)
+
+    def refuse(self, record: tuple[Any, ...], reason: str) -> None:
+        """Report a CALL record that was cancelled before it began."""
+        failure = encode_failure(Interrupted(reason), "cancelled")
+        self._port.tell(
+            (ENDED, record[1], record[2], "error", (failure, False), None, time(), 0.0, False)
+        )
+
+    def _attempt(self, running: Running, args: Any) -> Outcome:
+        restore = self._grant(running.units) if running.units else None
+        try:
+            if running.known.says_began:
+                self._say_began(running)
+            running.enter_user()
+            value = self._call(running, args)
+            if self.forked:
+                self._leave(None)
+            outcome = self._outcome(running.known, value)
+            running.user = False
+            return outcome
+        except BaseException as error:
+            running.user = False
+            if self.forked:
+                self._leave(error)
+            if isinstance(error, self._passes):
+                raise
+            return self._failed(running, error)
+        finally:
+            if restore is not None:
+                _set_environment(restore)
+
+    def _call(self, running: Running, args: Any) -> Any:
+        known = running.known
+        if known.quick and type(args[0]) in _QUICK:
+            return known.function(args[0])
+        known.task  # noqa: B018 - it is looked up, or the reason why it is not there is raised
+        positional, keywords = known.arguments(args, self.per_worker)
+        if known.says_began and not running.told:
+            self._say_began(running, known.label(positional, keywords))
+        made = known.function(*positional, **keywords)
+        if known.style == PLAIN:
+            return made
+        if known.style == GENERATOR:
+            return list(made)
+        return self.loops.run(made if known.style == ASYNC else _listed(made), running)
+
+    # -- outcomes ---------------------------------------------------------------------
+
+    def _outcome(self, known: Known, value: Any) -> Outcome:
+        flags = known.flags
+        if flags & RENDER and value is not None:
+            if type(value) in _CONTAINERS and self._encode(known, value)[1]:
+                return "held", self._encode(known, value), None
+            value = str(value)
+        items = self._items(known, value) if flags & WANT_ITEMS else None
+        payload, keys = self._encode(known, value)
+        if keys:
+            return "held", (payload, keys), items
+        if flags & DROP_VALUE:
+            payload = None
+        return "value", payload, None if items is None else [item for item, _ in items]
+
+    def _encode(self, known: Known, value: Any) -> tuple[Any, Any]:
+        try:
+            return encode(value)
+        except ResultError as error:
+            raise ResultError(f"{known.name} returned what cannot travel: {error}") from error
+
+    def _items(self, known: Known, value: Any) -> list[tuple[Any, Any]]:
+        try:
+            return encode_items(value)
+        except ResultError as error:
+            raise ResultError(f"{known.name}: {error}") from error
+
+    def _failed(self, running: Running, error: BaseException) -> Outcome:
+        if running.interrupt is not None or isinstance(error, Interrupted):
+            return "error", (encode_failure(error, "cancelled"), False), None
+        if isinstance(error, Skip):
+            return "skip", str(error), None
+        if isinstance(error, Retry):
+            return "retry", (error.after, encode_failure(error)), None
+        if not isinstance(error, Exception):
+            return "error", (encode_failure(_exit(running.known, error)), False), None
+        return "error", (encode_failure(error), self._is_retryable(running, error)), None
+
+    def _is_retryable(self, running: Running, error: Exception) -> bool:
+        if isinstance(error, ResultError | ArgumentError | LoadError):
+            return False  # it would end the same way again
+        return isinstance(error, running.known.task.options.retry_on)
+
+    # -- around a call ----------------------------------------------------------------
+
+    def _say_began(self, running: Running, label: str | None = None) -> None:
+        if label is None and running.known.task.options.label is not None:
+            return  # it is said as soon as the label's arguments are there
+        was_user, running.user = running.user, False
+        running.told = True
+        self._port.tell((BEGAN, running.call, running.attempt, running.began, label))
+        self._port.flush()
+        if was_user:
+            running.enter_user()
+
+    def _grant(self, units: dict[str, Any]) -> dict[str, str | None]:
+        """Tell libraries and subprocesses what the call got; gives what was set before."""
+        wanted: dict[str, str | None] = {}
+        if "gpu" in units and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            wanted["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, units["gpu"]))
+        if units.get("cpu", 1) > 1:
+            wanted.update(dict.fromkeys(self._thread_variables, f"{int(units['cpu'])}"))
+        before = {name: os.environ.get(name) for name in wanted}
+        _set_environment(wanted)
+        return before
+
+    def per_worker(self, make: Callable[[], Any]) -> Any:
+        """The value of ``make()``, made once; a generator goes on when the worker ends."""
+        if make not in self.made:
+            made = make()
+            if hasattr(made, "__next__"):
+                self._generators.append(made)
+                made = next(made)
+            self.made[make] = made
+        return self.made[make]
+
+    def close(self) -> None:
+        """Finish what per_worker() made, last first; what that raises is shown."""
+        while self._generators:
+            generator = self._generators.pop()
+            try:
+                next(generator, None)
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+        self.loops.close()
+
+    # -- interrupts -------------------------------------------------------------------
+
+    def on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The signal that follows an INTERRUPT.  Raises Interrupted where it may."""
+        running = self.running
+        if running is None or running.interrupt is None or running.raised:
+            return  # that attempt is over
+        if running.cancel is not None:
+            running.raised = True
+            running.cancel()
+        elif running.user:
+            running.raised = True
+            raise Interrupted(running.interrupt)
+
+    def interrupt(self, call: int, attempt: int, reason: str) -> Running | None:
+        """Another thread's part: the attempt is to end; a signal must follow.
+
+        None: it is not on the stack.  It may be over; if it is about to begin, it ends.
+        """
+        running = self._find(call, attempt)
+        if running is None:
+            self._cancelled[call, attempt] = reason
+            running = self._find(call, attempt)  # it may have missed that
+        if running is not None:
+            running.interrupt = reason
+            self._cancelled.pop((call, attempt), None)
+        return running
+
+    def _find(self, call: int, attempt: int) -> Running | None:
+        running = self.running
+        while running is not None and (running.call, running.attempt) != (call, attempt):
+            running = running.below
+        return running
+
+    # -- forked children --------------------------------------------------------------
+
+    def leave_behind(self) -> None:
+        """In a child that the task forked: it never gets back into the worker's loop."""
+        self.forked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _leave(self, error: BaseException | None) -> NoReturn:
+        """The task's function ended in a child that it forked."""
+        status = 0
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            status = 1
+            sys.excepthook(type(error), error, error.__traceback__)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status & 0xFF)
+
+
+@contextmanager
+def _room_to_recurse() -> Iterator[None]:
+    """Let a nested call recurse as deeply as any other, however deep the stack is already."""
+    before = sys.getrecursionlimit()
+    frame: FrameType | None = sys._getframe()
+    depth = 0
+    while frame is not None:
+        depth, frame = depth + 1, frame.f_back
+    sys.setrecursionlimit(max(before, min(depth + _RECURSION, _DEEPEST)))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def _exit(known: Known, error: BaseException) -> TaskExit:
+    said = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else repr(error)
+    what = "called" if isinstance(error, SystemExit) else "raised"
+    exit = TaskExit(f"{known.name} {what} {said}")
+    exit.__cause__ = error
+    return exit.with_traceback(error.__traceback__)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+async def _listed(generator: Any) -> list[Any]:
+    return [item async for item in generator]

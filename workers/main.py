@@ -1,0 +1,303 @@
+"""A worker: reads calls from its call Pipe, executes them, reports how they ended.
+
+The main thread reads many calls at once and executes one after the other.  The control
+thread (``control``) speaks on the control Pipe meanwhile, and may take back calls that
+the main thread has not begun.  What both touch: the queue, whose ends are atomic to pop;
+the call Pipe, under ``reading``; the outbox, which has a lock of its own.
+
+When the coordinator is gone, so is the worker, with all that its calls have started.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final, NoReturn
+
+from taskrun import context, sessions
+from taskrun.ledger import Ledger
+from taskrun.messages import (
+    CALL,
+    DELIVER,
+    GAVE_BACK,
+    NESTED,
+    QUIT,
+    READY,
+    TASK,
+)
+from taskrun.wire import READ_SIZE, Decoder
+from taskrun.workers.capture import Capture
+from taskrun.workers.control import Control
+from taskrun.workers.execute import Executor, Running
+from taskrun.workers.outbox import Outbox
+from taskrun.workers.recipes import Home
+from taskrun.workers.scope import WorkerContext
+from taskrun.workers.settings import Birth, Preloaded, Settings, apply, preload
+
+FINISH_SECONDS: Final = 3.0  # for what per_worker() made, when the worker ends
+_FAILED: Final = 70  # exit status of a worker that cannot go on, whatever its calls did
+
+
+def run(
+    settings: Settings, birth: Birth, fds: list[int], parent: int, preloaded: Preloaded
+) -> NoReturn:
+    """Be a worker, in a process made for it; never returns."""
+    status = _FAILED
+    try:
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        sessions.die_with_parent(parent)
+        _close_stdin()
+        Worker(settings, birth, fds, preloaded).run()
+        status = 0
+    except ConnectionError:
+        _end_with_session()  # the coordinator is gone
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.EBADF:
+            print("a call closed file descriptors that are its worker's own", file=sys.stderr)
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
+
+
+def spawned(fds: list[int]) -> NoReturn:
+    """Be a worker in a fresh interpreter; the last of ``fds`` says what for."""
+    with open(fds.pop(), "rb") as told:
+        settings, birth, parent = pickle.load(told)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    apply(settings)
+    run(settings, birth, fds, parent, preload(settings))
+
+
+class Worker:
+    """One worker process; the executor's way to the coordinator."""
+
+    def __init__(
+        self, settings: Settings, birth: Birth, fds: list[int], preloaded: Preloaded
+    ) -> None:
+        self._fd, control, stdout, stderr, ledger_fd = fds
+        self._ledger = Ledger(ledger_fd)
+        os.close(ledger_fd)
+        self.queue: deque[tuple[Any, ...]] = deque()
+        self.reading = threading.Lock()
+        self.outbox = Outbox(self._ledger, self._fd)
+        self.tell, self.flush = self.outbox.tell, self.outbox.flush
+        self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
+        home = Home(settings.module, preloaded)
+        variables = frozenset(settings.environment)
+        self.executor = Executor(
+            self, home, self._ledger, self._capture, thread_variables=variables
+        )
+        self._context = WorkerContext(
+            self.executor,
+            self,
+            worker=f"w{birth.worker}",
+            node=settings.node,
+            set_by_user=settings.set_by_user,
+        )
+        self._control = Control(self, control)
+        self._decoder = Decoder()
+        self._delivered: deque[tuple[Any, ...]] = deque()
+        self._nested: deque[tuple[Any, ...]] = deque()
+        self._quitting = False
+        self.waiting = 0  # attempts that wait; the main thread then reads the Pipe itself
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until told to quit."""
+        signal.signal(signal.SIGINT, self.executor.on_interrupt)
+        os.register_at_fork(after_in_child=self._leave_behind)
+        context.activate(self._context)
+        self.tell((READY, os.getpid()))
+        self._control.start()
+        queue, outbox, execute = self.queue, self.outbox, self.executor.execute
+        while not self._quitting or queue:
+            if not queue:
+                outbox.flush()
+                self._await_calls()
+                continue
+            try:
+                record = queue.popleft()
+            except IndexError:  # given back just now
+                continue
+            execute(record)
+            if outbox.is_due:
+                outbox.flush()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Finish what per_worker() made, within a time."""
+        alarm = threading.Timer(FINISH_SECONDS, os._exit, [0])
+        alarm.daemon = True
+        alarm.start()
+        self.executor.close()
+        self._capture.flush()
+        self.flush()
+
+    # -- the call Pipe ----------------------------------------------------------------
+
+    def _await_calls(self) -> None:
+        with self.reading:
+            if not self.queue:  # the control thread may have read some
+                self._read()
+        if self._delivered or self._nested:
+            self._attend()
+
+    def read_what_is_there(self) -> None:
+        """In the control thread: read calls that wait in the Pipe while one is executed."""
+        if not self.reading.acquire(blocking=False):
+            return  # the main thread is about to read: nothing is executed
+        try:
+            while not self.waiting and _is_readable(self._fd):
+                self._read()
+        finally:
+            self.reading.release()
+
+    def _read(self) -> None:
+        """One read; ``reading`` is held.  What runs code of tasks is left to the main thread."""
+        data = os.read(self._fd, READ_SIZE)
+        if not data:
+            raise ConnectionResetError("the coordinator closed the call Pipe")
+        for frame in self._decoder.feed(data):
+            for record in pickle.loads(frame):
+                kind = record[0]
+                if kind == CALL:
+                    self.queue.append(record)
+                elif kind == TASK:
+                    self.executor.learn(record)
+                elif kind == DELIVER:
+                    self._delivered.append(record)
+                elif kind == NESTED:
+                    self._nested.append(record)
+                elif kind == QUIT:
+                    self._quitting = True
+
+    def give_back(self, count: int) -> None:
+        """Return up to ``count`` calls that have not begun, the last first."""
+        calls: list[tuple[int, int]] = []
+        while len(calls) < count and self.queue:
+            try:
+                record = self.queue.pop()
+            except IndexError:
+                break  # it was begun just now
+            calls.append(record[1:3])
+        self.tell((GAVE_BACK, calls))
+
+    def _attend(self) -> None:
+        """Deliver outcomes; execute nested calls, if something waits for them."""
+        while self._delivered:
+            self._context.deliver(*self._delivered.popleft()[1:])
+        while self._nested:
+            record = self._nested.popleft()
+            if self.waiting:
+                self.executor.execute_nested(record)
+            else:
+                self.tell((GAVE_BACK, [record[1:3]]))  # the wait was over when it came
+
+    # -- waiting attempts -------------------------------------------------------------
+
+    def _wait_begins(self) -> None:
+        with self.reading:  # from here on the control thread reads nothing
+            self.waiting += 1
+        if self.queue:
+            self.give_back(len(self.queue))
+
+    def _wait_ends(self) -> None:
+        with self.reading:
+            self.waiting -= 1
+
+    def converse(
+        self,
+        running: Running,
+        wait: tuple[Any, ...],
+        satisfied: Callable[[], bool],
+        deadline: float | None,
+    ) -> bool:
+        """See ``scope.Line``."""
+        self._wait_begins()
+        try:
+            self._attend()
+            self.tell(wait)
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            while not satisfied():
+                self.flush()
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._pause(poll, running, left)
+                self._take_what_came()
+            return True
+        finally:
+            self._wait_ends()
+
+    def _pause(self, poll: select.poll, running: Running, seconds: float | None) -> None:
+        running.enter_user()  # here, and only here, may a waiting attempt be interrupted
+        poll.poll(None if seconds is None else seconds * 1000)
+        running.user = False
+
+    def _take_what_came(self) -> None:
+        while _is_readable(self._fd):
+            with self.reading:
+                self._read()
+            self._attend()
+        if self.queue:  # sent before the coordinator knew of the wait
+            self.give_back(len(self.queue))
+
+    def listen(self, loop: Any, heard: Callable[[], object]) -> None:
+        """See ``scope.Line``."""
+
+        def readable() -> None:
+            self._take_what_came()
+            heard()
+            self.flush()
+
+        self._wait_begins()
+        self._attend()
+        loop.add_reader(self._fd, readable)
+
+    def stop_listening(self, loop: Any) -> None:
+        """See ``scope.Line``."""
+        loop.remove_reader(self._fd)
+        self._wait_ends()
+
+    # -- ends -------------------------------------------------------------------------
+
+    def _leave_behind(self) -> None:
+        """In a child that a task forked: nothing of the worker's is left in it."""
+        self.executor.leave_behind()
+        os.close(self._fd)
+        self._control.close()
+        self._capture.close()
+        try:
+            self._ledger.close()
+        except BufferError:
+            pass  # the control thread, which is not in this child, was sending from it
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _end_with_session() -> None:
+    own = os.getpid()
+    sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
+
+
+def _close_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)

@@ -1,0 +1,48 @@
+"""What a worker has to say, in order: kept in the ledger, sent in batches."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from time import perf_counter
+from typing import Any, Final
+
+from taskrun.ledger import Ledger
+from taskrun.wire import send_frame
+
+LATEST: Final = 0.001  # seconds after which records are sent although there is more to do
+LARGE: Final = 64 * 1024  # bytes after which they are
+
+
+class Outbox:
+    """Records on their way to the coordinator; both of the worker's threads use it."""
+
+    def __init__(self, ledger: Ledger, fd: int) -> None:
+        self.lock = threading.RLock()
+        self._ledger = ledger
+        self._fd = fd
+        self._flushed = 0.0
+
+    def tell(self, record: tuple[Any, ...]) -> None:
+        """Keep a record; send at once what is too large to be kept."""
+        data = pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
+        with self.lock:
+            if self._ledger.append(data):
+                return
+            self.flush()
+            if not self._ledger.append(data):
+                send_frame(self._fd, self._ledger.frame_of(data))
+                self._ledger.clear()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what is kept should be sent before more is done."""
+        return self._ledger.used > LARGE or perf_counter() - self._flushed > LATEST
+
+    def flush(self) -> None:
+        """Send what is kept.  Raises ConnectionError where the coordinator is gone."""
+        with self.lock:
+            if self._ledger.used:
+                send_frame(self._fd, self._ledger.frame())
+                self._ledger.clear()
+            self._flushed = perf_counter()

@@ -1,0 +1,107 @@
+"""What the template and its workers are told when they start, and how they are started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NamedTuple
+
+FORKSERVER = "forkserver"
+SPAWN = "spawn"
+
+_THREADS_OF_LIBRARIES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+class Settings(NamedTuple):
+    """What is the same for all workers of a run.
+
+    ``module`` and ``file``: the task file, None where there is none.  ``set_by_user``: task
+    name -> the parameters that ``-p`` set.  ``coordinator``: its pid.
+    """
+
+    argv: list[str]
+    path: list[str]
+    cwd: str | None
+    module: str | None
+    file: str | None
+    environment: dict[str, str]
+    start_method: str
+    set_by_user: dict[str, frozenset[str]]
+    node: str
+    coordinator: int
+
+
+class Birth(NamedTuple):
+    """What one worker is told.
+
+    ``token`` marks the ends of calls in its output.  The descriptors come separately: call
+    Pipe, control Pipe, stdout, stderr, ledger.
+    """
+
+    worker: int
+    token: bytes
+
+
+class Preloaded(NamedTuple):
+    """How importing the task file went: ``failure`` is None, or (message, traceback)."""
+
+    failure: tuple[str, str] | None
+
+
+def apply(settings: Settings) -> None:
+    """Take over the coordinator's arguments, module path, folder and environment."""
+    os.environ.update(settings.environment)
+    if settings.cwd is not None:
+        try:
+            os.chdir(settings.cwd)
+        except OSError:
+            pass  # the folder was deleted; the coordinator goes on in it as well
+    sys.path[:] = settings.path
+    sys.argv[:] = settings.argv
+
+
+def preload(settings: Settings) -> Preloaded:
+    """Import the task file; a failure is kept, for the calls that need it."""
+    if settings.file is None or settings.module is None:
+        return Preloaded(None)
+    from taskrun.errors import LoadError
+    from taskrun.loading import import_file
+
+    try:
+        import_file(settings.file, settings.module)
+    except LoadError as error:
+        return Preloaded((str(error), error.traceback_text))
+    except KeyboardInterrupt:
+        return Preloaded((f"{settings.file} raised KeyboardInterrupt while it was imported", ""))
+    return Preloaded(None)
+
+
+def environment_additions(environ: dict[str, str]) -> dict[str, str]:
+    """What workers get set that the user has not: one thread a call in numeric libraries."""
+    return {name: "1" for name in _THREADS_OF_LIBRARIES if name not in environ}
+
+
+def python_command(code: str) -> list[str]:
+    """This interpreter with its options, about to run ``code``.
+
+    ``-c`` puts the working folder first on ``sys.path``; that is undone before anything is
+    imported, so that no file there can stand in for a module of ours or of Python's.
+    """
+    flags = sys.flags
+    options = ["-" + "O" * flags.optimize] if flags.optimize else []
+    if flags.isolated:
+        options.append("-I")
+    else:
+        options += ["-E"] * bool(flags.ignore_environment) + ["-s"] * bool(flags.no_user_site)
+    options += ["-S"] * bool(flags.no_site) + ["-B"] * bool(flags.dont_write_bytecode)
+    options += [f"-W{option}" for option in sys.warnoptions]
+    for name, value in sys._xoptions.items():
+        options.append(f"-X{name}" if value is True else f"-X{name}={value}")
+    clean = "import sys; sys.path[:] = [p for p in sys.path if p]; "
+    return [sys.executable, *options, "-c", clean + code]

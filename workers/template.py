@@ -1,0 +1,379 @@
+"""The template process: imports the task file once, then forks every worker from itself.
+
+The standard library's forkserver neither takes over ``sys.path`` nor survives an import
+that fails, and does not say how its children ended.  This one is the parent of all workers
+and, on Linux, of every process that they leave behind:
+
+- the coordinator asks for workers over a socket, with their descriptors attached;
+- a worker's end is told with its exit status, after what is left of its session was killed;
+- when the coordinator is gone, so are all of them.
+
+It stays single-threaded, since forking a process that has threads is unsafe.  Where the task
+file started some while it was imported, or where the start method is ``spawn``, workers are
+fresh interpreters instead.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from taskrun import sessions
+from taskrun.ledger import shared_file
+from taskrun.wire import Decoder, send_frame
+from taskrun.workers import main
+from taskrun.workers.settings import (
+    FORKSERVER,
+    Birth,
+    Preloaded,
+    Settings,
+    apply,
+    preload,
+    python_command,
+)
+
+# From the coordinator; the descriptors of START come with it.
+START = "start"  # (START, Birth)
+SIGNAL = "signal"  # (SIGNAL, worker, signal number, whole session)
+QUIT = "quit"  # (QUIT, seconds between TERM and KILL)
+
+# To the coordinator:
+UP = "up"  # (UP, None | (message, traceback))   the task file was imported, or not
+STARTED = "started"  # (STARTED, worker, pid)
+EXITED = "exited"  # (EXITED, worker, exit status; negative: a signal)
+
+FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
+_PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
+
+
+def serve(sock: socket.socket) -> NoReturn:
+    """Be the template of the coordinator at the other end of ``sock``; never returns."""
+    status = 1
+    try:
+        Template(sock).run()
+        status = 0
+    except BaseException:
+        import traceback  # seen where TASKRUN_DEBUG is set
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+class Template:
+    """One template; see the module's own text."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._decoder = Decoder()
+        self._requests: deque[tuple[Any, ...]] = deque()
+        self._fds: deque[int] = deque()
+        self._pids: dict[int, int] = {}  # worker -> pid
+        self._workers: dict[int, int] = {}  # pid -> worker
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._preloaded = Preloaded(None)
+        self._grace: float | None = None  # set: asked to quit
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def run(self) -> None:
+        """Import the task file, serve requests until told to quit, end all workers."""
+        _leave_the_terminal()
+        sessions.adopt_orphans()
+        if not self._receive():
+            return
+        self._settings: Settings = self._requests.popleft()[0]
+        apply(self._settings)
+        self._preload()
+        self._listen_to_signals()
+        self._poll = self._make_poll()
+        self._tell((UP, self._preloaded.failure))
+        while self._grace is None:
+            self._turn(None)
+        self._end(self._grace)
+
+    def _preload(self) -> None:
+        if self._settings.start_method != FORKSERVER:
+            return
+        watch = _Watch(self._sock, lambda: self._end(0.0))
+        self._preloaded = preload(self._settings)
+        watch.stop()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()  # or every worker would print it
+        # What exists now is never garbage: no worker need look at it, and so copy it.
+        gc.collect()
+        gc.freeze()
+
+    def _listen_to_signals(self) -> None:
+        # After the import, which may have had ideas of its own.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, _noted)
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        self._wake_writer.send(bytes([signal.SIGCHLD]))  # what ended before we listened
+
+    def _make_poll(self) -> select.poll:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
+        # Another process may hold the coordinator's end of the socket open (a child that it
+        # forked): its own end is seen here.
+        self._parent_fd = _watch_process(self._settings.coordinator)
+        if self._parent_fd is not None:
+            poll.register(self._parent_fd, select.POLLIN)
+        return poll
+
+    def _turn(self, timeout: float | None) -> None:
+        ready = [fd for fd, _ in self._poll.poll(None if timeout is None else timeout * 1000)]
+        if self._wake_reader.fileno() in ready:
+            self._on_signals()
+        if self._sock.fileno() in ready and not self._receive():
+            self._coordinator_is_gone()
+        if self._parent_fd in ready:
+            self._coordinator_is_gone()
+        while self._requests:
+            self._serve_one(self._requests.popleft())
+
+    def _coordinator_is_gone(self) -> None:
+        for fd in (self._sock.fileno(), self._parent_fd):
+            if fd is not None:
+                try:
+                    self._poll.unregister(fd)
+                except KeyError:
+                    pass  # it was seen by the other descriptor
+        self._grace = 0.0
+
+    # -- messages ---------------------------------------------------------------------
+
+    def _receive(self) -> bool:
+        """Read what there is; False when the coordinator is gone."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, 65536, 64 * FDS)
+        except ConnectionError:
+            return False
+        self._fds.extend(fds)
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        for frame in self._decoder.feed(data):
+            self._requests.append(pickle.loads(frame))
+        return bool(data)
+
+    def _tell(self, message: tuple[Any, ...]) -> None:
+        try:
+            send_frame(self._sock.fileno(), pickle.dumps(message))
+        except ConnectionError:
+            self._grace = 0.0  # nobody is there any more
+
+    def _serve_one(self, request: tuple[Any, ...]) -> None:
+        kind = request[0]
+        if kind == START:
+            self._start(request[1], [self._fds.popleft() for _ in range(FDS)])
+        elif kind == SIGNAL:
+            self._signal(*request[1:])
+        elif kind == QUIT:
+            self._grace = request[1]
+
+    # -- workers ----------------------------------------------------------------------
+
+    def _start(self, birth: Birth, fds: list[int]) -> None:
+        forks = self._settings.start_method == FORKSERVER and len(sys._current_frames()) == 1
+        try:
+            pid = self._fork(birth, fds) if forks else self._spawn(birth, fds)
+        except OSError as error:
+            self._tell((EXITED, birth.worker, f"not started: {error.strerror}"))
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._pids[birth.worker] = pid
+        self._workers[pid] = birth.worker
+        self._tell((STARTED, birth.worker, pid))
+
+    def _fork(self, birth: Birth, fds: list[int]) -> int:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._let_go()
+            main.run(self._settings, birth, fds, parent, self._preloaded)
+        return pid
+
+    def _let_go(self) -> None:
+        """In a new worker: nothing of the template's is left open."""
+        signal.set_wakeup_fd(-1)
+        for owned in (self._sock, self._wake_reader, self._wake_writer):
+            owned.close()
+        for fd in (self._parent_fd, *self._fds):
+            if fd is not None:
+                os.close(fd)
+
+    def _spawn(self, birth: Birth, fds: list[int]) -> int:
+        told = shared_file(0)
+        os.write(told, pickle.dumps((self._settings, birth, os.getpid())))
+        os.lseek(told, 0, os.SEEK_SET)
+        inherited = [*fds, told]
+        try:
+            for fd in inherited:
+                os.set_inheritable(fd, True)
+            numbers = ",".join(map(str, inherited))
+            command = python_command(f"from taskrun.workers.main import spawned; {_SPAWNED}")
+            return os.posix_spawn(
+                command[0],
+                [*command, numbers],
+                os.environ,
+                setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGCHLD],
+            )
+        finally:
+            os.close(told)
+
+    def _signal(self, worker: int, number: int, whole_session: bool) -> None:
+        pid = self._pids.get(worker)
+        if pid is None:
+            return  # it has ended
+        if whole_session:
+            sessions.signal_session(pid, number)
+        sessions.send([pid], number)  # it may not have its session yet
+
+    # -- ends -------------------------------------------------------------------------
+
+    def _on_signals(self) -> None:
+        numbers = self._wake_reader.recv(4096)
+        if signal.SIGTERM in numbers and self._grace is None:
+            self._grace = 1.0
+        self._reap()
+
+    def _reap(self) -> bool:
+        """Take the ends of all that have ended; False when no child is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            worker = self._workers.pop(pid, None)
+            if worker is None:
+                continue  # an orphan that we adopted
+            del self._pids[worker]
+            sessions.signal_session(pid, signal.SIGKILL)
+            self._tell((EXITED, worker, os.waitstatus_to_exitcode(status)))
+
+    def _end(self, grace: float) -> None:
+        """End all workers and all that they started: TERM, a while, KILL."""
+        if grace > 0:
+            self._signal_all(signal.SIGTERM)
+            self._await_ends(time.monotonic() + grace)
+        deadline = time.monotonic() + _PATIENCE
+        while self._reap() and time.monotonic() < deadline:
+            # What dies leaves its children to us: again, until none is left.
+            if not self._signal_all(signal.SIGKILL):
+                break
+            self._await_ends(time.monotonic() + 0.05, once=True)
+
+    def _await_ends(self, deadline: float, *, once: bool = False) -> None:
+        while self._reap() and (left := deadline - time.monotonic()) > 0:
+            if select.select([self._wake_reader], [], [], left)[0]:
+                self._wake_reader.recv(4096)
+                if once:
+                    return
+
+    def _signal_all(self, number: int) -> int:
+        """Signal every process below this one; gives how many could be."""
+        own = os.getpid()
+        found = list(sessions.processes())
+        if not found:  # this system does not tell
+            for pid in self._workers:
+                sessions.signal_session(pid, number)
+            return sessions.send(self._workers, number)
+        children = {process.pid for process in found if process.parent == own}
+        below = [
+            process.pid
+            for process in found
+            if process.pid in children or process.session in children or process.parent in children
+        ]
+        return sessions.send(below, number)
+
+
+_SPAWNED = "spawned([int(fd) for fd in sys.argv[-1].split(',')])"
+
+
+class _Watch:
+    """Ends everything here if the coordinator ends while the task file is being imported.
+
+    A thread, since the import has the main one; it is gone again before anything is forked.
+    """
+
+    def __init__(self, sock: socket.socket, end: Callable[[], None]) -> None:
+        self._sock = sock
+        self._end = end
+        self._reader, self._writer = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._sock, getattr(select, "POLLRDHUP", 0))  # or POLLHUP, unasked
+        poll.register(self._reader, select.POLLIN)
+        if any(fd == self._sock.fileno() for fd, _ in poll.poll()):
+            self._end()
+            os._exit(1)
+
+    def stop(self) -> None:
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+
+def _noted(number: int, frame: Any) -> None:
+    """The wake-up descriptor tells the loop."""
+
+
+def _leave_the_terminal() -> None:
+    """Neither Ctrl-C nor the end of the terminal reaches this process or its workers."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # Workers inherit these very objects, and what the task file may keep of them.  Lines are
+    # written whole, also where PYTHONUNBUFFERED is set.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                line_buffering=True, write_through=False, errors="backslashreplace"
+            )
+
+
+def _watch_process(pid: int) -> int | None:
+    """A descriptor that is readable when process ``pid``, our parent, has ended (Linux)."""
+    if not hasattr(os, "pidfd_open") or os.getppid() != pid:
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None  # an old kernel, or a sandbox
+
+
+def run(fd: int) -> NoReturn:
+    """Serve on a copy of descriptor ``fd``, and free that number."""
+    sock = socket.socket(fileno=os.dup(fd))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, fd, inheritable=fd <= 2)
+    os.close(null)
+    serve(sock)
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]))
