@@ -30,6 +30,9 @@ DEADLINE = 120.0
 LINGER = 20.0
 """Seconds that a command's other processes may live on after it."""
 
+QUIET = 0.15
+"""Cores that others may use in a machine that counts as quiet."""
+
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -170,6 +173,16 @@ class OthersLoad:
     def cores(self) -> float:
         others = _busy() - self._busy - (_own() - self._own)
         return max(0.0, others / (time.perf_counter() - self._started))
+
+
+def wait_until_quiet(patience: float) -> None:
+    """Wait, at most ``patience`` seconds, until nothing else is busy on this machine."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        load = OthersLoad()
+        time.sleep(0.5)
+        if load.cores() < QUIET:
+            return
 
 
 def _busy() -> float:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import BenchmarkError, OthersLoad, adopt_orphans, python_version
+from measure import BenchmarkError, OthersLoad, adopt_orphans, python_version, wait_until_quiet
 from suite import BENCHMARKS, Benchmark
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -61,6 +61,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmarks: " + ", ".join(names))
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; without: all")
     parser.add_argument("--rounds", type=int, help="how many, instead of each one's own number")
+    parser.add_argument(
+        "--patience", type=float, default=0.0, metavar="S",
+        help="before each round wait up to S seconds until the machine is quiet",
+    )  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="leave RESULTS.md as it is")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
@@ -71,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def attempt(benchmark: Benchmark, options: argparse.Namespace) -> Measured | None:
     print(f"{benchmark.name}: {benchmark.what}", flush=True)
     try:
-        measured = measure(benchmark, options.rounds or benchmark.rounds)
+        measured = measure(benchmark, options.rounds or benchmark.rounds, options.patience)
     except BenchmarkError as error:
         print(f"  FAILED: {error}", flush=True)
         return None
@@ -79,17 +83,20 @@ def attempt(benchmark: Benchmark, options: argparse.Namespace) -> Measured | Non
     return measured
 
 
-def measure(benchmark: Benchmark, rounds: int) -> Measured:
+def measure(benchmark: Benchmark, rounds: int, patience: float) -> Measured:
     """The sides take turns, and every other round the order is reversed."""
-    load = OthersLoad()
     ours: list[float] = []
     peer: list[float] = []
+    others: list[float] = []
     sides = [(benchmark.ours, ours), (benchmark.peer, peer)]
     for _ in range(rounds):
+        wait_until_quiet(patience)
+        load = OthersLoad()
         for side, figures in sides:
             figures.append(side())
         sides.reverse()
-    return Measured(benchmark, ours, peer, load.cores())
+        others.append(load.cores())
+    return Measured(benchmark, ours, peer, statistics.mean(others))
 
 
 # -- how results are shown ------------------------------------------------------------

@@ -60,6 +60,7 @@ class Call:
         "refused",  # delivered failures: the parent saw this call fail
         "seconds",  # the last attempt's duration
         "state",
+        "teardown",  # runs though the run is being stopped: always=, or below such a call
         "units",  # what it holds of resources
         "users",  # how many may still ask for the value
         "value",
@@ -84,6 +85,7 @@ class Call:
         self.parent = parent
         self.key = key
         self.state: str = WAITING
+        self.teardown: bool = recipe.always or (parent is not None and parent.teardown)
         self.attempt = 0
         self.needs = 0
         self.users = 0

@@ -29,21 +29,25 @@ from taskrun.model import Plan, Task
 from taskrun.observers import Observer, Observers
 from taskrun.reactor import Reactor
 from taskrun.settings import Settings, memory_here
+from taskrun.terminal import Target
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def execute(plan: Plan, settings: Settings, *, more: Sequence[Observer] = ()) -> int:
+def execute(
+    plan: Plan, settings: Settings, *, more: Sequence[Observer] = (), stdout: Target = None
+) -> int:
     """Run a plan to its end; gives the exit status.
 
+    ``stdout``: where it goes, unless to this process's own.
     Raises UsageError where the job log cannot be written, RunError (after all workers
     have ended) where the run could not go on.
     """
     from taskrun.display import Display  # its parts come only with a run
 
     reactor = Reactor()
-    display = Display(settings, reactor)
+    display = Display(settings, reactor, stdout)
     return Run(plan, settings, [*display.observers, *more], reactor).execute()
 
 
@@ -228,18 +232,24 @@ def worker_name(worker: int | None) -> str:
 
 
 def execute_map(
-    loaded: Loaded, task: Task, lines: Iterator[Any], settings: Settings, keep_order: bool
+    loaded: Loaded,
+    task: Task,
+    lines: Iterator[Any],
+    settings: Settings,
+    keep_order: bool,
+    *,
+    stdout: Target = None,
 ) -> int:
     """Call ``task`` once per item of ``lines`` and print each result; gives the exit status.
 
-    ``lines`` is read as far ahead as the workers need, in a thread of its own.
+    ``stdout``: as in :func:`execute`.  ``lines`` is read as far ahead as the workers need, in a thread of its own.
     """
     from taskrun.display import Display
     from taskrun.feed import Feed, Results
 
     reactor = Reactor()
-    display = Display(settings, reactor)
-    results = Results(display.terminal, keep_order)
+    display = Display(settings, reactor, stdout)
+    results = Results(display.show_result, keep_order)
     plan = Plan((), frozenset([task.name]), file=loaded.file, module=loaded.module)
     run = Run(plan, settings, [*display.observers, results], reactor, open_feed=True)
     feed = Feed(run, task, lines)

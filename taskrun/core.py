@@ -169,8 +169,8 @@ class Scheduler:
         failure = Failure(
             "lost",
             "WorkerLost",
-            f"the worker that executed {call.title} (attempt {call.attempt}) was "
-            f"{event.reason}{said}",
+            f"the worker that executed {call.title} (attempt {call.attempt}) "
+            f"{_was(event.reason)}{said}",
         )
         self._attempt_failed(call, failure, "lost", retryable=True)
 
@@ -219,7 +219,7 @@ class Scheduler:
             self._put_down(call)
             call.attempt -= 1
             cancelled, call.ending = call.ending == "cancelled", None
-            if cancelled or (self.stopping and not call.recipe.always):
+            if cancelled or (self.stopping and not call.teardown):
                 self._end(call, CANCELLED)
             else:
                 call.state = READY
@@ -321,7 +321,7 @@ class Scheduler:
         self._put_down(call)
         retries = call.recipe.retries
         allowed = retries if retries is not None else (0 if asked is None else call.attempt)
-        final = self.stopping and not call.recipe.always
+        final = self.stopping and not call.teardown
         if final or not retryable or call.attempt > allowed:
             self._attempt_ended(call, outcome, failure, None)
             self._end(call, FAILED)
@@ -375,7 +375,7 @@ class Scheduler:
         new = []
         for key, recipe, blob, keys in event.calls:
             known = parent.children.get(key)
-            if known is not None:
+            if known is not None and not self._is_spent(known, parent):
                 known.generation = parent.attempt  # a retry takes over what is there
                 continue
             call = self._submitted(recipe, parent, key, blob)
@@ -386,6 +386,15 @@ class Scheduler:
         for call, keys in new:
             self._depend(call, parent, keys)
             self._admit(call)
+
+    def _is_spent(self, child: Call, parent: Call) -> bool:
+        """Whether a retried parent's child ended without a value in an earlier attempt: it is
+        made anew, or the retry could not help."""
+        if child.generation == parent.attempt or child.state not in FINAL or child.state is OK:
+            return False
+        _note_refused(child)  # the parent's earlier attempt has answered for it
+        self.graph.release(child)
+        return True
 
     def on_fed(self, event: m.Fed) -> None:
         calls = [self._submitted(event.recipe, None, b"", blob) for blob in event.arguments]
@@ -424,7 +433,7 @@ class Scheduler:
     def _admit(self, call: Call) -> None:
         """A submitted call joins the run."""
         lacking = self.resources.missing(call.recipe.resources)
-        if self.stopping and not call.recipe.always:
+        if self.stopping and not call.teardown:
             self._end(call, CANCELLED)
         elif lacking:
             call.failure = Failure(
@@ -590,7 +599,7 @@ class Scheduler:
         if call.state is HELD:
             self._link(call)
         elif call.state is WAITING:
-            if self.stopping and not call.recipe.always:
+            if self.stopping and not call.teardown:
                 self._end(call, CANCELLED)
             else:
                 call.state = READY
@@ -606,7 +615,7 @@ class Scheduler:
             call.value = call.items = None
             call.failure = cause.ended_as()
             _note_refused(cause)
-            self._end(call, CANCELLED if cause.state is CANCELLED else FAILED)
+            self._end(call, cause.state)
 
     def _fail_blocked(self, call: Call) -> None:
         needs = ", ".join(f"{name}={amount:g}" for name, amount in call.recipe.resources.items())
@@ -659,19 +668,19 @@ class Scheduler:
         for worker in self.placement.workers.values():
             if interrupt:
                 for call in worker.calls.values():
-                    if not call.ending and not call.recipe.always:
+                    if not call.ending and not call.teardown:
                         self._interrupt(call, "cancelled")
             elif len(worker.calls) - len(worker.waits) > 1:
                 self.placement.reclaim(worker, len(worker.calls))
         if not first:
             return
         for call in self._ready.clear():
-            if call.recipe.always:
+            if call.teardown:
                 self._ready.add(call)
             else:
                 self._end(call, CANCELLED)
         for call in self.calls:
-            if call.recipe.always:
+            if call.teardown:
                 continue
             if call.state is SLEEPING:
                 self._end(call, FAILED)
@@ -681,6 +690,10 @@ class Scheduler:
     def release(self, call: Call) -> None:
         """Whoever fed a call has taken its value."""
         self.graph.release(call)
+
+
+def _was(reason: str) -> str:
+    return reason if reason.startswith("exited") else f"was {reason}"
 
 
 def _find_child(holder: Call, key: bytes) -> Call | None:

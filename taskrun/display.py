@@ -12,18 +12,20 @@ from taskrun.progress import Progress
 from taskrun.reactor import Reactor
 from taskrun.settings import Settings
 from taskrun.summary import Summary
-from taskrun.terminal import Terminal
+from taskrun.terminal import Target, Terminal
 
 
 class Display(Observer):
     """The observers that the settings ask for; keeps them going while the run lasts."""
 
-    def __init__(self, settings: Settings, reactor: Reactor) -> None:
-        self.terminal = Terminal(sys.stdout, sys.stderr)
+    def __init__(self, settings: Settings, reactor: Reactor, stdout: Target = None) -> None:
+        """``stdout``: where it goes, unless to this process's own."""
+        self.terminal = Terminal(sys.stdout if stdout is None else stdout, sys.stderr)
         self.terminal.on_broken = lambda reason: reactor.post(lambda: self._stop(reason))
         self._reactor = reactor
         self._run: Any = None
         self._progress: Progress | None = None
+        self._events: Any = None
         # With --json, stdout holds events and nothing else; people read stderr.
         output = make_output("quiet" if settings.json else settings.output, self.terminal)
         self.observers: list[Observer] = [self, output]
@@ -44,7 +46,15 @@ class Display(Observer):
     def _add_events(self) -> None:
         from taskrun.records import Events
 
-        self.observers.append(Events(self.terminal, self._reactor.call_soon))
+        self._events = Events(self.terminal, self._reactor.call_soon)
+        self.observers.append(self._events)
+
+    def show_result(self, call: Any, value: str) -> None:
+        """Show what a call of ``taskrun map`` has returned."""
+        if self._events is not None:
+            self._events.result(call, value)
+        else:
+            self.terminal.write_lines("stdout", f"{value}\n")
 
     def run_started(self, run: Any) -> None:
         self._run = run

@@ -52,6 +52,18 @@ class WireError(RunError):
     """Raised when the other end of a Pipe sends what cannot be a frame or a record."""
 
 
+# -- raised where shared state is used -------------------------------------------------
+
+
+class StateError(TaskrunError):
+    """Raised when shared state is used as it cannot be: while the task file is imported,
+    or one name for two kinds of objects."""
+
+
+class StateLost(StateError, ConnectionError):
+    """Raised when the coordinator that holds the state is gone, or cannot be reached."""
+
+
 # -- how one call can end, other than with its own exception --------------------------
 
 

@@ -48,6 +48,8 @@ def _why_ready(scheduler: Scheduler, call: Call) -> str:
     if lacking:
         return f"is ready and waits until enough {', '.join(lacking)} is free"
     placement = scheduler.placement
+    if placement.busy_cpu < placement.slots:
+        return "is ready and waits for its turn"
     return f"is ready and waits for a slot: {placement.busy_cpu:g} of {placement.slots} are taken"
 
 

@@ -17,7 +17,6 @@ from taskrun.errors import UsageError
 from taskrun.model import Task
 from taskrun.observers import Observer
 from taskrun.recipes import make_recipe
-from taskrun.terminal import Terminal
 from taskrun.values import decode, dumps_arguments
 
 
@@ -72,14 +71,14 @@ class Feed:
 
 
 class Results(Observer):
-    """Prints what calls return, as they end or in the order of the arguments.
+    """Shows what calls return, as they end or in the order of the arguments.
 
-    ``taken`` is told of each call whose result was used.
+    ``show`` gets each call and its value as text.  ``taken`` is told of each call whose result was used.
     """
 
-    def __init__(self, terminal: Terminal, keep_order: bool) -> None:
+    def __init__(self, show: Callable[[Any, str], None], keep_order: bool) -> None:
         self.taken: Callable[[Any], None]
-        self._terminal = terminal
+        self._show_result = show
         self._keep_order = keep_order
         self._ended: dict[int, Any] = {}
         self._next = 0
@@ -88,15 +87,15 @@ class Results(Observer):
         if call.parent is not None:
             return
         if not self._keep_order:
-            self._print(call)
+            self._show(call)
             return
         self._ended[call.index] = call
         while self._next in self._ended:
-            self._print(self._ended.pop(self._next))
+            self._show(self._ended.pop(self._next))
             self._next += 1
 
-    def _print(self, call: Any) -> None:
+    def _show(self, call: Any) -> None:
         text = decode(call.value) if call.state == OK else None
         if text is not None:
-            self._terminal.write_lines("stdout", f"{text}\n")
+            self._show_result(call, text)
         self.taken(call)

@@ -40,8 +40,13 @@ _DATA: Final = _FRAME + 8
 
 _WORD = struct.Struct("=Q")
 _PREFIX = struct.Struct("=I")
-_ATTEMPT_BITS: Final = 24
-_ATTEMPT_MASK: Final = (1 << _ATTEMPT_BITS) - 1
+
+# "Executing", from the lowest bit: how often the attempt went on after a nested call (12
+# bits), its number (16; both wrap around), its call plus 1 (35), and whether it is over.
+_RESUMED_MASK: Final = (1 << 12) - 1
+_ATTEMPT_MASK: Final = (1 << 16) - 1
+_CALL_MASK: Final = (1 << 35) - 1
+_OVER: Final = 1 << 63
 
 Executing = tuple[int, int]
 
@@ -63,13 +68,15 @@ class Ledger:
 
     # -- the worker's side ------------------------------------------------------------
 
-    def begin(self, call: int, attempt: int) -> None:
-        """From now on ``(call, attempt)`` is being executed."""
-        self._words[_EXECUTING] = (call + 1) << _ATTEMPT_BITS | attempt & _ATTEMPT_MASK
+    def begin(self, call: int, attempt: int, resumed: int = 0) -> None:
+        """From now on this attempt is being executed, for the ``resumed + 1``-th time."""
+        self._words[_EXECUTING] = (
+            (call + 1) << 28 | (attempt & _ATTEMPT_MASK) << 12 | resumed & _RESUMED_MASK
+        )
 
     def end(self) -> None:
         """Nothing is being executed."""
-        self._words[_EXECUTING] = 0
+        self._words[_EXECUTING] |= _OVER
 
     def append(self, record: bytes) -> bool:
         """Keep a record; False where there is no room."""
@@ -104,12 +111,15 @@ class Ledger:
     # -- the coordinator's side -------------------------------------------------------
 
     @property
+    def moment(self) -> int:
+        """A number for what is being executed, or for the time since something was: while it
+        is the same, nothing has begun, ended or gone on."""
+        return self._words[_EXECUTING]
+
+    @property
     def executing(self) -> Executing | None:
         """The attempt that the worker is in just now, or was in when it died."""
-        word = self._words[_EXECUTING]
-        if not word:
-            return None
-        return (word >> _ATTEMPT_BITS) - 1, word & _ATTEMPT_MASK
+        return executing_at(self._words[_EXECUTING])
 
     def reading(self, stream: int) -> None:
         """Say that the worker's output is about to be read.
@@ -129,6 +139,13 @@ class Ledger:
         generation = self._words[_GENERATION]
         data = bytes(self._view[_DATA : _DATA + self._words[_LENGTH]])
         return (generation, data) if generation == self._words[_GENERATION] else None
+
+
+def executing_at(moment: int) -> Executing | None:
+    """The attempt that is executed at a :attr:`Ledger.moment`; its number in 16 bits."""
+    if not moment or moment & _OVER:
+        return None
+    return (moment >> 28 & _CALL_MASK) - 1, moment >> 12 & _ATTEMPT_MASK
 
 
 class Intake:

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import unwrap
 from types import ModuleType
@@ -186,6 +186,9 @@ def import_file(path: str | os.PathLike[str], module: str) -> ModuleType:
     folder = os.path.dirname(os.path.realpath(file))  # as for a script
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    stem = os.path.basename(file).removesuffix(".py")
+    if stem in sys.stdlib_module_names and stem != module:
+        sys.meta_path.insert(0, _StillTheLibrarys(stem, folder))
     namespace = _new_module(file, module)
     source = _read(file)
     before = sys.modules.get(module)
@@ -198,6 +201,21 @@ def import_file(path: str | os.PathLike[str], module: str) -> ModuleType:
             raise
         raise _load_error(file, error) from error
     return namespace
+
+
+class _StillTheLibrarys:
+    """A task file may be called ``random.py``: ``import random`` still finds the standard
+    library's, which others count on."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        self._name = name
+        self._folder = folder
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != self._name:
+            return None
+        elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != self._folder]
+        return PathFinder.find_spec(name, elsewhere)
 
 
 def _new_module(file: str, module: str) -> ModuleType:

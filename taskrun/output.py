@@ -292,7 +292,8 @@ class Output(Observer):
         if body is None:
             line = f"{text.one_line(failure.headline)}, as {self._shown[_key(call, failure)]}"
             return self._say(f"{heading}{where}: {line}")
-        captured = captured_text(self.tail(call), 100) if self.shows_captured else ""
+        shows = self.shows_captured and failure.kind != "lost"  # that one quotes it itself
+        captured = captured_text(self.tail(call), 100) if shows else ""
         return self._say(f"{heading}{where}\n{text.indent(body)}{captured}")
 
     def _body(self, call: Any, failure: Failure) -> str | None:
@@ -348,8 +349,9 @@ def _what_happened(event: AttemptEnded, worker: str) -> str:
     headline = text.one_line(event.failure.headline)
     if event.outcome == "lost":
         # The message says which call was lost as well, which stands before it here.
-        _, _, reason = headline.partition(f"(attempt {event.attempt}) was ")
-        return f"lost its worker {worker}: {reason.partition('; its last output')[0] or headline}"
+        _, _, reason = headline.partition(f"(attempt {event.attempt}) ")
+        reason = reason.partition("; its last output")[0].removeprefix("was ")
+        return f"lost its worker {worker}: {reason or headline}"
     return f"{'asks for a retry' if event.outcome == 'retry' else 'failed'} ({headline})"
 
 

@@ -233,7 +233,7 @@ class Placement:
             if cpu and self.busy_cpu + cpu > self.slots:
                 break  # nothing overtakes: a call that needs many slots gets its turn
             if not queue.plain:
-                call, needs = queue.calls[0], queue.recipe.resources
+                call, needs = queue.first, queue.recipe.resources
                 lacking = self.resources.lacking(needs)
                 if lacking and self._held_by_ancestors(call, lacking):
                     return call
@@ -250,7 +250,26 @@ class Placement:
         """Whether ``call`` can never start, because those that wait for it hold what it
         needs."""
         needs, capacity = call.recipe.resources, self.resources.capacity
-        return any(capacity[name] - _held_above(call, name) < needs[name] for name in lacking)
+        return any(capacity[name] - self._held_above(call, name) < needs[name] for name in lacking)
+
+    def _held_above(self, call: Call, name: str) -> float:
+        """How much of a resource those hold that wait for ``call``, its parent and so on."""
+        held = 0.0
+        while (parent := call.parent) is not None and self._waits_for(parent, call):
+            if parent.units and name in parent.units:
+                held += parent.recipe.resources[name]
+            call = parent
+        return held
+
+    def _waits_for(self, parent: Call, child: Call) -> bool:
+        """Whether ``parent`` cannot go on before ``child`` has ended."""
+        if parent.state is HELD:
+            return parent.inputs is not None and parent.inputs.get(child.key) is child
+        worker = None if parent.worker is None else self.workers.get(parent.worker)
+        for wait in worker.waits if worker else ():
+            if wait.call is parent and wait.pending.get(child.key) is child:
+                return not wait.any_of or len(wait.pending) == 1
+        return False
 
     def _deadlocked(self) -> Call | None:
         """A ready call that can never start, because calls that wait hold what it lacks,
@@ -265,7 +284,8 @@ class Placement:
     def _innocence(self, call: Call) -> tuple[bool, bool, int]:
         """Least of a call whose ancestors hold what it lacks; it keeps others from going on."""
         lacking = self.resources.lacking(call.recipe.resources)
-        return (not any(_held_above(call, name) for name in lacking), call.parent is None, call.id)
+        held = any(self._held_above(call, name) for name in lacking)
+        return (not held, call.parent is None, call.id)
 
     def _share(self, queue: Queue) -> int:
         """How many calls a worker may be given at once, so that all get some."""
@@ -333,7 +353,7 @@ class Placement:
 
     def _nest(self) -> None:
         """All spare workers wait: let them run calls that they wait for themselves."""
-        for worker in reversed(list(self.workers.values())):
+        for worker in reversed(self.workers.values()):
             if not self.ready.count or self.busy_cpu >= self.slots:
                 return
             if not worker.lent or worker.waits[-1].over:
@@ -437,14 +457,3 @@ class Placement:
 
 def _cpu(recipe: Recipe) -> float:
     return recipe.resources.get("cpu", DEFAULT_CPU)
-
-
-def _held_above(call: Call, name: str) -> float:
-    """How much of a resource the ancestors of ``call`` hold."""
-    held = 0.0
-    ancestor = call.parent
-    while ancestor is not None:
-        if ancestor.units and name in ancestor.units:
-            held += ancestor.recipe.resources[name]
-        ancestor = ancestor.parent
-    return held

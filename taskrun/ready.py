@@ -9,7 +9,7 @@ first come first served.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from taskrun.calls import Call
@@ -25,11 +25,15 @@ class Queue:
 
     def __init__(self, recipe: Recipe, ticket: int) -> None:
         self.recipe = recipe
-        self.calls: deque[Call] = deque()
+        self.calls: OrderedDict[int, Call] = OrderedDict()  # by id, to take any out at once
         self.mean: float | None = None  # seconds, moving average of recent attempts
         self.ticket = ticket
         self.key: tuple[float, float, int] | None = None  # as it stands in the heap
         self.plain = all(name == "cpu" and amount == 1 for name, amount in recipe.resources.items())
+
+    @property
+    def first(self) -> Call:
+        return next(iter(self.calls.values()))
 
     def learn(self, seconds: float) -> bool:
         """An attempt took so long.  Whether the queue now belongs further up in the heap."""
@@ -69,7 +73,7 @@ class ReadyCalls:
     def add(self, call: Call) -> None:
         """At the end of its queue."""
         queue = self._queues.get(call.recipe.id) or self.queue(call.recipe)
-        queue.calls.append(call)
+        queue.calls[call.id] = call
         self.count += 1
         if queue.key is None:
             self._enter(queue)
@@ -78,14 +82,15 @@ class ReadyCalls:
         """At the front of their queues, in this order: they were next already."""
         for call in reversed(list(calls)):
             queue = self.queue(call.recipe)
-            queue.calls.appendleft(call)
+            queue.calls[call.id] = call
+            queue.calls.move_to_end(call.id, last=False)
             self.count += 1
             if queue.key is None:
                 self._enter(queue)
 
     def discard(self, call: Call) -> None:
         """Take one out, wherever it stands."""
-        self.queue(call.recipe).calls.remove(call)
+        del self.queue(call.recipe).calls[call.id]
         self.count -= 1
 
     def best(self, without: Iterable[Queue] = ()) -> Queue | None:
@@ -120,10 +125,10 @@ class ReadyCalls:
         """The first calls of a queue."""
         count = min(count, len(queue.calls))
         self.count -= count
-        return [queue.calls.popleft() for _ in range(count)]
+        return [queue.calls.popitem(last=False)[1] for _ in range(count)]
 
     def __iter__(self) -> Iterator[Call]:
-        return (call for queue in self._queues.values() for call in queue.calls)
+        return (call for queue in self._queues.values() for call in queue.calls.values())
 
     def clear(self) -> list[Call]:
         """Take all out."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
+from types import FunctionType
 from typing import Any
 
-from taskrun.errors import CallTimeout
+from taskrun.errors import CallTimeout, UsageError
 from taskrun.model import Each, Options, Recipe, Result, Source, Task, is_importable
 from taskrun.values import encode
 
@@ -52,12 +53,21 @@ def retries_timeouts(retry_on: Iterable[type[BaseException]]) -> bool:
 
 
 def reference_to(task: Task) -> tuple[tuple[str, str] | bytes, bytes | None]:
-    """How a worker finds ``task``: (module, qualname), or a digest with the task's blob."""
+    """How a worker finds ``task``: (module, qualname), or a digest with the task's blob.
+
+    Raises UsageError where it has no name to be found by, and cannot be pickled either.
+    """
     if is_importable(task):
         return (task.module, task.qualname), None
     import cloudpickle  # heavy; most tasks are found by name
 
-    blob = cloudpickle.dumps(_without_inputs(task))
+    try:
+        blob = cloudpickle.dumps(_without_inputs(task))
+    except Exception as error:
+        raise UsageError(
+            f"{task.name} is not found by its name {task.qualname!r} in {task.module}, and cannot "
+            f"be pickled: {error}"
+        ) from error
     return blake2b(blob, digest_size=16).digest(), blob
 
 
@@ -66,7 +76,29 @@ def _without_inputs(task: Task) -> Task:
     arguments, and has no use for where they came from."""
     options: Options = replace(task.options, after=())
     params = {name: _bare(source) for name, source in task.params.items()}
-    return Task(task.function, options, params)
+    return Task(_without_defaults(task.function), options, params)
+
+
+def _without_defaults(function: Any) -> Any:
+    """``function`` without the defaults that say where its parameters come from: through
+    them it would take along every task that it depends on."""
+    if not isinstance(function, FunctionType):
+        return function
+    bare = FunctionType(
+        function.__code__, function.__globals__, function.__name__,
+        tuple(map(_bare_default, function.__defaults__ or ())), function.__closure__,
+    )  # fmt: skip
+    bare.__kwdefaults__ = {
+        name: _bare_default(value) for name, value in (function.__kwdefaults__ or {}).items()
+    }
+    bare.__dict__.update(function.__dict__)
+    for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(bare, name, getattr(function, name))
+    return bare
+
+
+def _bare_default(value: Any) -> Any:
+    return _bare(value) if isinstance(value, Each | Result) else value
 
 
 def _bare(source: Source) -> Source:

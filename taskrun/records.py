@@ -246,6 +246,10 @@ class Events(Observer):
             failure=None if state == "ok" else _failure(call.failure),
         )
 
+    def result(self, call: Any, value: str) -> None:
+        """A call of ``taskrun map`` has returned something; ``value`` as text."""
+        self._say("result", id=call.id, value=value)
+
     def worker_changed(self, worker: str, what: str) -> None:
         self._say("worker", worker=worker, what=what)
 

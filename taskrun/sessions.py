@@ -3,7 +3,6 @@
 On Linux the members are read from /proc.  Elsewhere only the worker's own process group
 is known, which is what most programs started by a task stay in.
 """
-# ruff: noqa: PTH
 
 from __future__ import annotations
 

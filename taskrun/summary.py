@@ -242,7 +242,8 @@ def _brief(failed: Failed, paint: Paint) -> str:
 
 def _full(failed: Failed, paint: Paint) -> list[str]:
     block = text.indent(text.failure_text(failed.failure))
-    block += captured_text(failed.captured, CAPTURED_LINES)
+    if failed.failure.kind != "lost":  # that one quotes the last output itself
+        block += captured_text(failed.captured, CAPTURED_LINES)
     block += f"  {_same_way(failed)}\n" if failed.count > 1 else ""
     where = f" ({failed.where})" if failed.where else ""
     return [_heading(failed, paint) + where, *block.removesuffix("\n").split("\n")]

@@ -14,7 +14,8 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, Any, TypeAlias
 
 from taskrun.text import Paint, encode
@@ -88,6 +89,25 @@ class Sink:
             self._file.flush()
         except ValueError as error:  # the file was closed
             raise OSError(0, str(error)) from error
+
+
+@contextmanager
+def reserved_stdout() -> Iterator[int]:
+    """A descriptor of stdout that nobody else has; whatever anything in this process writes to
+    fd 1 meanwhile goes to stderr.  -1 where there is no stdout."""
+    if sys.stdout is None or not _is_open(1):
+        yield -1
+        return
+    sys.stdout.flush()
+    reserved = os.dup(1)
+    if _is_open(2):
+        os.dup2(2, 1)
+    try:
+        yield reserved
+    finally:
+        sys.stdout.flush()
+        os.dup2(reserved, 1)
+        os.close(reserved)
 
 
 class Terminal:

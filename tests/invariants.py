@@ -102,7 +102,7 @@ class Auditor:
 
     def _audit_calls(self) -> None:
         scheduler, ready = self.scheduler, self.scheduler.placement.ready
-        queued = [call for queue in ready._queues.values() for call in queue.calls]
+        queued = list(ready)
         assert ready.count == len(queued)
         assert {call.id for call in queued} == self._in_state(READY)
         assert scheduler._live == len(scheduler.calls) - len(self.ended)

@@ -13,123 +13,39 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from invariants import Auditor
+from scripts import (
+    USUAL,
+    Again,
+    Behaviour,
+    Cancel,
+    Dies,
+    Error,
+    Held,
+    Run,
+    Script,
+    Skipped,
+    Step,
+    Submit,
+    Value,
+    WaitFor,
+)
 
 from taskrun import messages as m
 from taskrun.calls import Call
 from taskrun.core import Scheduler
 from taskrun.explain import explain
-from taskrun.graph import make_recipe
 from taskrun.messages import SAY_BEGAN
-from taskrun.model import Failure, Options, Plan, Recipe, Task
+from taskrun.model import Failure, Plan, Recipe, Task
 from taskrun.planning import in_order
+from taskrun.recipes import make_recipe
 
 GRACE = 1.0  # seconds from an interrupt that is not obeyed to SIGKILL
 MOST_EVENTS = 200_000  # more than this is a run that does not end
-
-
-# -- what a task does -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Computes; a deaf one does not obey an interrupt and is killed after a grace."""
-
-    seconds: float
-    deaf: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Makes a call of ``task``, with the futures ``needs`` among its arguments."""
-
-    key: str
-    task: Task
-    needs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class WaitFor:
-    """Waits for futures; a failure among them ends the attempt, unless it is caught."""
-
-    keys: tuple[str, ...]
-    any_of: bool = False
-    timeout: float | None = None
-    catch: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Returns; the call's name, where no value is said."""
-
-    value: Any = None
-    items: Sequence[Any] = ("a", "b", "c")
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Returns futures."""
-
-    keys: tuple[str, ...]
-    items: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    message: str = "bad"
-    retryable: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Again:
-    """``raise Retry(after=...)``."""
-
-    after: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    reason: str = "nothing to do"
-
-
-@dataclass(frozen=True, slots=True)
-class Dies:
-    """Takes its worker with it."""
-
-
-Step: TypeAlias = Run | Submit | WaitFor | Cancel | Value | Held | Error | Again | Skipped | Dies
-Script: TypeAlias = Sequence[Step]
-Behaviour: TypeAlias = "Script | Callable[[Call], Script]"
-
-USUAL: Script = (Run(0.01), Value())
-
-
-def tries(*scripts: Script) -> Behaviour:
-    """Another script for each attempt; the last one for all that follow."""
-    return lambda call: scripts[min(call.attempt, len(scripts)) - 1]
-
-
-def by_index(scripts: dict[Any, Script], otherwise: Script = USUAL) -> Behaviour:
-    """Another script for some calls of a fan-out."""
-    return lambda call: scripts.get(call.index, otherwise)
-
-
-def a_task(name: str, sources: dict[str, Any] | None = None, **options: Any) -> Task:
-    """A task as data: where its parameters come from, and its options."""
-
-    def function() -> None:
-        raise AssertionError("the simulation executes scripts, not functions")
-
-    return Task(function, Options(name=name, **options), sources or {})
 
 
 def keys_of(names: Iterable[str]) -> tuple[bytes, ...]:
@@ -221,9 +137,14 @@ class FakeWorker:
     def interrupt_frame(self, frame: Frame) -> None:
         if frame.deaf or frame is not self.stack[-1]:
             frame.interrupted = not frame.deaf
-            self.sim.after(GRACE, lambda: frame in self.stack and self.sim.kill(self.id))
+            self.sim.after(GRACE, lambda: self.killed_over(frame))
         else:
             self.finish(frame, "error", (CANCELLED, False))
+
+    def killed_over(self, frame: Frame) -> None:
+        """The grace is over."""
+        if frame in self.stack:
+            self.sim.kill(self.id)
 
     # -- what it executes -------------------------------------------------------------
 
@@ -377,7 +298,7 @@ class Simulation:
     def __init__(
         self,
         tasks: Iterable[Task],
-        does: dict[str, Behaviour] | None = None,
+        does: Mapping[str, Behaviour] | None = None,
         *,
         seed: int = 0,
         latency: float = 0.0,
@@ -510,16 +431,19 @@ class Simulation:
         self.history.append((self.now, event))
         self._perform(self.scheduler.handle(event, self.now))
 
-    def kill(self, id: int, reason: str = "killed by SIGKILL") -> None:
-        """A worker dies, whatever it is doing; what had ended is in its ledger."""
-        worker = self.workers.get(id)
-        if worker is None or not worker.alive:
-            return
+    def kill(self, *ids: int) -> None:
+        """Workers die, whatever they are doing."""
+        for id in ids:
+            if self.workers[id].alive:
+                self._kill(self.workers[id])
+
+    def _kill(self, worker: FakeWorker) -> None:
+        """What had ended is in its ledger."""
         worker.alive = False
         worker.flush()
         top = worker.stack[-1] if worker.stack else None
         executing = (top.call.id, top.attempt) if top is not None else None
-        worker.report(m.WorkerLost(id, reason, executing))
+        worker.report(m.WorkerLost(worker.id, "killed by SIGKILL", executing))
 
     # -- what workers ask -------------------------------------------------------------
 
@@ -529,7 +453,7 @@ class Simulation:
 
     def recipe(self, task: Task) -> Recipe:
         if id(task) not in self._recipe_of:
-            made = make_recipe(task, next(self.recipes), names=None, constants={})
+            made = make_recipe(task, next(self.recipes), names=None)
             self._recipe_of[id(task)] = made
         return self._recipe_of[id(task)]
 
@@ -563,8 +487,8 @@ class Simulation:
                 self._tell(id, "control", lambda worker: worker.reclaim(count))
             case m.Interrupt(id, call, attempt, _):
                 self._tell(id, "control", lambda worker: worker.interrupt(call, attempt))
-            case m.Deliver(id, outcomes, call):
-                self._tell(id, "calls", lambda worker: worker.deliver(call, outcomes))
+            case m.Deliver(id, outcomes, waiting):
+                self._tell(id, "calls", lambda worker: worker.deliver(waiting, outcomes))
 
     def _new_worker(self) -> None:
         worker = FakeWorker(self, next(self._worker_ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from simulation import (
+from scripts import (
     Behaviour,
     Cancel,
     Dies,
@@ -13,14 +13,15 @@ from simulation import (
     Held,
     Run,
     Script,
-    Simulation,
     Skipped,
     Submit,
     Value,
     WaitFor,
     a_task,
+    by_index,
     tries,
 )
+from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
@@ -210,8 +211,8 @@ def chain(length: int) -> Behaviour:
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_waiting_calls_take_up_to_four_workers_a_slot_and_then_nest(slots: int) -> None:
-    does = chain(30)
-    sim = root(*does(Call(0, None, None)), mid=does, sim={"slots": slots})  # type: ignore[arg-type]
+    sim = Simulation([mid], {"mid": chain(30)}, slots=slots)
+    sim.run()
     assert sim.scheduler.status == 0
     assert len(sim.of(m.WorkerReady)) == 4 * slots
     nested = [command for command in sim.of(m.Assign) if command.nested]
@@ -255,7 +256,7 @@ def test_two_trees_that_wait_nest_each_in_its_own() -> None:
 def test_a_call_that_is_cancelled_while_it_waits_frees_its_worker() -> None:
     waits = a_task("waits", {"n": each([1, 2])})
     later = a_task("later", after=(), priority=-1)
-    does: dict[str, Behaviour] = {
+    does = {
         "waits": (Submit("a", leaf), WaitFor(("a",))),
         "leaf": (Run(5.0), Value()),
     }
@@ -267,7 +268,7 @@ def test_a_call_that_is_cancelled_while_it_waits_frees_its_worker() -> None:
 
 def test_a_timeout_counts_while_a_call_waits() -> None:
     work = a_task("work", timeout=0.5)
-    does: dict[str, Behaviour] = {"work": (Submit("a", leaf), WaitFor(("a",))), "leaf": SLOW}
+    does = {"work": (Submit("a", leaf), WaitFor(("a",))), "leaf": SLOW}
     sim = Simulation([work], does, slots=1)
     sim.run()
     assert sim.outcomes("work") == ["timeout"]
@@ -289,7 +290,7 @@ def test_a_call_that_only_its_waiting_ancestors_block_fails_at_once_and_says_so(
 
 def test_a_call_that_its_ancestors_block_fails_also_where_no_worker_is_idle() -> None:
     work, part = (a_task(name, resources={"gpu": 1}) for name in ("work", "part"))
-    does: dict[str, Behaviour] = {"work": (Submit("a", part), WaitFor(("a",), catch=True))}
+    does = {"work": (Submit("a", part), WaitFor(("a",), catch=True))}
     sim = Simulation([work], does, resources={"gpu": 1}, slots=1, spare_factor=1)
     assert sim.run() == 0
     assert sim.states("part") == ["failed"]
@@ -298,7 +299,7 @@ def test_a_call_that_its_ancestors_block_fails_also_where_no_worker_is_idle() ->
 def test_calls_that_block_each_others_children_do_not_hang() -> None:
     work = a_task("work", {"n": each([1, 2])}, resources={"gpu": 1})
     part = a_task("part", resources={"gpu": 1})
-    does: dict[str, Behaviour] = {
+    does = {
         "work": (Run(0.1), Submit("a", part), WaitFor(("a",), catch=True), Run(0.1)),
         "part": OK,
     }
@@ -308,10 +309,27 @@ def test_calls_that_block_each_others_children_do_not_hang() -> None:
     assert sorted(sim.states("part")) == ["failed", "ok"]
 
 
+@pytest.mark.parametrize(
+    "then",
+    [
+        (Held(("a",)),),
+        (Run(1.0), Value()),
+        (Submit("b", leaf), WaitFor(("b",)), Value()),
+        (Submit("b", leaf), WaitFor(("a", "b"), any_of=True), Value()),
+    ],
+)
+def test_a_call_is_not_blocked_by_a_parent_that_does_not_wait_for_it(then: Script) -> None:
+    work, part = (a_task(name, resources={"gpu": 1}) for name in ("work", "part"))
+    does: dict[str, Behaviour] = {"work": (Submit("a", part), Run(0.5), *then), "leaf": SLOW}
+    sim = Simulation([work], does, resources={"gpu": 1}, slots=3, start=0.0)
+    assert sim.run() == 0
+    assert sim.states("work") == sim.states("part") == ["ok"]
+
+
 def test_a_call_is_not_blocked_while_something_runs_that_may_make_room() -> None:
     work, holds = a_task("work", resources={"gpu": 1}), a_task("holds", resources={"gpu": 1})
     part = a_task("part", resources={"gpu": 1})
-    does: dict[str, Behaviour] = {
+    does = {
         "work": (Submit("a", part), WaitFor(("a",))),
         "holds": (Run(3.0), Value()),
     }
@@ -371,7 +389,7 @@ def test_a_failure_that_went_through_a_returned_future_and_was_caught_is_tolerat
 def test_a_failure_of_a_child_is_tolerated_with_its_parents() -> None:
     work = a_task("work")
     total = a_task("total", {"work": result(work, errors="skip")})
-    does: dict[str, Behaviour] = {"work": (Submit("a", leaf), WaitFor(("a",))), "leaf": FAILS}
+    does = {"work": (Submit("a", leaf), WaitFor(("a",))), "leaf": FAILS}
     sim = Simulation([total], does)
     assert sim.run() == 0
     assert sim.states("work") == ["failed"] and sim.states("total") == ["ok"]
@@ -418,7 +436,7 @@ def test_a_future_can_be_cancelled_before_and_while_it_runs() -> None:
 def retried(second: Script, **options: Any) -> Simulation:
     """The first attempt makes a, b and c and dies; ``second`` is what the next one does."""
     submits = tuple(Submit(key, leaf) for key in "abc")
-    does: dict[str, Behaviour] = {
+    does = {
         "work": tries((*submits, Run(0.1), Dies()), second),
         "leaf": (Run(0.3), Value()),
     }
@@ -443,6 +461,33 @@ def test_children_that_a_retried_parent_does_not_ask_for_again_are_cancelled() -
 def test_a_retried_parent_may_ask_for_more() -> None:
     sim = retried((*(Submit(key, leaf) for key in "abcd"), WaitFor(("d",))))
     assert len(sim.calls("leaf")) == 4
+
+
+def test_a_retried_parent_makes_a_child_that_failed_anew() -> None:
+    sim = Simulation(
+        [a_task("root", retries=1)],
+        {"root": (Submit("a", leaf), WaitFor(("a",))), "leaf": by_index({0: FAILS}, OK)},
+        policy="stop",
+    )
+    sim.run()
+    assert sim.states("leaf") == ["failed", "ok"] and sim.states("root") == ["ok"]
+    assert sim.scheduler.status == 0
+
+
+def test_the_children_of_teardown_run_though_the_run_is_being_stopped() -> None:
+    close = a_task("close", always=True)
+    sim = Simulation(
+        [a_task("bad"), close],
+        {"bad": FAILS, "close": (Run(0.2), Submit("a", leaf), WaitFor(("a",)))},
+        policy="stop",
+    )
+    sim.run()
+    assert sim.states("leaf") == ["ok"] and sim.states("close") == ["ok"]
+
+
+def test_a_call_whose_returned_future_skips_itself_is_skipped_too() -> None:
+    sim = root(Submit("a", leaf), Held(("a",)), leaf=(Run(0.1), Skipped()))
+    assert sim.states("root") == ["skipped"] and sim.scheduler.status == 0
 
 
 # -- letting values go ----------------------------------------------------------------

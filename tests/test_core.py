@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from simulation import (
+from scripts import (
     Again,
     Behaviour,
     Dies,
     Error,
     Run,
     Script,
-    Simulation,
     Skipped,
     Value,
     a_task,
     by_index,
     tries,
 )
+from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
@@ -73,7 +75,7 @@ def test_fail_fast_ends_the_running_calls_too() -> None:
 def test_calls_in_a_workers_queue_have_not_started_and_do_not() -> None:
     quick = a_task("quick", {"n": each(list(range(200)))})
     bad = a_task("bad", priority=1)
-    does: dict[str, Behaviour] = {"quick": (Run(0.001),), "bad": (Run(0.05), Error())}
+    does = {"quick": (Run(0.001),), "bad": (Run(0.05), Error())}
     sim = Simulation([quick, bad], does, flushes=0.0)
     sim.run()
     executed = [name for name in sim.order() if name.startswith("quick")]
@@ -111,7 +113,7 @@ def test_the_pause_before_a_retry_doubles_and_has_jitter() -> None:
         assert pause is not None and 1.0 <= pause / 2.0**number <= 1.25
     assert len({pause / 2.0**number for number, pause in enumerate(pauses) if pause}) == 4
     began = sim.began("work")
-    waited = [after - before - 0.1 for before, after in zip(began, began[1:], strict=False)]
+    waited = [after - before - 0.1 for before, after in pairwise(began)]
     assert waited == pytest.approx(pauses)
 
 
@@ -185,7 +187,7 @@ def test_a_death_costs_only_the_call_that_was_executing(retries: int | None) -> 
 def test_nothing_is_lost_when_a_worker_dies_at_any_point(when: float) -> None:
     quick = a_task("quick", {"n": each(list(range(200)))}, retries=1)
     sim = Simulation([quick], {"quick": (Run(0.001), Value())}, flushes=0.1, latency=0.003)
-    sim.at(when, lambda: [sim.kill(id) for id in list(sim.workers)])
+    sim.at(when, lambda: sim.kill(*sim.workers))
     assert sim.run() == 0
     assert set(sim.states("quick")) == {"ok"}
     assert sum(call.attempt for call in sim.calls("quick")) <= 202
@@ -349,7 +351,7 @@ def test_a_cancelled_call_in_a_workers_queue_never_begins() -> None:
 # -- stopping -------------------------------------------------------------------------
 
 
-def stopped(does: dict[str, Behaviour], at: float = 0.5, **options: Any) -> Simulation:
+def stopped(does: Mapping[str, Behaviour], at: float = 0.5, **options: Any) -> Simulation:
     """``work`` and then ``close``, which is teardown; Ctrl-C in the midst of it."""
     work = a_task("work", {"n": each([1, 2, 3])}, **options)
     more = a_task("more", {"x": each(work)})

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from simulation import (
+from scripts import (
     Again,
     Cancel,
     Dies,
@@ -24,7 +24,6 @@ from simulation import (
     Held,
     Run,
     Script,
-    Simulation,
     Skipped,
     Step,
     Submit,
@@ -32,6 +31,7 @@ from simulation import (
     WaitFor,
     a_task,
 )
+from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
@@ -221,8 +221,7 @@ class Misfortunes(RuleBasedStateMachine):
     @precondition(is_going_on)
     @rule()
     def all_workers_die(self) -> None:
-        for id in list(self.sim.workers):
-            self.sim.kill(id)
+        self.sim.kill(*self.sim.workers)
 
     @rule()
     def a_report_comes_again(self) -> None:
@@ -246,7 +245,7 @@ class Misfortunes(RuleBasedStateMachine):
 
 
 def test_whatever_happens_the_run_ends_with_its_books_in_order() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Misfortunes,
         settings=settings(
             max_examples=400,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from simulation import (
+from scripts import (
     Again,
     Behaviour,
     Dies,
@@ -13,7 +14,6 @@ from simulation import (
     Held,
     Run,
     Script,
-    Simulation,
     Skipped,
     Submit,
     Value,
@@ -22,6 +22,7 @@ from simulation import (
     by_index,
     tries,
 )
+from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
@@ -31,13 +32,13 @@ leaf = a_task("leaf")
 fetch = a_task("fetch", {"url": each(["a", "b", "c", "d", "e"])})
 
 
-def at_one_second(*tasks: Any, does: dict[str, Behaviour], **options: Any) -> Simulation:
+def at_one_second(*tasks: Any, does: Mapping[str, Behaviour], **options: Any) -> Simulation:
     sim = Simulation(tasks, does, **{"policy": "keep-going", **options})
     sim.run(until=1.0)
     return sim
 
 
-def at_the_end(*tasks: Any, does: dict[str, Behaviour], **options: Any) -> Simulation:
+def at_the_end(*tasks: Any, does: Mapping[str, Behaviour], **options: Any) -> Simulation:
     sim = Simulation(tasks, does, **{"policy": "keep-going", **options})
     sim.run()
     return sim
@@ -74,15 +75,23 @@ def test_a_submitted_call_waits_for_its_arguments_of_which_three_are_named() -> 
 
 def test_a_ready_call_waits_for_a_slot() -> None:
     sim = at_one_second(fetch, does={"fetch": SLOW})
-    assert sim.explain("fetch[4]") == (
-        "fetch[4] is ready and waits for a slot: 2 of 2 are taken"
-    )
+    assert sim.explain("fetch[4]") == ("fetch[4] is ready and waits for a slot: 2 of 2 are taken")
 
 
 def test_a_ready_call_waits_for_a_resource() -> None:
     train = a_task("train", {"n": each([1, 2])}, resources={"gpu": 1})
     sim = at_one_second(train, does={"train": SLOW}, resources={"gpu": 1})
     assert sim.explain("train[1]") == "train[1] is ready and waits until enough gpu is free"
+
+
+def test_a_ready_call_leaves_alone_what_a_better_one_waits_for() -> None:
+    first = a_task("first", resources={"gpu": 1})
+    best = a_task("best", resources={"gpu": 2}, priority=1, after=(leaf,))
+    last = a_task("last", {"x": result(leaf)}, resources={"gpu": 1})
+    does = {"first": SLOW}
+    sim = at_one_second(first, best, last, does=does, slots=4, resources={"gpu": 2})
+    assert sim.explain("best") == "best is ready and waits until enough gpu is free"
+    assert sim.explain("last") == "last is ready and waits for its turn"
 
 
 def test_a_running_call_runs_in_a_worker() -> None:
@@ -110,7 +119,7 @@ def test_a_sleeping_call_says_what_became_of_its_last_attempt() -> None:
 
 
 def test_a_call_that_is_tried_again_says_why() -> None:
-    does: dict[str, Behaviour] = {"work": tries((Dies(),), SLOW)}
+    does = {"work": tries((Dies(),), SLOW)}
     sim = at_one_second(a_task("work", retries=1), does=does)
     assert sim.explain("work") == (
         "work runs in worker 2, attempt 2; attempt 1 ended with WorkerLost: the worker that "
@@ -122,14 +131,14 @@ def test_a_call_that_is_tried_again_says_why() -> None:
 
 
 def test_a_call_succeeded_perhaps_in_a_later_attempt() -> None:
-    does: dict[str, Behaviour] = {"retried": tries((Error(),), (Value(),))}
+    does = {"retried": tries((Error(),), (Value(),))}
     sim = at_the_end(leaf, a_task("retried", retries=1), does=does)
     assert sim.explain("leaf") == "leaf succeeded"
     assert sim.explain("retried") == "retried succeeded in attempt 2"
 
 
 def test_a_call_failed_perhaps_in_a_later_attempt() -> None:
-    does: dict[str, Behaviour] = {"leaf": (Error("bad"),), "retried": (Error("bad"),)}
+    does = {"leaf": (Error("bad"),), "retried": (Error("bad"),)}
     sim = at_the_end(leaf, a_task("retried", retries=1), does=does)
     assert sim.explain("leaf") == "leaf failed: ValueError: bad"
     assert sim.explain("retried") == "retried failed in attempt 2: ValueError: bad"

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from simulation import (
+from scripts import (
     Again,
     Behaviour,
     Error,
     Held,
     Run,
     Script,
-    Simulation,
     Skipped,
     Submit,
     Value,
-    by_index,
     a_task,
+    by_index,
     tries,
 )
+from simulation import Simulation
 
 from taskrun.api import each, result
 from taskrun.errors import RunError
@@ -32,7 +33,9 @@ def items(*values: Any) -> Script:
     return (Run(0.01), Value(items=values))
 
 
-def run(tasks: list[Task], does: dict[str, Behaviour] | None = None, **options: Any) -> Simulation:
+def run(
+    tasks: list[Task], does: Mapping[str, Behaviour] | None = None, **options: Any
+) -> Simulation:
     sim = Simulation(tasks, does, **{"policy": "keep-going", **options})
     sim.run()
     return sim
@@ -176,7 +179,7 @@ def test_the_result_of_a_product_is_in_item_order_whatever_ended_first() -> None
     rows = a_task("rows")
     cell = a_task("cell", {"c": each([1, 2]), "row": each(rows)})
     total = a_task("total", {"cells": result(cell)})
-    does: dict[str, Behaviour] = {"rows": items(1, 2), "cell": by_index({(0, 0): (Run(4.0),)})}
+    does = {"rows": items(1, 2), "cell": by_index({(0, 0): (Run(4.0),)})}
     sim = run([total], does, slots=4)
     assert sim.got("total") == (["cell[0,0]", "cell[0,1]", "cell[1,0]", "cell[1,1]"],)
 
@@ -191,7 +194,7 @@ def test_many_expansions_can_wait_for_one_call() -> None:
 # -- results of failed calls ----------------------------------------------------------
 
 
-def fan_in(errors: str, does: dict[str, Behaviour] | None = None, **options: Any) -> Simulation:
+def fan_in(errors: str, does: Mapping[str, Behaviour] | None = None, **options: Any) -> Simulation:
     fetch = a_task("fetch", {"url": each(["a", "b", "c"])})
     total = a_task("total", {"pages": result(fetch, errors=errors)})  # type: ignore[arg-type]
     return run([total], does or {"fetch": by_index({1: FAILS})}, **options)
@@ -444,5 +447,5 @@ def test_a_static_call_that_returned_futures_lets_go_of_their_values() -> None:
 
 def test_a_resource_that_nobody_has_is_an_error_before_anything_runs() -> None:
     sim = Simulation([a_task("train", resources={"gpu": 1})])
-    with pytest.raises(RunError, match="train needs gpu=1 .there is none.: offer it with"):
+    with pytest.raises(RunError, match="train needs gpu=1"):
         sim.run()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
-from simulation import Behaviour, Dies, Error, Run, Script, Simulation, Value, a_task, by_index
+from scripts import Dies, Error, Run, Script, Value, a_task, by_index
+from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
@@ -74,7 +76,7 @@ def test_what_is_known_to_take_longest_starts_first() -> None:
 
 def test_a_task_that_turns_out_to_take_longer_moves_up() -> None:
     tasks = [many("first", 9), many("second", 60)]
-    does: dict[str, Behaviour] = {
+    does = {
         "first": by_index({0: (Run(0.1),)}, (Run(20.0), Value())),
         "second": (Run(1.0), Value()),
     }
@@ -89,8 +91,8 @@ def test_a_call_that_is_given_back_is_the_next_one_again() -> None:
     sim = Simulation([work], {"work": by_index({50: SLOW}, QUICK)}, slots=2)
     sim.run()
     order = [int(name[5:-1]) for name in sim.order()]
-    late = [n for place, n in enumerate(order) if n < max(order[:place], default=0) - 2 * BATCH_CALLS]
-    assert late == []
+    furthest = accumulate(order, max)
+    assert all(far - n <= 2 * BATCH_CALLS for far, n in zip(furthest, order, strict=True))
 
 
 # -- resources ------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def test_a_call_that_needs_many_slots_is_not_starved_by_small_ones() -> None:
 def test_a_call_that_needs_several_units_is_not_starved_by_those_that_need_one() -> None:
     small = many("small", 40, resources={"gpu": 1})
     big = a_task("big", resources={"gpu": 2}, priority=1, after=(a_task("first"),))
-    does: dict[str, Behaviour] = {
+    does = {
         "small": by_index({0: (Run(0.15),)}, (Run(0.1), Value())),
         "first": (Run(0.3), Value()),
     }
@@ -173,7 +175,8 @@ def test_calls_that_need_none_of_what_is_scarce_overtake() -> None:
 
 def test_resources_are_free_again_after_every_kind_of_end() -> None:
     work = many("work", 6, resources={"gpu": 1, "memory": 3}, retries=1, timeout=5.0)
-    does = {"work": by_index({0: (Error(),), 1: (Dies(),), 2: (Run(60.0),), 3: (Run(60, deaf=True),)})}
+    ends: list[Script] = [(Error(),), (Dies(),), (Run(60.0),), (Run(60.0, deaf=True),)]
+    does = {"work": by_index(dict(enumerate(ends)))}
     sim = Simulation([work], does, slots=3, policy="keep-going",
                      resources={"gpu": 2, "memory": 8})  # fmt: skip
     sim.run()
@@ -243,7 +246,7 @@ def test_calls_behind_a_long_one_are_given_back_to_an_idle_worker() -> None:
 def test_calls_behind_a_long_one_are_given_back_though_others_wait_for_a_resource() -> None:
     train = many("train", 3, resources={"gpu": 1})
     work = many("work", 300)
-    does: dict[str, Behaviour] = {
+    does = {
         "train": (Run(9.0), Value()),
         "work": by_index({150: (Run(5.0), Value())}, QUICK),
     }
@@ -277,9 +280,8 @@ def test_a_silent_worker_with_a_single_call_is_left_alone() -> None:
 
 def test_the_estimate_follows_recent_attempts() -> None:
     queue = Queue(make_recipe(a_task("work"), 1, names=None), 0)
-    assert queue.mean is None
     queue.learn(1.0)
-    assert queue.mean == 1.0  # type: ignore[comparison-overlap]
+    assert queue.mean == 1.0
     for _ in range(50):
         queue.learn(3.0)
     assert queue.mean == pytest.approx(3.0, rel=0.01)

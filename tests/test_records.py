@@ -187,6 +187,7 @@ def a_whole_run(events: Events) -> None:
     events.stopping("interrupted")
     end(events, child, "failed", error())
     end(events, call)
+    events.result(call, "112")
     events.run_ended(130, "interrupted")
 
 
@@ -197,7 +198,7 @@ def test_the_events_of_a_run_can_be_read_line_by_line() -> None:
     assert [event["event"] for event in events] == [
         "run_started", "worker", "calls_added", "call_began", "output", "progress", "notice",
         "stopping", "attempt_ended", "call_ended", "output", "attempt_ended", "call_ended",
-        "run_ended",
+        "result", "run_ended",
     ]  # fmt: skip
     assert events[2]["calls"][1] == {"id": 2, "call": "work#0", "task": "work", "parent": 1}
     assert [event["text"] for event in events if event["event"] == "output"] == ["one\n", "two\n"]

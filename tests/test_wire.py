@@ -175,10 +175,26 @@ def test_the_coordinator_sees_what_is_being_executed(both: Any) -> None:
     assert coordinator.executing is None
     worker.begin(0, 1)
     assert coordinator.executing == (0, 1)
-    worker.begin(1 << 39, 70_000)
-    assert coordinator.executing == (1 << 39, 70_000)
+    worker.begin((1 << 35) - 2, (1 << 16) - 1)
+    assert coordinator.executing == ((1 << 35) - 2, (1 << 16) - 1)
     worker.end()
     assert coordinator.executing is None
+
+
+def test_no_two_moments_of_a_worker_are_the_same(both: Any) -> None:
+    worker, coordinator = both
+    moments = [coordinator.moment]
+    for step in (
+        lambda: worker.begin(1, 1),
+        lambda: worker.begin(2, 1),  # nested in it
+        lambda: worker.begin(1, 1, 1),  # which goes on
+        lambda: worker.end(),
+        lambda: worker.begin(1, 2),
+        lambda: worker.end(),
+    ):
+        step()
+        moments.append(coordinator.moment)
+    assert len(set(moments)) == len(moments)
 
 
 def test_records_are_taken_from_the_ledger_once(both: Any) -> None:

@@ -62,7 +62,7 @@ class Bench:
     def flush(self) -> None:
         return None
 
-    def begin(self, call: int, attempt: int) -> None:
+    def begin(self, call: int, attempt: int, resumed: int = 0) -> None:
         self.steps.append(("begin", call))
 
     def end(self) -> None:
@@ -540,6 +540,32 @@ def test_a_call_whose_output_was_not_touched_needs_no_mark() -> None:
     for _ in range(5):
         assert not scribe.touched() or scribe.stream.read()
     assert not scribe.touched()
+    scribe.close()
+
+
+@pytest.mark.parametrize("around", [None, (1, 1)])
+def test_a_call_that_begins_and_ends_during_a_read_is_not_overlooked(around: Any) -> None:
+    """Before and after the read the worker is idle, or in the same waiting call."""
+    scribe = Scribe(random.Random(0))
+    if around:
+        scribe.theirs.begin(*around)
+    read = scribe.stream._read
+
+    def read_meanwhile() -> bytes:
+        scribe.theirs.begin(2, 1)
+        os.write(scribe.writer, b"quick")
+        data = read()
+        assert scribe.theirs.reads(0) & 1  # it sees that a read is under way, and marks
+        os.write(scribe.writer, mark(scribe.token, 2, 1, ended=True))
+        scribe.theirs.begin(*around, 1) if around else scribe.theirs.end()
+        return data
+
+    scribe.stream._read = read_meanwhile  # type: ignore[method-assign]
+    scribe.stream.read()
+    assert not scribe.got and scribe.stream.undecided
+    scribe.stream._read = read  # type: ignore[method-assign]
+    scribe.stream.read()
+    assert scribe.got == {(2, 1): b"quick"}
     scribe.close()
 
 

@@ -1,22 +1,158 @@
-"""An engine at work, and a stand-in for the core: assigns calls, collects what comes back."""
+"""An engine at work, and a stand-in for the core: assigns calls, collects what comes back.
+
+``make`` and ``shop`` are fixtures; ``conftest`` makes them known.
+"""
 
 from __future__ import annotations
 
 import itertools
+import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
 from taskrun import messages as m
 from taskrun.engines.base import Engine
+from taskrun.engines.pool import PoolEngine
 from taskrun.model import Recipe
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor
 from taskrun.values import decode, decode_failure, encode
 
 SECONDS = 30.0  # until a test that waits for something has failed
+
+CHORES = """
+import ctypes, os, signal, subprocess, sys, threading, time
+
+@task
+def add(x, y): return x + y
+
+@task
+def same(x): return x
+
+@task
+def pid(): return os.getpid()
+
+@task
+def size(x): return len(x)
+
+@task
+def zeros(x): return bytes(x)
+
+@task
+def nap(x):
+    time.sleep(x)
+    return x
+
+@task
+def end_by(x): os.kill(os.getpid(), x); time.sleep(60)
+
+@task
+def leave(x): os._exit(x)
+
+@task
+def crash(): ctypes.string_at(0)
+
+@task
+def shout(x): print(x); print(x, file=sys.stderr); return x
+
+@task
+def shout_and_die(x): print(x, flush=True); os.kill(os.getpid(), signal.SIGKILL)
+
+@task
+def touch_and_wait(x):
+    open(x, "w").close()
+    time.sleep(60)
+"""
+
+INTERRUPTIBLE = """
+@task
+def spin(x):
+    open(x, "w").close()
+    while True: pass
+
+@task
+def tidy(x):
+    open(x, "w").close()
+    try:
+        time.sleep(60)
+    finally:
+        print("tidied up")
+
+@task
+def swallow(x):
+    open(x, "w").close()
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+
+@task
+def immune(x):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    swallow(x)
+
+@task
+def subprocesses(x):
+    children = [subprocess.Popen(["sleep", "300"]),
+                subprocess.Popen(["bash", "-c", "trap '' TERM; sleep 300 & wait; sleep 300"])]
+    time.sleep(0.2)
+    with open(x + ".part", "w") as file: file.write(" ".join(str(c.pid) for c in children))
+    os.rename(x + ".part", x)
+    time.sleep(60)
+
+@task
+async def dream(x):
+    import asyncio
+    try:
+        open(x, "w").close()
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        print("woken")
+        raise
+"""
+
+FORKING = """
+@task
+def fork_and_return(x):
+    pid = os.fork()
+    if pid == 0:
+        print("the child returns")
+        return "child"
+    os.waitpid(pid, 0)
+    return "parent"
+
+@task
+def fork_and_raise(x):
+    pid = os.fork()
+    if pid == 0: raise SystemExit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+@task
+def outlive(x):
+    pid = os.fork()
+    if pid == 0:
+        if x: os.setsid()
+        time.sleep(300)
+    return pid
+
+@task
+def through_multiprocessing(x):
+    import multiprocessing
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(abs, [-x, x])
+
+@task
+def endless_threads():
+    for daemon in (True, False):
+        threading.Thread(target=threading.Event().wait, daemon=daemon).start()
+"""
 
 
 class Call:
@@ -172,3 +308,64 @@ def task_file(folder: Path, source: str, name: str = "chores") -> tuple[str, str
     path = folder / f"{name}.py"
     path.write_text("from taskrun import task, per_worker, current, as_completed\n" + source)
     return name, str(path)
+
+
+Make = Callable[..., Workshop]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    shops: list[Workshop] = []
+
+    def make_shop(source: str = "", **options: Any) -> Workshop:
+        module, file = task_file(tmp_path, CHORES + textwrap.dedent(source))
+        shops.append(Workshop(PoolEngine(module=module, file=file, **options), module))
+        return shops[-1]
+
+    yield make_shop
+    for shop in shops:
+        shop.close()
+
+
+@pytest.fixture
+def shop(make: Make) -> Workshop:
+    return make()
+
+
+# -- processes ------------------------------------------------------------------------
+
+
+def gone(*pids: int, seconds: float = 5.0) -> bool:
+    """Whether these processes end in time."""
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def await_file(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.005)
+
+
+# -- interrupts -----------------------------------------------------------------------
+
+
+def interrupt(shop: Workshop, worker: int, call: Any) -> None:
+    shop.engine.perform(m.Interrupt(worker, call.id, call.attempt, "cancelled"))
+
+
+def cancelled(shop: Workshop, call: Any) -> bool:
+    report = shop.report(call)
+    return report.kind == "error" and report.payload[0].kind == "cancelled"

@@ -35,7 +35,10 @@ class Served(Protocol):
         """Read calls that wait in the call Pipe while one is executed."""
 
     def give_back(self, count: int) -> None:
-        """Return up to ``count`` calls that have not begun, the last first."""
+        """Return up to ``count`` calls that have not begun: the last of the queue."""
+
+    def refuse_queued(self, call: int, attempt: int, reason: str) -> bool:
+        """Report a call that has not begun as cancelled; False where it is not queued."""
 
 
 class Control(threading.Thread):
@@ -97,30 +100,19 @@ class Control(threading.Thread):
     def _interrupt(self, call: int, attempt: int, reason: str) -> None:
         worker = self._worker
         worker.read_what_is_there()
-        if self._refuse_queued(call, attempt, reason):
+        if worker.refuse_queued(call, attempt, reason):
             return
         # Found before the attempt is looked at once more: nothing that a later call starts
         # is among them.
         others = [pid for pid in sessions.members(os.getpid()) if pid != os.getpid()]
         running = worker.executor.interrupt(call, attempt, reason)
+        if running is None:
+            worker.refuse_queued(call, attempt, reason)  # it may have come just now
         if running is None or running is not worker.executor.running:
             return  # it is over, or waits for a nested call and sees to it afterwards
         assert self._main is not None
         signal.pthread_kill(self._main, signal.SIGINT)
         self._end_subprocesses(others)
-
-    def _refuse_queued(self, call: int, attempt: int, reason: str) -> bool:
-        worker = self._worker
-        for record in list(worker.queue):
-            if record[1:3] == (call, attempt):
-                try:
-                    worker.queue.remove(record)
-                except ValueError:
-                    return False  # it has begun just now
-                worker.executor.refuse(record, reason)
-                worker.outbox.flush()
-                return True
-        return False
 
     def _end_subprocesses(self, others: list[int]) -> None:
         shell = sys.modules.get("taskrun.shell")

@@ -51,12 +51,14 @@ class Running:
     the task is running, and may be interrupted.  ``interrupt``: why it is to end.
     ``raised``: the task knows.  ``told``: that it began.  ``cancel`` ends its coroutine,
     ``on_end`` is called when that has ended.
-    ``keys``: of the calls it submitted; ``futures``: those still unknown here.
+    ``resumed``: how often it went on after a nested call.  ``keys``: of the calls that it
+    submitted; ``futures``: those still unknown here.
     """
 
     __slots__ = (
         "attempt", "began", "below", "call", "cancel", "done", "futures", "index", "interrupt",
-        "keys", "known", "on_end", "ordinals", "raised", "told", "units", "user",
+        "keys", "known", "on_end", "ordinals", "raised", "resumed", "told", "units",
+        "user",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +72,7 @@ class Running:
         self.below = below
         self.began = time()
         self.user = self.raised = self.told = self.done = False
+        self.resumed = 0
         self.interrupt: str | None = None
         self.cancel: Callable[[], object] | None = None
         self.on_end: Callable[[], object] | None = None
@@ -88,7 +91,7 @@ class Running:
 class Book(Protocol):
     """Where it is noted what is being executed: a Ledger, or nowhere."""
 
-    def begin(self, call: int, attempt: int) -> None: ...
+    def begin(self, call: int, attempt: int, resumed: int = 0) -> None: ...
 
     def end(self) -> None: ...
 
@@ -135,7 +138,7 @@ class Executor:
         self._thread_variables = thread_variables
         self._passes = passes
         self._generators: list[Any] = []
-        self._cancelled: dict[tuple[int, int], str] = {}  # interrupted before they came
+        self.early: dict[tuple[int, int], str] = {}  # interrupted before they came
 
     # -- the main flow ----------------------------------------------------------------
 
@@ -150,8 +153,8 @@ class Executor:
         below = self.running
         self.running = running = Running(call, attempt, known, index, units, below)
         self._book.begin(call, attempt)
-        if self._cancelled:
-            running.interrupt = self._cancelled.pop((call, attempt), None)
+        if self.early:
+            running.interrupt = self.early.pop((call, attempt), None)
         start = perf_counter()
         try:
             kind, payload, items = self._attempt(running, args)
@@ -182,10 +185,12 @@ class Executor:
         if below is None:
             self._book.end()
         else:
-            self._book.begin(below.call, below.attempt)
+            below.resumed += 1
+            self._book.begin(below.call, below.attempt, below.resumed)
 
     def refuse(self, record: tuple[Any, ...], reason: str) -> None:
         """Report a CALL record that was cancelled before it began."""
+        self.early.pop(record[1:3], None)
         failure = encode_failure(Interrupted(reason), "cancelled")
         self._port.tell(
             (ENDED, record[1], record[2], "error", (failure, False), None, time(), 0.0, False)
@@ -249,13 +254,13 @@ class Executor:
         try:
             return encode(value)
         except ResultError as error:
-            raise ResultError(f"{known.name} returned what cannot travel: {error}") from error
+            raise ResultError(f"{known.name} returned what cannot travel: {error}") from None
 
     def _items(self, known: Known, value: Any) -> list[tuple[Any, Any]]:
         try:
             return encode_items(value)
         except ResultError as error:
-            raise ResultError(f"{known.name}: {error}") from error
+            raise ResultError(f"{known.name}: {error}") from None
 
     def _failed(self, running: Running, error: BaseException) -> Outcome:
         if running.interrupt is not None or isinstance(error, Interrupted):
@@ -337,11 +342,11 @@ class Executor:
         """
         running = self._find(call, attempt)
         if running is None:
-            self._cancelled[call, attempt] = reason
+            self.early[call, attempt] = reason
             running = self._find(call, attempt)  # it may have missed that
         if running is not None:
             running.interrupt = reason
-            self._cancelled.pop((call, attempt), None)
+            self.early.pop((call, attempt), None)
         return running
 
     def _find(self, call: int, attempt: int) -> Running | None:
@@ -388,9 +393,7 @@ def _room_to_recurse() -> Iterator[None]:
 def _exit(known: Known, error: BaseException) -> TaskExit:
     said = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else repr(error)
     what = "called" if isinstance(error, SystemExit) else "raised"
-    exit = TaskExit(f"{known.name} {what} {said}")
-    exit.__cause__ = error
-    return exit.with_traceback(error.__traceback__)
+    return TaskExit(f"{known.name} {what} {said}").with_traceback(error.__traceback__)
 
 
 def _set_environment(values: dict[str, str | None]) -> None:

@@ -149,7 +149,8 @@ class Worker:
 
     def _await_calls(self) -> None:
         with self.reading:
-            if not self.queue:  # the control thread may have read some
+            # The control thread may have read some.
+            if not (self.queue or self._delivered or self._nested or self._quitting):
                 self._read()
         if self._delivered or self._nested:
             self._attend()
@@ -182,9 +183,11 @@ class Worker:
                     self._nested.append(record)
                 elif kind == QUIT:
                     self._quitting = True
+        for (call, attempt), reason in list(self.executor.early.items()):
+            self.refuse_queued(call, attempt, reason)  # the interrupt overtook the call
 
     def give_back(self, count: int) -> None:
-        """Return up to ``count`` calls that have not begun, the last first."""
+        """Return up to ``count`` calls that have not begun: the last of the queue."""
         calls: list[tuple[int, int]] = []
         while len(calls) < count and self.queue:
             try:
@@ -192,7 +195,21 @@ class Worker:
             except IndexError:
                 break  # it was begun just now
             calls.append(record[1:3])
+        calls.reverse()  # in the order in which they came
         self.tell((GAVE_BACK, calls))
+
+    def refuse_queued(self, call: int, attempt: int, reason: str) -> bool:
+        """Report a call that has not begun as cancelled; False where it is not queued."""
+        for record in list(self.queue):
+            if record[1:3] == (call, attempt):
+                try:
+                    self.queue.remove(record)
+                except ValueError:
+                    return False  # the other thread took it
+                self.executor.refuse(record, reason)
+                self.flush()
+                return True
+        return False
 
     def _attend(self) -> None:
         """Deliver outcomes; execute nested calls, if something waits for them."""

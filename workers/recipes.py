@@ -11,7 +11,7 @@ from typing import Any, Final
 from taskrun.errors import ArgumentError, LoadError
 from taskrun.messages import SAY_BEGAN
 from taskrun.model import Each, Options, PerWorker, Result, Task
-from taskrun.values import decode, decode_failure, encode_failure, loads_arguments
+from taskrun.values import decode, encode_failure, loads_arguments
 from taskrun.workers.settings import Preloaded
 
 PLAIN: Final = "plain"
@@ -217,6 +217,3 @@ def _must_be_given(source: Any) -> bool:
     if isinstance(source, Each | Result):
         return True
     return not isinstance(source, PerWorker) and source.default is inspect.Parameter.empty
-
-
-__all__ = ["Home", "Known", "decode_failure", "missing_arguments"]

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 FORKSERVER = "forkserver"
 SPAWN = "spawn"
+
+# -- between the coordinator and the template -----------------------------------------
+#
+# Framed as on a Pipe, each message one pickled tuple; the first to the template is
+# (Settings,).
+
+# To the template; the descriptors of START come with it.
+START: Final = "start"  # (START, Birth)
+SIGNAL: Final = "signal"  # (SIGNAL, worker, signal number, whole session)
+QUIT: Final = "quit"  # (QUIT, seconds between TERM and KILL)
+
+# To the coordinator:
+UP: Final = "up"  # (UP, None | (message, traceback))   the task file was imported, or not
+STARTED: Final = "started"  # (STARTED, worker, pid)
+EXITED: Final = "exited"  # (EXITED, worker, exit status; negative: a signal)
 
 _THREADS_OF_LIBRARIES = (
     "OMP_NUM_THREADS",

@@ -34,7 +34,13 @@ from taskrun.ledger import shared_file
 from taskrun.wire import Decoder, send_frame
 from taskrun.workers import main
 from taskrun.workers.settings import (
+    EXITED,
     FORKSERVER,
+    QUIT,
+    SIGNAL,
+    START,
+    STARTED,
+    UP,
     Birth,
     Preloaded,
     Settings,
@@ -42,16 +48,6 @@ from taskrun.workers.settings import (
     preload,
     python_command,
 )
-
-# From the coordinator; the descriptors of START come with it.
-START = "start"  # (START, Birth)
-SIGNAL = "signal"  # (SIGNAL, worker, signal number, whole session)
-QUIT = "quit"  # (QUIT, seconds between TERM and KILL)
-
-# To the coordinator:
-UP = "up"  # (UP, None | (message, traceback))   the task file was imported, or not
-STARTED = "started"  # (STARTED, worker, pid)
-EXITED = "exited"  # (EXITED, worker, exit status; negative: a signal)
 
 FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
 _PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
@@ -351,9 +347,7 @@ def _leave_the_terminal() -> None:
     # written whole, also where PYTHONUNBUFFERED is set.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                line_buffering=True, write_through=False, errors="backslashreplace"
-            )
+            stream.reconfigure(line_buffering=True, write_through=False, errors="backslashreplace")
 
 
 def _watch_process(pid: int) -> int | None:

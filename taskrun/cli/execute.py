@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, load_words, run_options, settings_from, words_argument
+from taskrun.cli.options import (
+    CONTEXT,
+    load_words,
+    run_options,
+    settings_from,
+    stdout_for_events,
+    words_argument,
+)
 from taskrun.errors import UsageError
 from taskrun.model import Plan
 from taskrun.planning import estimate, make_plan
@@ -33,6 +40,7 @@ def execute(
     TASKs named and what they need."""
     if dry_run and options["json"]:
         raise UsageError("--dry-run has no --json form; leave one of them out")
+    stdout = stdout_for_events(context, options)
     loaded, targets = load_words(words)
     plan = make_plan(loaded, targets, params)
     if dry_run:
@@ -40,7 +48,7 @@ def execute(
         return 0
     from taskrun.coordinator import execute as execute_plan
 
-    return execute_plan(plan, settings_from(context, options))
+    return execute_plan(plan, settings_from(context, options), stdout=stdout)
 
 
 def dry_run_text(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, run_options, settings_from
+from taskrun.cli.options import CONTEXT, run_options, settings_from, stdout_for_events
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded, load, shown
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result, Task, describe, nearest
@@ -32,6 +32,7 @@ def map_(
 ) -> int:
     """Call FUNC of FILE once per ARG, or once per line of stdin; print what it
     returns. Put -- before arguments that start with a dash."""
+    stdout = stdout_for_events(context, options)
     loaded, task = find_function(function)
     parameter = only_parameter(task)
     lines = iter([_convert(task, parameter, one, "") for one in arguments])
@@ -39,7 +40,8 @@ def map_(
         lines = _lines_of_stdin(task, parameter)
     from taskrun.coordinator import execute_map
 
-    return execute_map(loaded, task, lines, settings_from(context, options), keep_order)
+    settings = settings_from(context, options)
+    return execute_map(loaded, task, lines, settings, keep_order, stdout=stdout)
 
 
 def find_function(place: str) -> tuple[Loaded, Task]:

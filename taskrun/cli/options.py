@@ -115,6 +115,16 @@ def settings_from(context: click.Context, options: dict[str, Any]) -> Settings:
     return Settings(policy=policy, **options)
 
 
+def stdout_for_events(context: click.Context, options: dict[str, Any]) -> int | None:
+    """With ``--json`` a descriptor of stdout, taken before the task file, or anything else,
+    can write there; else None."""
+    if not options["json"]:
+        return None
+    from taskrun.terminal import reserved_stdout
+
+    return context.with_resource(reserved_stdout())
+
+
 def _policy(context: click.Context, keep_going: bool, fail_fast: bool) -> str:
     if keep_going and fail_fast:
         # What is typed counts before what the environment says.

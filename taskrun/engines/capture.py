@@ -16,7 +16,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final, TypeAlias
 
-from taskrun.ledger import STREAMS, Ledger
+from taskrun.ledger import STREAMS, Ledger, executing_at
 from taskrun.reactor import Reactor, Timer
 from taskrun.workers.capture import MARK_BYTES, unpack_mark
 
@@ -48,7 +48,7 @@ class Stream:
         self._owner: Attempt | None = None  # whose all is up to the next mark
         self._held: list[bytes] = []  # behind the last mark; whose is not known yet
         self._partial = b""  # may be the first bytes of a mark
-        self._suspect: Attempt | None = None  # was executing before `_since` bytes were read
+        self._moment = -1  # of the ledger, before `_since` bytes were read
         self._since = 0
 
     @property
@@ -58,7 +58,7 @@ class Stream:
 
     def read(self) -> bool:
         """One read, and what it says; False where there was nothing to read."""
-        before = self._ledger.executing
+        before = self._ledger.moment
         self._ledger.reading(self._number)
         data = self._read()
         if data:
@@ -112,18 +112,18 @@ class Stream:
             if piece:
                 self._emit(to, self._name, piece)
 
-    def _decide(self, before: Attempt | None, size: int, *, empty: bool) -> None:
+    def _decide(self, before: int, size: int, *, empty: bool) -> None:
         """Find out whose the held bytes are; see the module's own text."""
-        if before != self._suspect:
-            self._suspect, self._since = before, 0
+        if before != self._moment:
+            self._moment, self._since = before, 0
         self._since += size
-        now = self._ledger.executing
-        if now != self._suspect:
-            self._suspect, self._since = now, 0
+        now = self._ledger.moment
+        if now != self._moment:
+            self._moment, self._since = now, 0
         elif empty or self._since >= self._capacity:
-            self._give(b"", now)
-            # Nobody marks the end of what comes while nothing is executed.
-            self._owner = now
+            # While nothing is executed nobody marks the end: that has no owner.
+            self._owner = executing_at(now)
+            self._give(b"", self._owner)
 
     # -- ends -------------------------------------------------------------------------
 

@@ -244,7 +244,7 @@ class _Ear:
 class _Nobody:
     """No ledger and no output Pipes: what is executed here does not outlive its caller."""
 
-    def begin(self, call: int, attempt: int) -> None:
+    def begin(self, call: int, attempt: int, resumed: int = 0) -> None:
         return None
 
     def end(self) -> None:

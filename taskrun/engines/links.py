@@ -152,12 +152,12 @@ class Link:
         executing = self.ledger.executing
         if executing is None or executing[0] not in self.assigned:
             return None
-        return executing
+        return executing[0], self.assigned[executing[0]].attempt
 
     @property
     def last_output(self) -> str:
         """The last that was written by the attempt in which the worker is."""
-        if self._last_owner != self.executing:
+        if self._last_owner != self.ledger.executing:
             return ""
         return self._last_output.decode(errors="replace")
 

@@ -14,15 +14,7 @@ from typing import Any, Final
 from taskrun.errors import RunError
 from taskrun.reactor import Reactor
 from taskrun.wire import FrameReader, header
-from taskrun.workers.settings import Settings, python_command
-
-# As in workers.template, which is not imported here: it needs all that a worker needs.
-START: Final = "start"
-SIGNAL: Final = "signal"
-QUIT: Final = "quit"
-UP: Final = "up"
-STARTED: Final = "started"
-EXITED: Final = "exited"
+from taskrun.workers.settings import QUIT, SIGNAL, START, UP, Settings, python_command
 
 ON_THEIR_WAY: Final = 8  # workers asked for at a time: each takes descriptors meanwhile
 

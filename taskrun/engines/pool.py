@@ -23,13 +23,21 @@ from typing import Any, Final
 from taskrun import messages as m
 from taskrun import sessions
 from taskrun.engines.links import Link
-from taskrun.engines.nursery import EXITED, STARTED, UP, Nursery, how_it_ended
+from taskrun.engines.nursery import Nursery, how_it_ended
 from taskrun.engines.records import Records
 from taskrun.errors import RunError, WireError
 from taskrun.model import Failure
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor
-from taskrun.workers.settings import FORKSERVER, Birth, Settings, environment_additions
+from taskrun.workers.settings import (
+    EXITED,
+    FORKSERVER,
+    STARTED,
+    UP,
+    Birth,
+    Settings,
+    environment_additions,
+)
 
 UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit

@@ -1,0 +1,520 @@
+"""What goes wrong below a run, end to end: every fault is an outcome, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import Runs, lines_of, started, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+# -- workers that die -----------------------------------------------------------------
+
+DEATHS = """
+import ctypes, faulthandler
+faulthandler.disable()
+
+WAYS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "abort": os.abort,
+    "segv": lambda: ctypes.string_at(0),
+    "exit_0": lambda: os._exit(0),
+    "exit_7": lambda: os._exit(7),
+    "group": lambda: os.killpg(0, signal.SIGKILL),
+    "exec": lambda: os.execvp("sh", ["sh", "-c", "echo replaced; exit 5"]),
+    "close": lambda: os.closerange(3, 1000),
+}
+SAYS = {
+    "kill": "SIGKILL", "term": "SIGTERM", "abort": "SIGABRT", "segv": "SIGSEGV",
+    "exit_0": "exited with status 0", "exit_7": "exited with status 7", "group": "SIGKILL",
+    "exec": "", "close": "",
+}
+"""
+
+
+def test_a_dead_worker_costs_the_call_it_was_in_and_names_it(runs: Runs) -> None:
+    source = (
+        DEATHS
+        + """
+@task
+def die(way=each(WAYS)):
+    print("last words of", way, flush=True)
+    WAYS[way]()
+    time.sleep(60)
+
+@task
+def fine(n=each(range(300))): return n
+
+@task
+def total(all=result(fine)): return sum(all)
+"""
+    )
+    ended = runs.json(source, "-k", "-j3", deadline=60).check(1)
+    assert {name for name, state in ended.states.items() if state != "ok"} == {
+        f"die[{n}]" for n in range(9)
+    }
+    ways = re.findall(r'"(\w+)": ("[^"]*")', DEATHS.partition("SAYS")[2])
+    for number, (way, says) in enumerate(ways):
+        failure = ended.failure(f"die[{number}]")
+        if way != "close":  # it may also be told as what the operating system said
+            assert failure["type"].endswith("WorkerLost"), failure
+        assert says.strip('"') in failure["message"]
+        if way not in ("exec", "close"):
+            assert f"last words of {way}" in failure["message"]
+
+
+def test_a_worker_that_is_killed_while_idle_is_replaced(runs: Runs) -> None:
+    source = """
+        @task(priority=1)
+        def quick(n=each(range(2))):
+            with open(f"pid{n}", "w") as f: f.write(str(os.getpid()))
+            time.sleep(0.3)
+
+        @task
+        def long(x=result(quick)):
+            open("waiting", "w").write("1")
+            while not os.path.exists("go"): time.sleep(0.01)
+
+        @task
+        def more(n=each(range(10)), x=result(long)): return n
+        """
+    running = runs.start_exec(source, "-j2", "--json")
+    running.await_file(runs.folder / "waiting")
+    pids = {int((runs.folder / f"pid{n}").read_text()) for n in range(2)}
+    busy = int(re.search(r'"worker":"w(\d)".*long', running.await_line('"title":"long"'))[1])  # type: ignore[index]
+    workers = {
+        int(match[1]): int(match[2])
+        for line in running.out
+        if (match := re.search(r'"worker":"w(\d+)","what":"started, pid (\d+)', line))
+    }
+    (idle,) = [pid for worker, pid in workers.items() if worker != busy]
+    assert pids <= set(workers.values())
+    os.kill(idle, signal.SIGKILL)
+    running.await_line("lost, killed by SIGKILL")
+    (runs.folder / "go").touch()
+    assert set(running.end().check().states.values()) == {"ok"}
+
+
+BIG = """
+class Load:
+    "50 MB that say when they are on their way, and wait to be killed there."
+    def __init__(self): self.data = b"x" * 50_000_000
+    def __reduce__(self): return (unload, (os.getpid(), self.data))
+
+def unload(sender, data):
+    if os.getpid() != sender and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(data)
+
+@task(retries=RETRIES)
+def source(): return Load()
+
+@task(retries=RETRIES)
+def use(size=result(source)): return size
+
+@task
+def show(n=result(use)): print(n)
+"""
+
+
+@pytest.mark.parametrize(("retries", "status"), [(1, 0), (0, 1)])
+def test_a_worker_killed_while_it_receives_50_mb(runs: Runs, retries: int, status: int) -> None:
+    source = BIG.replace("RETRIES", str(retries))
+    ended = runs.json(source, "-k", "-j2").check(status)
+    assert ended.states["use"] == ("ok" if retries else "failed")
+    if not retries:
+        assert ended.failure("use")["type"].endswith("WorkerLost")
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_worker_killed_from_outside_while_it_sends_50_mb(runs: Runs, moment: int) -> None:
+    source = """
+        @task(retries=3)
+        def source():
+            data = os.urandom(50_000_000)
+            open(f"sending{current().attempt}", "w").write(str(os.getpid()))
+            return data
+
+        @task
+        def show(x=result(source)): print(len(x))
+        """
+    running = runs.start_exec(source, "-j1", "--output=raw")
+    pid = int(running.await_file(runs.folder / "sending1"))
+    began = psutil.Process(pid).cpu_times()
+    try:
+        worker = psutil.Process(pid)
+        wait_until(
+            lambda: sum(worker.cpu_times()[:2]) - sum(began[:2]) >= 0.01 * moment or worker, 1
+        )
+        worker.kill()
+    except psutil.NoSuchProcess:
+        pass
+    assert running.end().check().out == "50000000\n"
+
+
+def test_calls_survive_a_hail_of_kills(runs: Runs) -> None:
+    source = """
+        @task(retries=20)
+        def work(n=each(range(60))):
+            with open(f"pid", "w") as f: f.write(str(os.getpid()))
+            end = time.monotonic() + 0.02
+            while time.monotonic() < end: pass
+            return n
+
+        @task
+        def total(all=result(work)): print(sum(all), len(all))
+        """
+    running = runs.start_exec(source, "-j2", "--output=raw")
+    running.await_file(runs.folder / "pid")
+    kills = 0
+    while running.process.poll() is None and kills < 12:
+        victims = [p for p in running.others() if p.ppid() != running.process.pid]
+        for victim in victims[:1]:
+            try:
+                victim.kill()
+                kills += 1
+            except psutil.NoSuchProcess:
+                pass
+        try:
+            running.process.wait(0.1)
+        except Exception:
+            continue
+    ended = running.end(60).check()
+    assert ended.out == "1770 60\n"
+    assert kills
+
+
+def test_workers_that_never_live_end_the_run_with_status_3(runs: Runs) -> None:
+    source = """
+        if os.path.exists("imported"): os._exit(9)
+        open("imported", "w").close()
+
+        @task
+        def work(n=each(range(10))): return n
+        """
+    for method in ("forkserver", "spawn"):
+        (runs.folder / "imported").unlink(missing_ok=True)
+        ended = runs.exec(source, "--start-method", method)
+        assert ended.check(3).seconds < 20
+        assert "exited with status 9" in ended.err
+
+
+# -- output ---------------------------------------------------------------------------
+
+
+def test_what_a_task_does_to_its_stdout_ends_with_the_call(runs: Runs) -> None:
+    source = r"""
+        import io
+        WAYS = {
+            "close": lambda: sys.stdout.close(),
+            "close_fd": lambda: os.close(1),
+            "close_all": lambda: (os.close(0), os.close(1), os.close(2)),
+            "replace": lambda: setattr(sys, "stdout", io.StringIO()),
+            "none": lambda: setattr(sys, "stdout", None),
+            "delete": lambda: delattr(sys, "stdout"),
+            "to_null": lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 1),
+            "detach": lambda: sys.stdout.detach(),
+            "nonblocking": lambda: os.set_blocking(1, False),
+        }
+
+        @task
+        def spoil(way=each(WAYS)):
+            print("before", way)
+            WAYS[way]()
+
+        @task
+        def speak(n=each(range(9)), x=result(spoil)): print("after", n)
+        """
+    for how in ("-j1", "-j3"):
+        ended = runs.exec(source, how).check()
+        said = [line.partition(" | ")[2] for line in ended.out.splitlines()]
+        assert sum(line.startswith("before") for line in said) == 9
+        assert sum(line.startswith("after") for line in said) == 9
+
+
+def test_a_hundred_megabytes_of_output_pass_through_in_flat_memory(runs: Runs) -> None:
+    source = """
+        @task
+        def pour(n=each(range(2))):
+            line = "x" * 99 + "\\n"
+            for _ in range(500): sys.stdout.write(line * 1000)
+        """
+    running = runs.start_exec(
+        source, "-j2", stdout=open(runs.folder / "out", "wb")  # noqa: SIM115
+    )
+    most = 0
+    coordinator = psutil.Process(running.process.pid)
+    while running.process.poll() is None:
+        try:
+            most = max(most, coordinator.memory_info().rss)
+        except psutil.Error:
+            break
+    ended = running.end(60).check()
+    size = (runs.folder / "out").stat().st_size
+    assert size == 2 * 500 * 1000 * (100 + len("pour[0] | "))
+    assert most < 150_000_000, f"{most:,} bytes"
+    assert ended.seconds < 60
+
+
+NOISE = r"""
+import ctypes, subprocess
+libc = ctypes.CDLL(None)
+LONG = "y" * 5000
+
+@task
+def shout(n=each(range(8))):
+    for i in range(2000):
+        print(f"<{n} py {i}>")
+        os.write(1, f"<{n} os {i}>\n".encode())
+        if i % 100 == 0: print(f"<{n} long {i} {LONG}>")
+        if i % 500 == 0:
+            libc.puts(f"<{n} c {i}>".encode()); libc.fflush(None)
+            sys.stdout.flush()
+            sh("for j in $(seq 25); do echo '<'{n} sh {i} $j'>'; done")
+        sys.stdout.flush() if i % 7 == 0 else None
+        print(f"<{n} err {i}>", file=sys.stderr)
+"""
+
+
+def expected_noise(n: int) -> list[str]:
+    lines = []
+    for i in range(2000):
+        lines += [f"<{n} py {i}>", f"<{n} os {i}>"]
+        lines += [f"<{n} long {i} {'y' * 5000}>"] if i % 100 == 0 else []
+        if i % 500 == 0:
+            lines += [f"<{n} c {i}>", *(f"<{n} sh {i} {j}>" for j in range(1, 26))]
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("mode", ["line", "group", "json"])
+def test_eight_noisy_workers_tear_and_lose_no_line(runs: Runs, mode: str) -> None:
+    how = ["--json"] if mode == "json" else [f"--output={mode}"]
+    ended = runs.exec(NOISE, "-j8", *how, deadline=60).check()
+    for n in range(8):
+        if mode == "line":
+            said = lines_of(ended.out, f"shout[{n}]")
+            errors = lines_of(ended.err, f"shout[{n}]")
+        elif mode == "group":
+            block = re.search(rf"^--- shout\[{n}\].*\n((?:[^-].*\n)*)", ended.out, re.M)
+            assert block is not None
+            said = block[1].splitlines()
+            errors = re.findall(rf"^<{n} err \d+>$", ended.err, re.M)
+        else:
+            texts: dict[str, str] = {"stdout": "", "stderr": ""}
+            for event in ended.events:
+                if event["event"] == "output" and event["id"] == n:
+                    texts[event["stream"]] += event["text"]
+            said, errors = texts["stdout"].splitlines(), texts["stderr"].splitlines()
+        assert sorted(said) == expected_noise(n)
+        assert errors == [f"<{n} err {i}>" for i in range(2000)]
+
+
+# -- what calls leave behind ----------------------------------------------------------
+
+
+def test_a_child_that_outlives_its_call_ends_with_the_run(runs: Runs) -> None:
+    source = """
+        import subprocess
+
+        def daemon():
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    for fd in range(3): os.close(fd)
+                    open("daemon", "w").write(str(os.getpid()))
+                    time.sleep(300)
+                os._exit(0)
+
+        @task
+        def leave(n=each(range(3))):
+            if n == 0 and os.fork() == 0: time.sleep(300)
+            if n == 1: subprocess.Popen(["sleep", "300"], start_new_session=True)
+            if n == 2:
+                daemon()
+                while not os.path.exists("daemon"): time.sleep(0.01)
+            return n
+
+        @task
+        def total(all=result(leave)): print(all)
+        """
+    ended = runs.exec(source, "-j2", "--output=raw").check()
+    assert ended.out == "[0, 1, 2]\n"
+    assert ended.seconds < 15
+
+
+def test_threads_that_never_end_do_not_keep_the_run(runs: Runs) -> None:
+    source = """
+        @task
+        def start(n=each(range(4))):
+            for daemon in (True, False):
+                threading.Thread(target=time.sleep, args=(300,), daemon=daemon).start()
+
+            def spin():
+                while True: pass
+            if n == 0: threading.Thread(target=spin).start()
+
+        @task
+        def total(all=result(start)): print(len(all))
+        """
+    ended = runs.exec(source, "-j2", "--output=raw").check()
+    assert ended.out == "4\n"
+    assert ended.seconds < 15
+
+
+# -- a coordinator that is killed -----------------------------------------------------
+
+PHASES = {
+    "importing": """
+        import subprocess
+        subprocess.Popen(["sleep", "300"])
+        if os.path.exists("once"):
+            open("begun", "w").write("1")
+            time.sleep(300)
+        open("once", "w").close()
+
+        @task
+        def work(): pass
+        """,
+    "idle": """
+        @task
+        def wait():
+            raise Retry("later", after=300) if os.path.exists("begun") else mark()
+        def mark():
+            open("begun", "w").write("1")
+            raise Retry("later", after=300)
+        """,
+    "shell": """
+        @task
+        def shell(n=each(range(2))):
+            sh("sleep 300 & (trap '' TERM INT; echo 1 > begun; sleep 300); wait")
+        """,
+    "daemons": """
+        import subprocess
+
+        @task
+        def leave():
+            subprocess.Popen(["setsid", "sh", "-c", "trap '' TERM HUP; sleep 300; sleep 300"])
+            subprocess.Popen("nohup sleep 300 >/dev/null 2>&1 &", shell=True)
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    open("begun", "w").write("1")
+                    time.sleep(300)
+                os._exit(0)
+            time.sleep(300)
+        """,
+    "holding": """
+        import re
+        @task
+        def hold(n=each(range(2))):
+            open("begun", "w").write("1")
+            re.match(r"(a+)+$", "a" * 64 + "b")
+        """,
+    "deaf": """
+        @task
+        def ignore(n=each(range(2))):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            open("begun", "w").write("1")
+            while True:
+                try: time.sleep(300)
+                except BaseException: pass
+        """,
+    "printing": """
+        @task
+        def pour(n=each(range(2))):
+            open("begun", "w").write("1")
+            while True: print("x" * 1000)
+        """,
+    "fanning": """
+        @task
+        def tiny(n=each(range(100_000))):
+            if n == 1000: open("begun", "w").write("1")
+        """,
+    "waiting": """
+        @task
+        def child(n):
+            open("begun", "w").write("1")
+            time.sleep(300)
+        @task
+        def parent(n=each(range(2))): child.submit(n).result()
+        """,
+}
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_coordinator_that_is_killed_leaves_no_process(
+    runs: Runs, phase: str, method: str
+) -> None:
+    quiet = open(os.devnull, "wb")  # noqa: SIM115
+    running = runs.start_exec(PHASES[phase], "-j2", "--start-method", method, stdout=quiet)
+    running.await_file(runs.folder / "begun")
+    assert len(running.processes()) >= 2
+    running.signal(signal.SIGKILL)
+    running.end()
+
+
+def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
+    source = """
+        @task(retries=2)
+        def work(n=each(range(4))):
+            open("begun", "w").write("1")
+            time.sleep(0.3)
+            return n
+
+        @task
+        def total(all=result(work)): print(all)
+        """
+    running = runs.start_exec(source, "-j2", "--output=raw")
+    running.await_file(runs.folder / "begun")
+    (template,) = [p for p in running.others() if p.ppid() == running.process.pid]
+    template.kill()
+    assert running.end().check().out == "[0, 1, 2, 3]\n"
+
+
+def test_few_descriptors_and_processes_are_said_and_no_hang(runs: Runs) -> None:
+    source = """
+        @task
+        def work(n=each(range(20))): return n
+        """
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+
+    ended = runs.exec(source, "-j8", preexec_fn=few)
+    assert ended.status in (0, 3)
+    assert "Traceback" not in ended.err
+    assert ended.seconds < 20
+
+
+def test_memory_that_runs_out_in_a_worker_is_its_calls_outcome(runs: Runs) -> None:
+    source = """
+        import resource
+
+        @task
+        def greedy():
+            resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))
+            return [bytearray(10_000_000) for _ in range(1000)]
+
+        @task
+        def fine(n=each(range(5))): return n
+        """
+    ended = runs.json(source, "-k", "-j2").check(1)
+    assert ended.failure("greedy")["type"].rpartition(".")[2] in ("MemoryError", "WorkerLost")
+    assert all(ended.states[f"fine[{n}]"] == "ok" for n in range(5))
