@@ -42,11 +42,11 @@ types: $(VENV)/.installed $(VENV)/.dev ## mypy --strict on taskrun and taskrun.w
 	cd $(VENV)/types && $(abspath $(bin))/mypy --strict --package taskrun \
 	  --config-file $(CURDIR)/pyproject.toml
 
-bench: $(VENV)/.installed $(VENV)/.test ## the benchmarks, minutes long
+bench: $(VENV)/.installed $(VENV)/.bench ## the benchmarks, minutes long
 	$(bin)/python benchmarks/run.py $(ARGS)
 
 soak: $(VENV)/.installed $(VENV)/.test ## a million calls on ten thousand simulated workers
-	$(bin)/python benchmarks/soak.py $(ARGS)
+	$(bin)/python benchmarks/core_scale.py $(ARGS)
 
 clean: ## remove what the other commands made
 	rm -rf .venv .venv-3.* build .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -66,7 +66,7 @@ $(VENV)/.installed: $(sources) | $(bin)/python
 	$(install) .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: setup.cfg | $(VENV)/.installed
+$(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: setup.cfg | $(VENV)/.installed
 	$(install) '.[$*]'
 	@touch $@
 

@@ -174,7 +174,8 @@ class Intake:
         if copied is None or copied[0] != self._next:
             return []
         records = parse(copied[1], self._taken)
-        self._taken = len(copied[1])
+        # Caught while the worker clears it, it looks empty: what was taken stays taken.
+        self._taken = max(self._taken, len(copied[1]))
         return records
 
 

@@ -77,12 +77,14 @@ class Observers(Observer):
             setattr(self, name, self._fan(name, interested))
 
     def _fan(self, name: str, observers: list[Observer]) -> Callable[..., None]:
+        handlers = [getattr(observer, name) for observer in observers]  # bound once
+
         def fan(*args: Any) -> None:
-            for observer in observers:
+            for handler in handlers:
                 try:
-                    getattr(observer, name)(*args)
+                    handler(*args)
                 except Exception as error:
-                    self._disable(observer, name, error)
+                    self._disable(handler.__self__, name, error)
 
         return fan
 

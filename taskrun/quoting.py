@@ -138,3 +138,27 @@ def _word(value: Any, path: str) -> str:
     if "\0" in text:
         raise ValueError(f"the value of {{{path}}} has a NUL character in it: {text[:80]!r}")
     return quote(text)
+
+
+# -- commands that need no shell ------------------------------------------------------
+
+_PLAIN = re.compile(r"[\w@%+:,./-]+(?: [\w@%+=:,./-]+)*", re.ASCII)
+_SHELL_WORDS = frozenset(
+    "alias bg bind break builtin caller case cd command compgen complete compopt continue coproc "
+    "declare dirs disown do done echo elif else enable esac eval exec exit export fc fg fi for "
+    "function getopts hash help history if in jobs kill let local logout mapfile popd printf "
+    "pushd pwd read readarray readonly return select set shift shopt source suspend test then "
+    "time times trap type typeset ulimit umask unalias unset until wait while .".split()
+)
+
+
+def plain_words(command: str) -> list[str] | None:
+    """The words of a command in which nothing means anything to a shell; else None.
+
+    Such a command does the same without one: its first word is a program, no builtin
+    (``true`` and ``false`` are both, with the same effect), and nothing expands.
+    """
+    if _PLAIN.fullmatch(command) is None:
+        return None
+    words = command.split(" ")
+    return None if words[0] in _SHELL_WORDS else words

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import chain, starmap
 from shlex import quote
 from subprocess import CalledProcessError, CompletedProcess
@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from taskrun.model import nearest
-from taskrun.quoting import fill
+from taskrun.quoting import fill, plain_words
 
 GRACE = 0.3
 """Seconds between SIGTERM and SIGKILL."""
@@ -202,10 +202,11 @@ class _Shell:
         return (os.POSIX_SPAWN_DUP2, theirs, 0), [theirs]
 
     def spawn(self, actions: list[tuple[Any, ...]]) -> None:
+        program, arguments = self.command_line()
         start = partial(
             os.posix_spawn,
-            _bash(os.environ.get("PATH", os.defpath)),
-            ["bash", "-eo", "pipefail", "-c", self.script],
+            program,
+            arguments,
             file_actions=actions,
             setpgroup=0,
             setsigmask=(),
@@ -219,6 +220,20 @@ class _Shell:
             if error.errno == errno.E2BIG:
                 error.add_note("The command is too long: pass what is long as input=")
             raise
+
+    def command_line(self) -> tuple[str, list[str]]:
+        """Bash and its arguments; or the program itself, as make does it, where bash would
+        do nothing but execute it: starting bash costs more than many commands do."""
+        path = self.env.get("PATH", os.defpath)
+        words = None if _changes_bash(self.env) else plain_words(self.script)
+        program = _on_path(words[0], path) if words else None
+        if words and program and _is_binary(program):
+            return program, words
+        own_path = os.environ.get("PATH", os.defpath)
+        bash = _on_path("bash", own_path)
+        if bash is None:
+            raise FileNotFoundError(f"sh() needs bash, and there is none on PATH ({own_path})")
+        return bash, ["bash", "-eo", "pipefail", "-c", self.script]
 
     def watch_exit(self) -> None:
         try:
@@ -326,13 +341,29 @@ _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTER
 """Python ignores the first two, a worker perhaps the others; commands count on them."""
 
 
-@cache
-def _bash(path: str) -> str:
+def _changes_bash(env: Mapping[str, str]) -> bool:
+    """Whether the environment brings code that bash would run, or functions."""
+    return "BASH_ENV" in env or any(name.startswith("BASH_FUNC_") for name in env)
+
+
+@lru_cache(maxsize=256)
+def _on_path(name: str, path: str) -> str | None:
+    """The file that ``name`` stands for."""
     for folder in path.split(os.pathsep):
-        file = f"{folder or '.'}/bash"
-        if os.access(file, os.X_OK):
+        file = f"{folder or '.'}/{name}"
+        if os.access(file, os.X_OK) and os.path.isfile(file):
             return file
-    raise FileNotFoundError(f"sh() needs bash, and there is none on PATH ({path})")
+    return None
+
+
+@lru_cache(maxsize=256)
+def _is_binary(file: str) -> bool:
+    """Whether the system can execute it: a text without ``#!`` is a script to bash only."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(4) == b"\x7fELF"
+    except PermissionError:
+        return False  # it may be executed, but not read
 
 
 def _folder(cwd: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from taskrun import shell
-from taskrun.quoting import fill
+from taskrun.quoting import fill, plain_words
 from taskrun.shell import kill_groups, sh
 
 pytestmark = pytest.mark.timeout(60)
@@ -185,6 +185,7 @@ def test_what_python_printed_before_comes_before(tmp_path: Path) -> None:
 def test_a_closed_stdout_does_not_matter() -> None:
     script = """
 import os, sys
+from taskrun.quoting import plain_words
 from taskrun.shell import sh
 for fd in (0, 1): os.close(fd)
 done = sh("echo out; cat; echo err >&2", input="in")
@@ -241,6 +242,50 @@ def test_input_is_read_and_without_it_there_is_none() -> None:
 def test_input_that_is_not_read_is_no_error() -> None:
     assert sh("head -c 3", input="abc" * 1_000_000).stdout == "abc"
     assert sh("exec <&-; echo x", input="abc" * 1_000_000).stdout == "x\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("true", ["true"]),
+        ("gcc -O2 -c a.c -o=b.o", ["gcc", "-O2", "-c", "a.c", "-o=b.o"]),
+        ("A=1 true", None),
+        ("cd /tmp", None),
+        ("echo a", None),
+        ("ls *.c", None),
+        ("ls ~", None),
+        ("a|b", None),
+        ("a;b", None),
+        ("a  b", None),
+        ("ls $HOME", None),
+        ("ls 'a b'", None),
+        ("ls {a,b}", None),
+        ("ls a\nls b", None),
+        ("", None),
+    ],
+)
+def test_a_shell_is_spared_only_where_nothing_means_anything_to_it(
+    command: str, words: list[str] | None
+) -> None:
+    assert plain_words(command) == words
+
+
+def test_a_program_without_a_shell_fails_as_it_does_in_one() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as plain:
+        sh("false")
+    assert plain.value.returncode == 1
+    missing = sh("no-such-program-here", check=False)
+    assert missing.returncode == 127 and "no-such-program-here" in missing.stderr
+
+
+def test_a_script_without_a_first_line_still_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "old-script"
+    script.write_text("echo from $0\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert sh("old-script").stdout == f"from {script}\n"
 
 
 def test_a_missing_bash_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import select
 import struct
 import sys
 import termios
+from time import perf_counter
 from typing import Any, Final
 
 from taskrun.ledger import STREAMS, Ledger
@@ -25,6 +26,7 @@ from taskrun.ledger import STREAMS, Ledger
 # only waits.  Written at once and shorter than PIPE_BUF, so it stays in one piece.
 _REST = struct.Struct("!QI?")
 TOKEN_BYTES: Final = 16
+LOOK_SECONDS: Final = 0.0001  # fstat costs as much as a tiny call
 MARK_BYTES: Final = 1 + TOKEN_BYTES + _REST.size
 
 
@@ -54,18 +56,23 @@ class Capture:
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
         self._count = array.array("i", [0])
         self._reads = [0, 0]
+        self._looked = 0.0
         sys.stdout, sys.stderr = self._streams
         sys.__stdout__, sys.__stderr__ = self._streams  # type: ignore[misc]
 
     def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
         """The attempt has ended (or waits): mark what it wrote; gives whether it may have.
 
-        Undoes what it did to fd 1 and 2 and to sys.stdout and sys.stderr.
+        Undoes what it did to sys.stdout and sys.stderr, and to fd 1 and 2: these are looked
+        at after every call but the tiniest, of which many end between two looks.
         """
-        if sys.stdout is not self._streams[0] or sys.stderr is not self._streams[1]:
+        if not self._in_place():
             self._restore_streams()
-        if not self._intact():
-            self._restore_descriptors()
+        now = perf_counter()
+        if now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            if not self._intact():
+                self._restore_descriptors()
         try:
             self._flush_out()
             self._flush_err()
@@ -101,6 +108,12 @@ class Capture:
                 self._reads[stream] = reads & ~1
         return touched
 
+    def _in_place(self) -> bool:
+        try:
+            return sys.stdout is self._streams[0] and sys.stderr is self._streams[1]
+        except AttributeError:  # it was deleted
+            return False
+
     def _intact(self) -> bool:
         try:
             return [_identity(1), _identity(2)] == self._identity
@@ -112,7 +125,7 @@ class Capture:
             os.dup2(pipe, fd)
 
     def _restore_streams(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (getattr(sys, name, None) for name in STREAMS):
             if stream is not None and stream not in self._streams:
                 _flush_foreign(stream)
         self._renew_closed()

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final
 
 from taskrun.errors import ArgumentError, LoadError
@@ -199,8 +200,15 @@ def missing_arguments(task: Task, given: frozenset[str], args: Any, kwargs: Any)
 
     ``given``: the parameters that ``-p`` set.
     """
+    return _misfit(task, given, len(args), tuple(kwargs))
+
+
+@lru_cache(maxsize=1024)
+def _misfit(task: Task, given: frozenset[str], count: int, keywords: tuple[str, ...]) -> str | None:
+    # How arguments bind depends on how many and which there are, not on their values.
     try:
-        bound = inspect.signature(task.function).bind_partial(*args, **kwargs).arguments
+        signature = inspect.signature(task.function)
+        bound = signature.bind_partial(*[None] * count, **dict.fromkeys(keywords)).arguments
     except TypeError as error:
         return str(error)
     lacking = [name for name, source in task.params.items()

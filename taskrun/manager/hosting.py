@@ -1,0 +1,49 @@
+"""What a connection needs of the server that it belongs to."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from taskrun.manager.administration import Administration
+from taskrun.manager.calls import Reply
+from taskrun.manager.objects import Objects
+from taskrun.reactor import Reactor
+
+
+class Host(Protocol):
+    """The server, as ``peer`` and ``promoted`` see it."""
+
+    address: Any
+    administration: Administration
+    allow_md5: bool
+    authkey: bytes
+    objects: Objects
+    plain: bool  # whether it speaks pickles; else every connection gets a thread
+    reactor: Reactor
+    report: Callable[[], object]  # for use in an ``except`` block
+
+    def on_authenticated(self, peer: Any) -> None:
+        """The peer has the key, and knows that we have it."""
+
+    def on_closed(self, peer: Any) -> None:
+        """The loop serves the peer no more."""
+
+    def promote(
+        self,
+        connection: socket.socket,
+        received: bytearray,
+        unsent: memoryview | None,
+        reply: Reply | None,
+        *,
+        asked: bool,
+        pid: int | None,
+    ) -> None:
+        """Have a connection served by a thread from now on; see ``promoted.Promoted``."""
+
+    def on_thread_ended(self, promoted: Any) -> None:
+        """A promoted connection has ended.  On any thread."""
+
+    def rebuild_proxy(self, make: Any, token: Any, serializer: str, kwds: dict[str, Any]) -> Any:
+        """The proxy that somebody sends.  On any thread but the loop's."""

@@ -1,0 +1,294 @@
+"""One client's connection on the event loop.
+
+It goes through three phases: the handshake, the first request (which most connections end
+with), and the calls of a proxy.  What must not run on the loop takes the connection off it:
+see ``promoted``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import struct
+
+from taskrun.manager import calls, hosted, pickling, protocol
+from taskrun.manager.hosting import Host
+
+_READ = 64 * 1024
+_READ_GREETING = 512
+_LENGTH = struct.Struct("!i")
+_RETURN_NONE = protocol.framed(pickling.dump_plain(("#RETURN", None)))
+
+
+class Peer:
+    """A client, as long as the loop serves it."""
+
+    __slots__ = (
+        "_asked", "_connection", "_finishing", "_left", "_unsent",
+        "pid", "server", "socket", "tcp",
+    )  # fmt: skip
+
+    def __init__(self, server: Host, connection: socket.socket) -> None:
+        self.server = server
+        self.socket = connection
+        self.tcp = connection.family != socket.AF_UNIX
+        self.pid = _process_of(connection) if not self.tcp else None
+        self._connection = protocol.Connection(
+            server.authkey, pickling.LARGEST_INLINE, server.allow_md5
+        )
+        self._asked = False  # whether its first request is behind it
+        self._left = False  # whether it is closed, or has a thread
+        self._finishing = False  # whether to close when everything is sent
+        self._unsent: memoryview | None = None
+
+    def start(self) -> None:
+        """Begin the handshake."""
+        self.socket.setblocking(False)
+        if self.tcp:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A machine that has lost its power says nothing; its connection ends all the same.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._acknowledge()
+        self.server.reactor.add_reader(self.socket.fileno(), self.on_readable)
+        self._send(self._connection.take_outgoing())
+
+    def _acknowledge(self) -> None:
+        # A client that sends two small messages in a row, or a long one in two pieces,
+        # waits for the first to be acknowledged; the system delays that by 40 ms, unless
+        # told otherwise, again and again.
+        if self.tcp and hasattr(socket, "TCP_QUICKACK"):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+    # -- reading ----------------------------------------------------------------------
+
+    def on_readable(self) -> None:
+        try:
+            authenticated = self._connection.authenticated
+            data = self.socket.recv(_READ if authenticated else _READ_GREETING)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+            return
+        if not data:
+            self.close()
+            return
+        try:
+            if not authenticated:
+                self._on_greeting(data)
+            elif self._asked:
+                self._on_calls(data)
+            else:
+                self._connection.frames.feed(data)
+                self._on_first()
+        except protocol.ProtocolError as error:
+            self._send(error.last_words)
+            self.close()
+        except OSError:
+            self.close()  # the peer has closed its end in the midst of this
+        except Exception:
+            self.server.report()
+            self.close()
+
+    def _on_greeting(self, data: bytes) -> None:
+        self._acknowledge()
+        self._connection.feed(data)
+        outgoing = self._connection.take_outgoing()
+        if outgoing:
+            self._send(outgoing)
+        if self._connection.authenticated:
+            self.server.on_authenticated(self)
+            if self.server.plain:
+                self._on_first()
+            else:
+                self.promote()
+
+    def _on_calls(self, data: bytes) -> None:
+        frames = self._connection.frames
+        # The usual case: one whole request, not long, and nothing before it.
+        if (
+            not frames.pending
+            and len(data) > 3
+            and _LENGTH.unpack_from(data)[0] == len(data) - 4
+            and len(data) <= frames.limit
+        ):
+            self._on_request(data[4:])
+            return
+        frames.feed(data)
+        self._on_frames()
+
+    def _on_frames(self) -> None:
+        frames = self._connection.frames
+        while self._unsent is None and not self._left:
+            payload = frames.pop()
+            if frames.oversized is not None:
+                self.promote()
+                return
+            if payload is None:
+                if frames.pending:
+                    self._acknowledge()
+                return
+            self._on_request(payload)
+
+    # -- the calls of a proxy ---------------------------------------------------------
+
+    def _on_request(self, payload: bytes) -> None:
+        server = self.server
+        try:
+            request = pickling.load_plain(io.BytesIO(payload))
+            ident, method, args, _ = request
+            entry = server.objects.find(ident)
+            if entry is not None and (
+                not entry.inline or hosted.takes_long(entry.value, method, args)
+            ):
+                self.promote(payload)
+                return
+        except pickling.NotPlain:
+            self.promote(payload)
+            return
+        except Exception:
+            self._reply(calls.complaint())
+            return
+        self._reply(
+            calls.execute(server.objects, server.address, request, inline=True, pid=self.pid)
+        )
+
+    def _reply(self, reply: calls.Reply) -> None:
+        if reply[1] is None and reply[0] == "#RETURN":
+            self._send(_RETURN_NONE)
+            return
+        try:
+            payload = pickling.dump_plain(reply)
+        except Exception:  # pickling may raise anything; the thread finds out for good
+            self.promote(reply=reply)
+        else:
+            self._send(protocol.framed(payload))
+
+    # -- the first request ------------------------------------------------------------
+
+    def _on_first(self) -> None:
+        frames = self._connection.frames
+        payload = frames.pop()
+        if frames.oversized is not None:
+            self.promote()
+        elif payload is None:
+            self._acknowledge()
+        else:
+            self._on_first_request(payload)
+
+    def _on_first_request(self, payload: bytes) -> None:
+        try:
+            request = pickling.load_plain(io.BytesIO(payload))
+        except pickling.NotPlain:
+            self.promote(payload)
+            return
+        except Exception:
+            self._reply(calls.complaint())
+            self.finish()
+            return
+        if not self.server.administration.is_quick(request):
+            self.promote(payload)
+            return
+        reply = self.server.administration.execute(request, inline=True, pid=self.pid)
+        self._asked = reply[0] == "#RETURN" and request[1] == "accept_connection"
+        self._reply(reply)
+        if self._asked:
+            self._on_frames()
+        else:
+            self.finish()
+
+    # -- writing ----------------------------------------------------------------------
+
+    def _send(self, data: bytes | memoryview) -> None:
+        try:
+            sent = self.socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        if sent < len(data):
+            self._wait_to_send(memoryview(data)[sent:])
+
+    def _wait_to_send(self, rest: memoryview) -> None:
+        # Nothing more is read from a client that does not read: it cannot make us hoard.
+        if self._unsent is not None:
+            rest = memoryview(b"".join((self._unsent, rest)))
+        else:
+            self.server.reactor.remove_reader(self.socket.fileno())
+            self.server.reactor.add_writer(self.socket.fileno(), self.on_writable)
+        self._unsent = rest
+
+    def on_writable(self) -> None:
+        rest, self._unsent = self._unsent or memoryview(b""), None
+        fd = self.socket.fileno()
+        try:
+            sent = self.socket.send(rest)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        if sent < len(rest):
+            self._unsent = rest[sent:]
+            return
+        self.server.reactor.remove_writer(fd)
+        if self._finishing:
+            self.close()
+            return
+        self.server.reactor.add_reader(fd, self.on_readable)
+        if self._asked:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            self._on_frames()
+        except Exception:
+            self.server.report()
+            self.close()
+
+    # -- leaving ----------------------------------------------------------------------
+
+    def promote(self, payload: bytes | None = None, reply: calls.Reply | None = None) -> None:
+        """Give the connection, and what was being done for it, to a thread of its own."""
+        if self._left:
+            return
+        rest = self._connection.frames.rest()
+        if payload is not None:
+            rest[:0] = protocol.framed(payload)
+        self._detach()
+        self.server.on_closed(self)
+        self.server.promote(self.socket, rest, self._unsent, reply, asked=self._asked, pid=self.pid)
+
+    def finish(self) -> None:
+        """Close once everything is sent."""
+        self._finishing = True
+        if self._unsent is None:
+            self.close()
+
+    def _detach(self) -> None:
+        self._left = True
+        fd = self.socket.fileno()
+        self.server.reactor.remove_reader(fd)
+        if self._unsent is not None:
+            self.server.reactor.remove_writer(fd)
+
+    def close(self) -> None:
+        if not self._left:
+            self._detach()
+            self.socket.close()
+            self.server.on_closed(self)
+
+
+_CREDENTIALS = struct.Struct("3i")
+
+
+def _process_of(connection: socket.socket) -> int | None:
+    """The process at the other end of a Unix socket, where the system says."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(found)[0]
+    # 0: it is in another container.  This very process needs no watching.
+    return pid if pid not in (0, os.getpid()) else None
