@@ -8,41 +8,53 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taskrun import state
     from taskrun.api import current, each, per_worker, result, task
     from taskrun.context import Future, as_completed
     from taskrun.errors import Retry, Skip, TaskrunError
+    from taskrun.executor import Executor
     from taskrun.library import run
+    from taskrun.pool import Pool
     from taskrun.shell import sh
+    from taskrun.state.connecting import connect
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Executor",
     "Future",
+    "Pool",
     "Retry",
     "Skip",
     "TaskrunError",
     "as_completed",
+    "connect",
     "current",
     "each",
     "per_worker",
     "result",
     "run",
     "sh",
+    "state",
     "task",
 ]
 
 _HOMES = {
+    "Executor": "taskrun.executor",
     "Future": "taskrun.context",
+    "Pool": "taskrun.pool",
     "Retry": "taskrun.errors",
     "Skip": "taskrun.errors",
     "TaskrunError": "taskrun.errors",
     "as_completed": "taskrun.context",
+    "connect": "taskrun.state.connecting",
     "current": "taskrun.api",
     "each": "taskrun.api",
     "per_worker": "taskrun.api",
     "result": "taskrun.api",
     "run": "taskrun.library",
     "sh": "taskrun.shell",
+    "state": "taskrun.state",
     "task": "taskrun.api",
 }
 
@@ -53,7 +65,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'taskrun' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(home), name)
+    module = import_module(home)
+    value = module if home == f"taskrun.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
@@ -215,6 +216,33 @@ class Context(Protocol):
     def per_worker(self, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, made once per worker."""
 
+    def lend(self, outside: Outside, deadline: float | None) -> bool:
+        """Block until ``outside`` is ready; False when ``deadline`` (monotonic) came first."""
+
+    def lend_awaiting(self, *, alone: bool = False) -> Callable[[], None]:
+        """On a running event loop: a coroutine waits for something outside of the run's
+        calls, until it calls what is given here.  ``alone``: see :class:`Outside`."""
+
+    def beneath(self) -> list[tuple[int, int]]:
+        """(call, attempt) of those that wait for this call, on the same stack."""
+
+
+class Outside(Protocol):
+    """Something other than calls that a call waits for, such as the answer of a server."""
+
+    alone: bool
+    """Whether no other call may be executed on top of the one that waits: what comes, such
+    as a lock, would be kept from others meanwhile."""
+
+    def ready(self) -> bool:
+        """Whether it is there."""
+
+    def fileno(self) -> int | None:
+        """A descriptor that is readable then; None where :meth:`ready` must be asked."""
+
+    def block(self, timeout: float | None) -> bool:
+        """Wait for it, at most ``timeout`` seconds; False when these are over."""
+
 
 class Standalone:
     """The context outside a run: everything happens at once, in this process."""
@@ -253,6 +281,24 @@ class Standalone:
                     made = next(made)
                 self._made[make] = made
             return self._made[make]
+
+    def lend(self, outside: Outside, deadline: float | None) -> bool:
+        return outside.block(left_until(deadline))
+
+    def lend_awaiting(self, *, alone: bool = False) -> Callable[[], None]:
+        return _nothing
+
+    def beneath(self) -> list[tuple[int, int]]:
+        return []
+
+
+def left_until(deadline: float | None) -> float | None:
+    """Seconds from now on, not less than 0; None is for ever."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _nothing() -> None:
+    """There is no slot that could be lent."""
 
 
 def run_plainly(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -293,6 +339,35 @@ _active: ContextVar[Context] = ContextVar("taskrun_context")
 def active() -> Context:
     """The context of the code that asks."""
     return _active.get(_standalone)
+
+
+importing = 0
+"""Imports of task files that are going on in this process."""
+
+state_home: Callable[[], Any] | None = None
+"""Gives the client of shared state (``state.clients.Client``) where that is a run's."""
+
+
+@contextmanager
+def an_import() -> Iterator[None]:
+    """While it lasts, a task file is imported: shared state cannot be used."""
+    global importing
+    importing += 1
+    try:
+        yield
+    finally:
+        importing -= 1
+
+
+@contextmanager
+def state_at(home: Callable[[], Any] | None) -> Iterator[None]:
+    """While it lasts, shared state is where ``home`` says."""
+    global state_home
+    before, state_home = state_home, home
+    try:
+        yield
+    finally:
+        state_home = before
 
 
 activate = _active.set

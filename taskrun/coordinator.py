@@ -11,13 +11,12 @@ workers and all that they started end before ``execute`` returns.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from taskrun import messages as m
@@ -29,6 +28,8 @@ from taskrun.model import Plan, Task
 from taskrun.observers import Observer, Observers
 from taskrun.reactor import Reactor
 from taskrun.settings import Settings, memory_here
+from taskrun.signals import Here, Signals
+from taskrun.state.service import Service
 from taskrun.terminal import Target
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
@@ -81,10 +82,20 @@ class Run:
             ahead=not settings.inline,
             open_feed=open_feed,
         )
+        self._state = Service(
+            reactor,
+            is_running=self.core.is_running,
+            notice=self.observer.notice,
+            key_file=settings.authkey_file,
+            listen=settings.listen,
+            file=settings.state,
+        )
+        self._here: Here | None = None
         self._engine = self._make_engine()
         self._timer: Any = None
         self._timer_at: float | None = None
         self._signalled: int | None = None
+        self._stopped_by = ""
         self._failure: str | None = None
         self._performers = self._make_performers()
 
@@ -92,7 +103,13 @@ class Run:
         if self.settings.inline:
             from taskrun.engines.inline import InlineEngine
 
-            return InlineEngine(recipe_ids=self.recipe_ids, constants=self.plan.constants)
+            self._here = engine = InlineEngine(
+                recipe_ids=self.recipe_ids,
+                constants=self.plan.constants,
+                state=self._state.client,
+                on_ctrl_c=lambda: self._signal(signal.SIGINT),
+            )
+            return engine
         from taskrun.engines.pool import PoolEngine
 
         return PoolEngine(
@@ -102,6 +119,7 @@ class Run:
             grace=self.settings.grace,
             recipe_ids=self.recipe_ids,
             constants=self.plan.constants,
+            state=lambda: (self._state.address, self._state.authkey),
         )
 
     # -- the main flow ----------------------------------------------------------------
@@ -109,23 +127,32 @@ class Run:
     def execute(self) -> int:
         """Run to the end; gives the exit status."""
         try:
+            signals = Signals(self.reactor, self._signal, self._here)
+            with signals, collecting_rarely():
+                self._run()
+                signals.settle()
+                assert self.status is not None
+                reason = self._failure or self.core.stopping or self._stopped_by
+                self.observer.run_ended(self.status, reason)
+        finally:
+            self.reactor.close()
+        if self._failure is not None:
+            raise RunError(self._failure)
+        return self.status
+
+    def _run(self) -> None:
+        try:
+            self._state.start()
             self._engine.start(self.reactor, self.post, self.observer)
-            with self._signals():
-                self.observer.run_started(self)
-                self._perform(self.core.begin(time.monotonic()))
-                self.reactor.run_until(lambda: self.status is not None)
+            self.observer.run_started(self)
+            self._perform(self.core.begin(time.monotonic()))
+            self.reactor.run_until(lambda: self.status is not None)
         except RunError as error:
             self._failure = str(error)
             self.status = error.exit_status
         finally:
             self._engine.close(time.monotonic() + CLOSE_SECONDS)
-            self.reactor.close()
-        assert self.status is not None
-        reason = self._failure or self.core.stopping
-        self.observer.run_ended(self.status, reason)
-        if self._failure is not None:
-            raise RunError(self._failure)
-        return self.status
+            self._state.close()
 
     def post(self, event: m.Event) -> None:
         """Take an event, on the loop's thread."""
@@ -167,6 +194,18 @@ class Run:
 
     def _make_performers(self) -> dict[type, Callable[[Any], None]]:
         engine, observer = self._engine.perform, self.observer
+        names: dict[int | None, str] = {}
+
+        def name(worker: int | None) -> str:
+            return names.setdefault(worker, worker_name(worker))
+
+        state = self._state
+
+        def attempt_ended(command: m.AttemptEnded) -> None:
+            if state.is_used:
+                state.attempt_ended(command.call.id, command.attempt)
+            observer.attempt_ended(command, names.get(command.worker) or name(command.worker))
+
         return {
             m.StartWorkers: engine,
             m.StopWorker: engine,
@@ -175,9 +214,7 @@ class Run:
             m.Interrupt: engine,
             m.Deliver: engine,
             m.CallsAdded: lambda command: observer.calls_added(command.calls),
-            m.AttemptEnded: lambda command: observer.attempt_ended(
-                command, worker_name(command.worker)
-            ),
+            m.AttemptEnded: attempt_ended,
             m.CallEnded: lambda command: observer.call_ended(command.call),
             m.RunEnded: self._run_ended,
         }
@@ -192,35 +229,29 @@ class Run:
 
     # -- signals ----------------------------------------------------------------------
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and TERM stop the run; the second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {}
-        for number in STATUS_OF_SIGNAL:
-            if self.settings.inline and number == signal.SIGINT:
-                continue  # it goes to the call that runs here
-            before[number] = signal.signal(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Between any two instructions of the loop: only note it, and wake the loop.
-        self.reactor.post(lambda: self._signal(number))
-
     def _signal(self, number: int) -> None:
-        if self._signalled is None:
-            self._signalled = number
-            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            self.stop(name)
+        """The first one stops the run in order; the second one, or one that comes when there
+        is nothing left but to let the workers end, ends it at once."""
+        first, self._signalled = self._signalled is None, number
+        if first:
+            self._stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if first and self.status is None:
+            self.stop(self._stopped_by)
             return
         self._engine.kill()
         self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
+
+
+@contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Have the garbage collector run seldom: what the core keeps of calls lives on, and to
+    look for cycles in it again and again takes a fifth of the loop's time."""
+    before = gc.get_threshold()
+    gc.set_threshold(before[0] * 100, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def worker_name(worker: int | None) -> str:
@@ -242,7 +273,8 @@ def execute_map(
 ) -> int:
     """Call ``task`` once per item of ``lines`` and print each result; gives the exit status.
 
-    ``stdout``: as in :func:`execute`.  ``lines`` is read as far ahead as the workers need, in a thread of its own.
+    ``stdout``: as in :func:`execute`.  ``lines`` is read as far ahead as the workers need, in
+    a thread of its own.
     """
     from taskrun.display import Display
     from taskrun.feed import Feed, Results

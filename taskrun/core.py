@@ -14,6 +14,7 @@ which worker; this module knows what an event means for a call, and for the run.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -38,6 +39,8 @@ from taskrun.placement import Placement, Timers, Worker
 from taskrun.resources import Resources
 
 SPARE_FACTOR = 4  # workers a slot, when calls lend theirs
+RESTARTS = 10  # idle workers that may die, beside one a slot ...
+RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up
 
 
 class Scheduler:
@@ -45,8 +48,10 @@ class Scheduler:
 
     ``slots`` is ``-j``.  ``policy``: ``stop`` (after a failure start nothing new),
     ``keep-going`` or ``fail-fast`` (interrupt what runs, too).  ``wanted`` names the tasks
-    whose values are kept.  ``open_feed``: calls will come by ``Fed``.  ``seed`` makes the
-    jitter of retries repeatable.
+    whose values are kept.  ``open_feed``: calls will come by ``Fed``.  ``keep``: whether
+    calls are remembered when they have ended.  ``standing``: so many workers are wanted even
+    while there is nothing to do.  ``most_calls``: how many a worker executes before another
+    takes its place.  ``seed`` makes the jitter of retries repeatable.
     """
 
     def __init__(
@@ -61,10 +66,16 @@ class Scheduler:
         spare_factor: int = SPARE_FACTOR,
         ahead: bool = True,
         open_feed: bool = False,
+        keep: bool = True,
+        standing: int = 0,
+        most_calls: int | None = None,
         seed: int | None = None,
     ) -> None:
         self.policy = policy
         self.calls: list[Call] = []
+        self._keep = keep
+        self._open: dict[int, Call] = {}  # where none are kept: those that have not ended
+        self._made = 0
         self.status = 0
         self.stopping = ""  # why
         self.over = False
@@ -74,12 +85,15 @@ class Scheduler:
         self.placement = Placement(
             slots, max(1, slots * spare_factor), ahead, self.resources, self._timers
         )
+        self.placement.standing = standing
+        self.placement.most_calls = most_calls
         self._out = self.placement.out
         self._ready = self.placement.ready
         self._random = random.Random(seed)
         self._live = 0  # calls that have not ended
         self._feeding = open_feed
         self._ordinals: dict[int, int] = {}
+        self._idle_deaths: deque[float] = deque()
         self._now = 0.0
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.WorkerReady: self.on_worker_ready,
@@ -150,6 +164,9 @@ class Scheduler:
         worker = self.placement.leave(event.worker)
         if worker is None:
             return
+        if not worker.calls and self._die_too_often():
+            self.on_give_up(m.GiveUp(f"workers die while they are idle: {event.reason}"))
+            return
         executing = self._current(*event.executing) if event.executing else None
         begun = [
             call for call in worker.calls.values() if call is executing or call.began is not None
@@ -159,6 +176,15 @@ class Scheduler:
         for call in begun:
             self._lost(call, event)
         self._requeue(list(worker.calls.values()))
+
+    def _die_too_often(self) -> bool:
+        """Whether replacing idle workers is pointless.  Those that die in a call are not
+        counted: the attempts of the call bound them."""
+        deaths = self._idle_deaths
+        deaths.append(self._now)
+        while self._now - deaths[0] > RESTART_PERIOD:
+            deaths.popleft()
+        return len(deaths) > RESTARTS + self.placement.slots
 
     def _lost(self, call: Call, event: m.WorkerLost) -> None:
         call.seconds = self._now - call.began if call.began is not None else 0.0
@@ -209,6 +235,7 @@ class Scheduler:
             call = self._current(id, attempt)
             if call is not None and worker.calls.pop(id, None) is call:
                 back.append(call)
+        worker.given -= len(back)
         self._requeue(back)
         self.placement.heard(worker, self._now)
 
@@ -231,11 +258,16 @@ class Scheduler:
 
     def on_finished(self, event: m.Finished) -> None:
         worker = self.placement.workers.get(event.worker)
-        calls = self.calls
+        find = self._find
         queue = None
         for id, attempt, kind, payload, items, wall, seconds, _ in event.reports:
-            call = calls[id]
-            if call.attempt != attempt or call.state is not RUNNING or call.worker != event.worker:
+            call = find(id)
+            if (
+                call is None
+                or call.attempt != attempt
+                or call.state is not RUNNING
+                or call.worker != event.worker
+            ):
                 continue  # stale
             call.seconds = seconds
             call.wall = wall
@@ -301,11 +333,22 @@ class Scheduler:
             return
         self._attempt_ended(call, "cancelled", None, None)
         self._put_down(call)
+        self._end_cancelled(call)
+
+    def _end_cancelled(self, call: Call) -> None:
         if call.failure is None or call.failure.kind != "cancelled":
             why = f", because the run was stopped: {self.stopping}" if self.stopping else ""
             said = f"{call.title} was cancelled{why}"
             call.failure = Failure("cancelled", "CallCancelled", said)
         self._end(call, CANCELLED)
+
+    def _end_untried(self, call: Call) -> None:
+        """It is not tried again, since the run is being stopped.  To have asked for that is
+        no failure."""
+        if call.failure is not None and call.failure.kind == "retry":
+            self._end_cancelled(call)
+        else:
+            self._end(call, FAILED)
 
     def _attempt_failed(
         self,
@@ -324,7 +367,10 @@ class Scheduler:
         final = self.stopping and not call.teardown
         if final or not retryable or call.attempt > allowed:
             self._attempt_ended(call, outcome, failure, None)
-            self._end(call, FAILED)
+            if final and call.attempt <= allowed:
+                self._end_untried(call)
+            else:
+                self._end(call, FAILED)
             return
         delay = asked if asked is not None else self._backoff(call)
         self._attempt_ended(call, outcome, failure, delay)
@@ -450,18 +496,21 @@ class Scheduler:
             return
         self._has_begun(call)
         wait = self.placement.wait(worker, call, event.any_of)
+        wait.hosts = m.OUTSIDE in event.keys
+        wait.outside = wait.hosts or m.OUTSIDE_ALONE in event.keys
         for key in event.keys:
+            if key in (m.OUTSIDE, m.OUTSIDE_ALONE):
+                continue
             child = _find_child(call, key)
             if child is None:
                 self._refuse_stranger(worker, call, key)
                 continue
             self.placement.watch(worker, wait, child)
-        for child in list(wait.pending.values()):
-            if child.state in FINAL:
-                self._tell(worker, child)
-        if not wait.pending:
+        for child in [child for child in wait.pending.values() if child.state in FINAL]:
+            self._deliver(worker, child)
+        if not wait.pending and not wait.outside:
             wait.over = True
-            self.placement.go_on(worker)
+        self.placement.go_on(worker)
 
     def _refuse_stranger(self, worker: Worker, call: Call, key: bytes) -> None:
         failure = Failure(
@@ -476,13 +525,16 @@ class Scheduler:
             self.placement.resume(worker)
 
     def _tell(self, worker: Worker, child: Call) -> None:
-        """``child`` has ended: tell the attempts in ``worker`` that wait for it."""
+        """``child`` has ended: the attempts in ``worker`` that wait for it can go on."""
+        self._deliver(worker, child)
+        self.placement.go_on(worker)
+
+    def _deliver(self, worker: Worker, child: Call) -> None:
         for wait in self.placement.ended_by(worker, child):
             if child.state is not OK:
                 _note_refused(child)
             outcome = child.value if child.state is OK else child.ended_as()
             self._out.append(m.Deliver(worker.id, {child.key: outcome}, wait.call.id))
-        self.placement.go_on(worker)
 
     def on_cancel_child(self, event: m.CancelChild) -> None:
         parent = self._current(event.parent, event.attempt)
@@ -527,16 +579,34 @@ class Scheduler:
         parent: Call | None = None,
         key: bytes = b"",
     ) -> Call:
-        call = Call(len(self.calls), recipe, index, family, parent, key)
-        self.calls.append(call)
+        call = Call(self._made, recipe, index, family, parent, key)
+        self._made += 1
+        if self._keep:
+            self.calls.append(call)
+        else:
+            self._open[call.id] = call
         self._live += 1
         return call
 
+    def _find(self, id: int) -> Call | None:
+        if not self._keep:
+            return self._open.get(id)
+        return self.calls[id] if 0 <= id < len(self.calls) else None
+
+    def is_running(self, id: int, attempt: int) -> bool:
+        """Whether that attempt of a call is being executed, or about to be."""
+        call = self._current(id, attempt)
+        return call is not None and call.state is RUNNING
+
+    def is_assigned(self, id: int) -> bool:
+        """Whether a worker has that call."""
+        call = self._find(id)
+        return call is not None and call.state is RUNNING
+
     def _current(self, id: int, attempt: int) -> Call | None:
         """The call, if ``attempt`` is the one that counts."""
-        if 0 <= id < len(self.calls) and self.calls[id].attempt == attempt:
-            return self.calls[id]
-        return None
+        call = self._find(id)
+        return call if call is not None and call.attempt == attempt else None
 
     def _end(self, call: Call, state: str) -> None:
         """The one way into a final state."""
@@ -544,6 +614,8 @@ class Scheduler:
             raise AssertionError(f"{call!r} cannot become {state}: it has ended")
         call.state = state
         self._live -= 1
+        if not self._keep:
+            del self._open[call.id]
         if call.watchers is not None:
             watchers, call.watchers = call.watchers, None
             for id in watchers:
@@ -631,8 +703,9 @@ class Scheduler:
 
     def on_cancel_calls(self, event: m.CancelCalls) -> None:
         for id in event.calls:
-            if 0 <= id < len(self.calls):
-                self._cancel(self.calls[id], event.reason)
+            call = self._find(id)
+            if call is not None:
+                self._cancel(call, event.reason)
 
     def _cancel(self, call: Call, reason: str) -> None:
         if call.state in FINAL:
@@ -679,11 +752,11 @@ class Scheduler:
                 self._ready.add(call)
             else:
                 self._end(call, CANCELLED)
-        for call in self.calls:
+        for call in self.calls if self._keep else list(self._open.values()):
             if call.teardown:
                 continue
             if call.state is SLEEPING:
-                self._end(call, FAILED)
+                self._end_untried(call)
             elif call.state is WAITING and call.family is None:
                 self._end(call, CANCELLED)
 

@@ -31,6 +31,8 @@ TRACEBACK_LIMIT = 64 * 1024
 CHAIN_LIMIT = 100  # exceptions linked by __cause__ and __context__ that are kept
 FRAME_LIMIT = 200  # frames of one traceback that are kept
 
+shares_main = False  # whether whoever unpickles has the same __main__
+
 
 def encode_failure(
     exc: BaseException, kind: str = "error", *, message: str | None = None
@@ -105,7 +107,7 @@ def _pickled_exception(exc: BaseException) -> bytes | None:
     for base, with_chain in _picklers():
         try:
             data = _dump_exception(exc, _pickler(base), with_chain)
-            if base is pickle.Pickler and b"__main__" in data:
+            if base is pickle.Pickler and b"__main__" in data and not shares_main:
                 continue  # nothing there can be found by name in another process
             if type(_load_exception(data)) is type(exc):
                 return data

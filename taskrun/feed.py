@@ -73,7 +73,8 @@ class Feed:
 class Results(Observer):
     """Shows what calls return, as they end or in the order of the arguments.
 
-    ``show`` gets each call and its value as text.  ``taken`` is told of each call whose result was used.
+    ``show`` gets each call and its value as text.  ``taken`` is told of each call whose result
+    was used.
     """
 
     def __init__(self, show: Callable[[Any, str], None], keep_order: bool) -> None:

@@ -19,6 +19,7 @@ from inspect import unwrap
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from taskrun.context import an_import
 from taskrun.errors import LoadError, UsageError
 from taskrun.model import Task, nearest
 
@@ -194,7 +195,8 @@ def import_file(path: str | os.PathLike[str], module: str) -> ModuleType:
     before = sys.modules.get(module)
     sys.modules[module] = namespace
     try:
-        exec(compile(source, file, "exec", dont_inherit=True), vars(namespace))
+        with an_import():
+            exec(compile(source, file, "exec", dont_inherit=True), vars(namespace))
     except BaseException as error:
         _put_back(module, before)
         if isinstance(error, KeyboardInterrupt):

@@ -34,6 +34,7 @@ QUIT = "quit"  # (QUIT,)   finish what per_worker made, and exit
 
 # To a worker, on the control Pipe:
 REPORT = "report"  # (REPORT, count)   flush; say what runs; give back up to count calls
+#                                    (None: no word about them)
 INTERRUPT = "interrupt"  # (INTERRUPT, call, attempt, reason)
 PING = "ping"  # (PING, token)
 STACK = "stack"  # (STACK, token)
@@ -53,6 +54,10 @@ GAVE_BACK = "gave back"  # (GAVE_BACK, [(call, attempt), ...])
 # From a worker, on the control Pipe:
 PONG = "pong"  # (PONG, token)
 STACK_IS = "stack is"  # (STACK_IS, token, text)
+
+# Among the keys of a WAIT: something that is no call, until a RESUME.
+OUTSIDE = b""  # meanwhile the worker may execute any other call on top
+OUTSIDE_ALONE = b"\0"  # ... it may not: what comes must not wait for that call
 
 # What these are made of:
 #

@@ -454,15 +454,19 @@ class GroupOutput(Output):
         if live.call is None or not live.spooling or not live.spool:
             return
         with self.terminal.lock:
-            for number, (stream, block) in enumerate(live.spool.blocks()):
-                if number == 0:
+            headed: set[str] = set()
+            for stream, block in live.spool.blocks():
+                place = "both" if self.terminal.in_one_place else stream
+                if place not in headed:
+                    headed.add(place)
                     self._write(stream, self._heading(live.call, stream))
                 self._write(stream, block)
+            self._seconds.pop(live.call.id, None)
 
     def _heading(self, call: Any, stream: str) -> bytes:
         paint = self.terminal.paint(stream)
         style = {"ok": "green", "failed": "bad"}.get(call.state, "yellow")
-        seconds = self._seconds.pop(call.id, None)
+        seconds = self._seconds.get(call.id)
         took = f" ({text.duration(seconds)})" if seconds is not None else ""
         title = paint.tag(call.recipe.name, text.title_of(call))
         return text.encode(f"--- {title} {paint(style, call.state)}{took}\n")

@@ -28,7 +28,7 @@ BATCH_SECONDS = 0.004  # how much work a worker is given in advance
 BATCH_CALLS = 256  # ... and at most so many calls
 LONG = 0.05  # calls longer than this are not sent in advance: a round trip is < 1 % of them
 SILENT = 0.002  # a worker silent for so long gives calls back when another is idle
-OVERDUE = 0.02  # ... and says in any case what it is doing
+OVERDUE = 0.1  # ... and says in any case what it is doing: people want to know
 DEFAULT_CPU = 1.0
 SEARCH = 10_000  # calls looked at to find one that a waiting worker can run itself
 
@@ -55,13 +55,16 @@ class Timers:
 
 
 class Wait:
-    """A running attempt that waits for calls it submitted."""
+    """A running attempt that waits for calls it submitted, or for something *outside* that
+    is no call: then it says itself when it goes on.  One that *hosts* lets its worker execute
+    any call meanwhile, if need be."""
 
-    __slots__ = ("any_of", "call", "over", "pending")
+    __slots__ = ("any_of", "call", "hosts", "outside", "over", "pending")
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.any_of = False
+        self.outside = self.hosts = False
         self.pending: dict[bytes, Call] = {}
         self.over = False  # what it waits for is there
 
@@ -72,10 +75,11 @@ class Worker:
     ``calls``: assigned and not ended, in order; the first may have begun.  ``waits``: the
     attempts in it that wait, innermost last.  ``lent``: nothing in it runs just now.
     ``cpu``: what its running call takes of the slots.  ``heard``: when it last reported.
-    ``checked``: an overdue check is pending.
+    ``checked``: an overdue check is pending.  ``given``: how many calls it was given, without
+    those that came back.
     """
 
-    __slots__ = ("calls", "checked", "cpu", "heard", "id", "lent", "pid", "waits")
+    __slots__ = ("calls", "checked", "cpu", "given", "heard", "id", "lent", "pid", "waits")
 
     def __init__(self, id: int, pid: int, now: float) -> None:
         self.id = id
@@ -86,6 +90,7 @@ class Worker:
         self.cpu = 0.0
         self.heard = now
         self.checked = False
+        self.given = 0
 
 
 class Placement:
@@ -101,6 +106,8 @@ class Placement:
         self.workers: dict[int, Worker] = {}
         self.busy_cpu = 0.0
         self.out: list[m.Command] = []
+        self.standing = 0  # so many workers are wanted even while there is nothing to do
+        self.most_calls: int | None = None  # that a worker executes before it is replaced
         self._most_workers = most_workers
         self._gives_ahead = ahead
         self._timers = timers
@@ -144,6 +151,10 @@ class Placement:
             return
         self._occupy(worker, 0.0)
         worker.lent = waits > 0
+        if not waits and self.most_calls is not None and worker.given >= self.most_calls:
+            self.leave(worker.id)
+            self.out.append(m.StopWorker(worker.id))
+            return
         if not waits:
             self._idle[worker.id] = worker
         self.go_on(worker)  # perhaps a nested call ended, and the one below it can go on
@@ -213,6 +224,8 @@ class Placement:
         needs: fail it and come again.
         """
         self._now = now
+        if self.standing:
+            self._replace_the_gone()
         blocked = self._dispatch() if self.ready.count else None
         if blocked is None and self.ready.count:
             self._want_workers()
@@ -223,6 +236,12 @@ class Placement:
         if self._idle and self._ahead and self.busy_cpu + DEFAULT_CPU <= self.slots:
             self._feed_the_idle()
         return None
+
+    def _replace_the_gone(self) -> None:
+        missing = self.standing - len(self.workers) - self._starting
+        if missing > 0:
+            self._starting += missing
+            self.out.append(m.StartWorkers(missing))
 
     def _dispatch(self) -> Call | None:
         """Give ready calls to idle workers, best first."""
@@ -243,7 +262,7 @@ class Placement:
                     passed_over.append(queue)
                     continue
             _, worker = self._idle.popitem()
-            self._assign(worker, queue, self._share(queue), cpu)
+            self._assign(worker, queue, self._left_to(worker, self._share(queue)), cpu)
         return None
 
     def _held_by_ancestors(self, call: Call, lacking: list[str]) -> bool:
@@ -276,8 +295,11 @@ class Placement:
         and nothing runs that could change it."""
         if self.busy_cpu or self._starting:
             return None
-        if any(len(worker.calls) > len(worker.waits) for worker in self.workers.values()):
+        workers = self.workers.values()
+        if any(len(worker.calls) > len(worker.waits) for worker in workers):
             return None
+        if any(wait.outside for worker in workers for wait in worker.waits):
+            return None  # it may go on at any time
         stuck = [call for call in self.ready if self.resources.lacking(call.recipe.resources)]
         return min(stuck, key=self._innocence, default=None)
 
@@ -290,6 +312,11 @@ class Placement:
     def _share(self, queue: Queue) -> int:
         """How many calls a worker may be given at once, so that all get some."""
         return max(1, min(self._depth(queue), len(queue.calls) // (2 * self.slots)))
+
+    def _left_to(self, worker: Worker, count: int) -> int:
+        """How many of ``count`` calls the worker may still be given in its life."""
+        most = self.most_calls
+        return count if most is None else min(count, most - worker.given)
 
     def _depth(self, queue: Queue) -> int:
         """How many calls of ``queue`` a worker may have, the running one included."""
@@ -308,6 +335,7 @@ class Placement:
         if queue is None or not queue.plain or worker.calls[next(reversed(worker.calls))].units:
             return
         room = min(self._depth(queue) - len(worker.calls), self._share(queue))
+        room = self._left_to(worker, room)
         if room > 0:
             self._now = now
             self._assign(worker, queue, room, worker.cpu)
@@ -328,6 +356,7 @@ class Placement:
             call.attempt += 1
             call.worker = worker.id
             worker.calls[call.id] = call
+        worker.given += len(calls)
         if not self.ready.queue(calls[0].recipe).plain:
             calls[0].units = self.resources.take(calls[0].recipe.resources)
         self._occupy(worker, cpu)
@@ -358,7 +387,10 @@ class Placement:
                 return
             if not worker.lent or worker.waits[-1].over:
                 continue
-            call = self._ready_below(worker.waits[-1].pending.values())
+            wait = worker.waits[-1]
+            call = self._ready_below(wait.pending.values())
+            if call is None and wait.hosts:
+                call = next((call for call in self.ready if self._fits(call.recipe)), None)
             if call is not None:
                 self._assign_nested(worker, call)
 
@@ -418,8 +450,8 @@ class Placement:
             self._timers.at(when, lambda: self._check(worker, when))
 
     def _check(self, worker: Worker, now: float) -> None:
-        """A batch should be over by now: is its worker in a call that takes longer than
-        expected, and holds back the outcomes of those before it?"""
+        """A batch should be over by now: which of its calls takes longer than expected, and
+        has something ended before it that is not told yet?"""
         worker.checked = False
         if self.workers.get(worker.id) is not worker or len(worker.calls) < 2:
             return

@@ -25,6 +25,7 @@ HEARTBEAT = 60.0  # seconds without a milestone, after which one is shown anyway
 WINDOW = 30.0  # seconds over which the rate is taken
 NARROWEST_BAR, WIDEST_BAR = 8, 40
 NAMES = 3
+SHORTEST_NAME = 16
 NEVER = sys.maxsize
 
 
@@ -113,6 +114,8 @@ def _names(snapshot: Snapshot, room: int) -> str:
         if len(longer) > room:
             break
         names = longer
+    if not names and snapshot.longest and room >= SHORTEST_NAME:
+        names = text.shorten(snapshot.longest[0], room)
     return f" | {names}" if names else ""
 
 
@@ -212,7 +215,7 @@ class Progress(Observer):
     def _draw(self, now: float) -> None:
         bar = render_bar(
             self.snapshot(now),
-            self._terminal.width() - 1,  # a full line would make some terminals wrap
+            self._terminal.width() - 3,  # a full line, or the ^C that is typed there, would wrap
             ascii=not self._terminal.is_utf8,
             colour=self._terminal.paint("stderr").enabled,
         )

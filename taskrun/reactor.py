@@ -119,9 +119,12 @@ class Reactor:
 
     # -- other threads and signals ----------------------------------------------------
 
-    def post(self, callback: Callback) -> None:
-        """Call ``callback`` once, on the loop's thread; from any thread."""
-        self._inbox.append(callback)
+    def post(self, callback: Callback, *, first: bool = False) -> None:
+        """Call ``callback`` once, on the loop's thread; from any thread, or a signal handler.
+
+        ``first``: before all that was posted already.
+        """
+        (self._inbox.appendleft if first else self._inbox.append)(callback)
         if not self._woken:
             self._woken = True
             self._wake()

@@ -15,7 +15,9 @@ class Settings:
     ``resources``: name -> amount, beside ``cpu`` and ``memory``.  ``output``: ``line``,
     ``group``, ``raw``, ``quiet``.  ``json``: events on stdout.  ``joblog``: a file for a
     row per attempt.  ``start_method``: ``forkserver`` or ``spawn``.  ``inline``: every call
-    in this process.  ``grace``: seconds between interrupt, TERM and KILL.
+    in this process.  ``grace``: seconds between interrupt, TERM and KILL.  ``listen``: an
+    address for clients, beside the run's own socket; ``authkey_file``: where their key is.
+    ``state``: a file in which the shared state is kept.
     """
 
     jobs: int = 1
@@ -27,6 +29,9 @@ class Settings:
     start_method: str = "forkserver"
     inline: bool = False
     grace: float = 2.0
+    listen: str | None = None
+    authkey_file: str | None = None
+    state: str | None = None
 
 
 # -- what this machine has -------------------------------------------------------------

@@ -137,6 +137,12 @@ class Terminal:
         return self._sinks[stream].is_terminal
 
     @property
+    def in_one_place(self) -> bool:
+        """Whether stdout and stderr are the same file, terminal, or pipe."""
+        one, other = (sink.fd for sink in self._sinks.values())
+        return one is not None and other is not None and os.path.sameopenfile(one, other)
+
+    @property
     def has_bar(self) -> bool:
         """Whether a progress bar can be shown: on stderr, as usual."""
         return self.is_terminal("stderr") and self._environ.get("TERM") != "dumb"

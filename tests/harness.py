@@ -22,8 +22,20 @@ from typing import IO, Any
 
 import psutil
 
-HEAD = "from taskrun import *\nimport os, signal, sys, threading, time\n"
-"""What every task file of these tests begins with."""
+HEAD = """
+from taskrun import *
+import os, signal, sys, threading, time
+
+def mark(name, text="1"):
+    with open(name, "w") as file: file.write(text)
+
+def doze():
+    for _ in range(3000): time.sleep(0.1)
+"""
+"""What every task file of these tests begins with.
+
+``doze``: a signal that comes just before a long sleep, in this process, does not end it.
+"""
 
 TOKEN = "RUN_OF_A_TEST"
 STEP = 0.01  # seconds between looks at what cannot be waited for
@@ -43,7 +55,7 @@ def _belongs(process: psutil.Process, token: str) -> bool:
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return process.environ().get(TOKEN) == token
+        return bool(process.environ().get(TOKEN) == token)
     except psutil.Error:
         return False
 
@@ -145,7 +157,17 @@ class Running:
 
     def await_file(self, path: Path, deadline: float = 20.0) -> str:
         """Wait for a file with something in it, and give that."""
-        return wait_until(lambda: path.is_file() and path.read_text(), deadline, f"no {path.name}")
+
+        def content() -> str:
+            status = self.process.poll()
+            text = path.read_text() if path.is_file() else ""
+            assert text or status is None, f"it ended with {status}"
+            return text
+
+        try:
+            return str(wait_until(content, deadline, f"no {path.name}"))
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.commands()}, {self.out}, {self.err}") from None
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the coordinator, or to its foreground process group."""
@@ -161,6 +183,20 @@ class Running:
     def others(self) -> list[psutil.Process]:
         """All processes of the run but the coordinator."""
         return [process for process in self.processes() if process.pid != self.process.pid]
+
+    def commands(self) -> list[str]:
+        """The command lines of all processes of the run."""
+        return [_described(process) for process in self.processes()]
+
+    def parents(self) -> dict[psutil.Process, int]:
+        """All processes of the run but the coordinator, each with its parent's pid."""
+        found = {}
+        for process in self.others():
+            try:
+                found[process] = process.ppid()
+            except psutil.NoSuchProcess:
+                pass  # it has ended just now
+        return found
 
     def end(self, deadline: float = 30.0) -> Ended:
         """Wait for its end, after which nothing of it may be left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
+from taskrun.core import Scheduler
+from taskrun.model import Plan
 from taskrun.recipes import make_recipe
 
 OK: Script = (Run(0.01), Value())
@@ -191,6 +193,23 @@ def test_nothing_is_lost_when_a_worker_dies_at_any_point(when: float) -> None:
     assert sim.run() == 0
     assert set(sim.states("quick")) == {"ok"}
     assert sum(call.attempt for call in sim.calls("quick")) <= 202
+
+
+def test_a_run_gives_up_where_idle_workers_die_faster_than_can_be_explained() -> None:
+    plan = Plan((a_task("work"),), frozenset(["work"]))
+    scheduler = Scheduler(plan, slots=1, recipe_ids=count(1))
+    scheduler.begin(0.0)
+    scheduler.handle(m.WorkerReady(0), 0.0)  # has the one call
+    ended: list[m.Command] = []
+    for worker in range(1, 20):
+        scheduler.handle(m.WorkerReady(worker), worker * 0.1)
+        ended += scheduler.handle(m.WorkerLost(worker, "killed by SIGKILL", None), worker * 0.1)
+        if scheduler.over:
+            break
+    assert worker == 12  # ten, one for the slot, and the one too many
+    assert [c for c in ended if type(c) is m.RunEnded] == [
+        m.RunEnded(3, "workers die while they are idle: killed by SIGKILL")
+    ]
 
 
 def test_a_worker_that_dies_before_it_was_ready_is_replaced() -> None:

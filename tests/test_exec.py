@@ -255,7 +255,7 @@ def test_without_k_nothing_new_starts_and_what_runs_ends(runs: Runs) -> None:
     source = """
         @task(priority=2)
         def long():
-            open("running", "w").write("1")
+            mark("running")
             while not os.path.exists("failed"): time.sleep(0.01)
             time.sleep(0.2)
             print("ended by itself")
@@ -278,7 +278,7 @@ def test_fail_fast_ends_what_runs(runs: Runs) -> None:
     source = """
         @task
         def long():
-            open("running", "w").write("1")
+            mark("running")
             time.sleep(60)
 
         @task
@@ -399,17 +399,17 @@ def test_the_grandchildren_of_a_timed_out_call_are_gone_while_the_run_goes_on(ru
 
         @task(timeout=0.3)
         def below():
-            subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 301 & wait; sleep 301"])
-            sh("sleep 301")
+            subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 30.1 & wait; sleep 30.1"])
+            sh("sleep 30.1")
 
         @task(always=True)
         def long(x=result(below)):
-            open("ended", "w").write("1")
+            mark("ended")
             while not os.path.exists("go"): time.sleep(0.01)
         """
     running = runs.start_exec(source)
     running.await_file(runs.folder / "ended")
-    wait_until(lambda: not [p for p in running.processes() if "301" in p.cmdline()], 5)
+    wait_until(lambda: "sleep 30.1" not in " ".join(running.commands()), 5)
     (runs.folder / "go").touch()
     running.end().check(1)
 
@@ -835,7 +835,9 @@ def test_tasks_of_other_modules_in_loops_and_in_closures_run(runs: Runs) -> None
         assert runs.exec(source, "--output=raw", *how).check().out == "22 33 (Row(x=11), 'green')\n"
 
 
-@pytest.mark.parametrize("name", ["random.py", "json.py", "taskrun.py", "my-tasks.py", "__main__.py"])
+@pytest.mark.parametrize(
+    "name", ["random.py", "json.py", "taskrun.py", "my-tasks.py", "__main__.py"]
+)
 def test_a_task_file_may_have_any_name(runs: Runs, name: str) -> None:
     source = """
         class Point:
@@ -1111,7 +1113,11 @@ def test_it_runs_as_a_module_from_elsewhere_with_folders_of_its_own_names(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     ended = runs.run(
-        "exec", "../tasks.py", "--output=raw", cwd=elsewhere, program=(sys.executable, "-m", "taskrun")
+        "exec",
+        "../tasks.py",
+        "--output=raw",
+        cwd=elsewhere,
+        program=(sys.executable, "-m", "taskrun"),
     )
     assert ended.check().out == f"{elsewhere}\n"
     for folder in ("taskrun", "workers"):

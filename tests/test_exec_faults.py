@@ -86,7 +86,7 @@ def test_a_worker_that_is_killed_while_idle_is_replaced(runs: Runs) -> None:
 
         @task
         def long(x=result(quick)):
-            open("waiting", "w").write("1")
+            mark("waiting")
             while not os.path.exists("go"): time.sleep(0.01)
 
         @task
@@ -113,10 +113,10 @@ BIG = """
 class Load:
     "50 MB that say when they are on their way, and wait to be killed there."
     def __init__(self): self.data = b"x" * 50_000_000
-    def __reduce__(self): return (unload, (os.getpid(), self.data))
+    def __reduce__(self): return (unload, (self.data,))
 
-def unload(sender, data):
-    if os.getpid() != sender and not os.path.exists("killed"):
+def unload(data):
+    if not os.path.exists("killed"):
         open("killed", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return len(data)
@@ -147,7 +147,7 @@ def test_a_worker_killed_from_outside_while_it_sends_50_mb(runs: Runs, moment: i
         @task(retries=3)
         def source():
             data = os.urandom(50_000_000)
-            open(f"sending{current().attempt}", "w").write(str(os.getpid()))
+            mark(f"sending{current().attempt}", str(os.getpid()))
             return data
 
         @task
@@ -183,7 +183,7 @@ def test_calls_survive_a_hail_of_kills(runs: Runs) -> None:
     running.await_file(runs.folder / "pid")
     kills = 0
     while running.process.poll() is None and kills < 12:
-        victims = [p for p in running.others() if p.ppid() != running.process.pid]
+        victims = [p for p, parent in running.parents().items() if parent != running.process.pid]
         for victim in victims[:1]:
             try:
                 victim.kill()
@@ -255,7 +255,9 @@ def test_a_hundred_megabytes_of_output_pass_through_in_flat_memory(runs: Runs) -
             for _ in range(500): sys.stdout.write(line * 1000)
         """
     running = runs.start_exec(
-        source, "-j2", stdout=open(runs.folder / "out", "wb")  # noqa: SIM115
+        source,
+        "-j2",
+        stdout=open(runs.folder / "out", "wb"),  # noqa: SIM115
     )
     most = 0
     coordinator = psutil.Process(running.process.pid)
@@ -336,7 +338,7 @@ def test_a_child_that_outlives_its_call_ends_with_the_run(runs: Runs) -> None:
                 os.setsid()
                 if os.fork() == 0:
                     for fd in range(3): os.close(fd)
-                    open("daemon", "w").write(str(os.getpid()))
+                    mark("daemon", str(os.getpid()))
                     time.sleep(300)
                 os._exit(0)
 
@@ -381,9 +383,9 @@ def test_threads_that_never_end_do_not_keep_the_run(runs: Runs) -> None:
 PHASES = {
     "importing": """
         import subprocess
-        subprocess.Popen(["sleep", "300"])
         if os.path.exists("once"):
-            open("begun", "w").write("1")
+            subprocess.Popen(["sleep", "300"])
+            mark("begun")
             time.sleep(300)
         open("once", "w").close()
 
@@ -393,9 +395,7 @@ PHASES = {
     "idle": """
         @task
         def wait():
-            raise Retry("later", after=300) if os.path.exists("begun") else mark()
-        def mark():
-            open("begun", "w").write("1")
+            mark("begun")
             raise Retry("later", after=300)
         """,
     "shell": """
@@ -413,7 +413,7 @@ PHASES = {
             if os.fork() == 0:
                 os.setsid()
                 if os.fork() == 0:
-                    open("begun", "w").write("1")
+                    mark("begun")
                     time.sleep(300)
                 os._exit(0)
             time.sleep(300)
@@ -422,7 +422,7 @@ PHASES = {
         import re
         @task
         def hold(n=each(range(2))):
-            open("begun", "w").write("1")
+            mark("begun")
             re.match(r"(a+)+$", "a" * 64 + "b")
         """,
     "deaf": """
@@ -430,7 +430,7 @@ PHASES = {
         def ignore(n=each(range(2))):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            open("begun", "w").write("1")
+            mark("begun")
             while True:
                 try: time.sleep(300)
                 except BaseException: pass
@@ -438,18 +438,18 @@ PHASES = {
     "printing": """
         @task
         def pour(n=each(range(2))):
-            open("begun", "w").write("1")
+            mark("begun")
             while True: print("x" * 1000)
         """,
     "fanning": """
         @task
         def tiny(n=each(range(100_000))):
-            if n == 1000: open("begun", "w").write("1")
+            if n == 1000: mark("begun")
         """,
     "waiting": """
         @task
         def child(n):
-            open("begun", "w").write("1")
+            mark("begun")
             time.sleep(300)
         @task
         def parent(n=each(range(2))): child.submit(n).result()
@@ -457,8 +457,11 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "method"),
+    [(phase, "forkserver") for phase in PHASES]
+    + [(phase, "spawn") for phase in ("importing", "shell", "daemons", "holding", "deaf")],
+)
 def test_a_coordinator_that_is_killed_leaves_no_process(
     runs: Runs, phase: str, method: str
 ) -> None:
@@ -474,7 +477,7 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
     source = """
         @task(retries=2)
         def work(n=each(range(4))):
-            open("begun", "w").write("1")
+            mark("begun")
             time.sleep(0.3)
             return n
 
@@ -483,7 +486,7 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
         """
     running = runs.start_exec(source, "-j2", "--output=raw")
     running.await_file(runs.folder / "begun")
-    (template,) = [p for p in running.others() if p.ppid() == running.process.pid]
+    (template,) = [p for p, parent in running.parents().items() if parent == running.process.pid]
     template.kill()
     assert running.end().check().out == "[0, 1, 2, 3]\n"
 

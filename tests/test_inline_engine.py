@@ -107,11 +107,16 @@ def test_nothing_is_captured(shop: Workshop, capsys: pytest.CaptureFixture[str])
     assert not shop.watcher.written
 
 
-def test_ctrl_c_leaves_the_loop(shop: Workshop) -> None:
-    (worker,) = shop.workers()
-    shop.start(worker, "abort")
-    with pytest.raises(KeyboardInterrupt):
-        shop.until(lambda: False)
+def test_ctrl_c_that_ends_a_call_is_told(chores: Any) -> None:
+    told: list[str] = []
+    shop = Workshop(InlineEngine(on_ctrl_c=lambda: told.append("Ctrl-C")), "inline_chores")
+    try:
+        (worker,) = shop.workers()
+        report = shop.report(shop.start(worker, "abort"))
+        assert report.payload[0].kind == "cancelled"
+        assert told == ["Ctrl-C"]
+    finally:
+        shop.close()
 
 
 def test_calls_that_have_not_begun_are_given_back_and_cancelled(shop: Workshop) -> None:

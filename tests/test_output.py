@@ -189,7 +189,7 @@ def test_group_does_not_keep_much_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
         output.output(call, "stderr" if number % 7 == 0 else "stdout", chunk)
         assert sum(len(block) for _, block in output._live[1].spool._blocks) <= SPOOL
     end(output, call)
-    assert len(pages.out) + len(pages.err) == 160 * len(chunk) + len("--- a ok (1.2 s)\n")
+    assert len(pages.out) + len(pages.err) == 160 * len(chunk) + 2 * len("--- a ok (1.2 s)\n")
 
 
 def test_group_shows_output_early_where_there_is_no_room_for_it(

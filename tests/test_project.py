@@ -147,8 +147,9 @@ def test_the_version_is_the_same_everywhere() -> None:
 # -- the top-level surface ------------------------------------------------------------
 
 SURFACE = {
-    "Future", "Retry", "Skip", "TaskrunError", "as_completed", "current", "each", "per_worker",
-    "result", "run", "sh", "task",
+    "Executor", "Future", "Pool", "Retry", "Skip", "TaskrunError", "as_completed", "connect",
+    "current", "each",
+    "per_worker", "result", "run", "sh", "state", "task",
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from taskrun.ledger import STREAMS, Ledger
 # only waits.  Written at once and shorter than PIPE_BUF, so it stays in one piece.
 _REST = struct.Struct("!QI?")
 TOKEN_BYTES: Final = 16
-LOOK_SECONDS: Final = 0.0001  # fstat costs as much as a tiny call
+LOOK_SECONDS: Final = 0.0001  # between two closer looks at fd 1 and 2
 MARK_BYTES: Final = 1 + TOKEN_BYTES + _REST.size
 
 
@@ -57,27 +57,36 @@ class Capture:
         self._count = array.array("i", [0])
         self._reads = [0, 0]
         self._looked = 0.0
+        self._readers = [fd for fd in map(_reading_end, pipes) if fd is not None]
+        # One poll tells of two things.  The Pipes' reading ends are readable when something
+        # was written.  A writing end never is: what is at fd 1 or 2 instead, if it is a file,
+        # /dev/null or nothing at all, shows too; another Pipe, a socket or a terminal only
+        # when it is looked at more closely, which costs as much as a tiny call.
+        poll = select.poll()
+        for fd in (1, 2, *self._readers):
+            poll.register(fd, select.POLLIN)
+        self._poll = poll.poll
         sys.stdout, sys.stderr = self._streams
         sys.__stdout__, sys.__stderr__ = self._streams  # type: ignore[misc]
 
     def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
         """The attempt has ended (or waits): mark what it wrote; gives whether it may have.
 
-        Undoes what it did to sys.stdout and sys.stderr, and to fd 1 and 2: these are looked
-        at after every call but the tiniest, of which many end between two looks.
+        Undoes what it did to fd 1 and 2 and to sys.stdout and sys.stderr.
         """
         if not self._in_place():
             self._restore_streams()
-        now = perf_counter()
-        if now - self._looked > LOOK_SECONDS:
-            self._looked = now
-            if not self._intact():
-                self._restore_descriptors()
         try:
             self._flush_out()
             self._flush_err()
         except (OSError, ValueError):
+            self._look()
             self._recover_streams()
+        found = self._poll(0)
+        if found or perf_counter() - self._looked > LOOK_SECONDS:
+            self._look()
+        if not (found or self._was_read()) and self._readers:
+            return False
         if not self._touched():
             return False
         data = mark(self._token, call, attempt, ended)
@@ -92,8 +101,18 @@ class Capture:
 
     def close(self) -> None:
         """In a forked child: only fd 1 and 2 are its own."""
-        for pipe in self._pipes:
-            os.close(pipe)
+        for fd in (*self._pipes, *self._readers):
+            os.close(fd)
+
+    def _look(self) -> None:
+        self._looked = perf_counter()
+        if not self._intact():
+            self._restore_descriptors()
+
+    def _was_read(self) -> bool:
+        """Whether the coordinator has taken anything out since this was asked last."""
+        reads, before = self._ledger.reads, self._reads
+        return reads(0) != before[0] or reads(1) != before[1]
 
     def _touched(self) -> bool:
         """Whether anything may have been written since this was asked last."""
@@ -143,6 +162,35 @@ class Capture:
                 self._streams[number] = _text_stream(number + 1, name)
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
         sys.stdout, sys.stderr = self._streams
+
+
+class Uncaptured(Capture):
+    """Of a worker whose calls write where its parent process does."""
+
+    def __init__(self, pipes: tuple[int, int]) -> None:
+        for pipe in pipes:
+            os.close(pipe)
+
+    def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
+        """Nobody wants to know."""
+        return False
+
+    def flush(self) -> None:
+        """Write out what Python still holds back."""
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                _flush_foreign(stream)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _reading_end(pipe: int) -> int | None:
+    """The other end of a Pipe, to be polled and never read; None where it is not to be had."""
+    try:
+        return os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
 
 
 def _identity(fd: int) -> tuple[int, int]:

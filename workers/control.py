@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -67,8 +68,8 @@ class Control(threading.Thread):
                         self._handlers[record[0]](*record[1:])
         except ConnectionError:
             pass  # as good as the end of the Pipe
-        except BaseException:
-            sys.excepthook(*sys.exc_info())  # a bug of ours, or a task closed our Pipe
+        except BaseException as error:
+            tell_why(error)
         self._end_with_all()
 
     def close(self) -> None:
@@ -82,12 +83,13 @@ class Control(threading.Thread):
 
     # -- what is asked ----------------------------------------------------------------
 
-    def _report(self, count: int) -> None:
+    def _report(self, count: int | None) -> None:
         worker = self._worker
         worker.read_what_is_there()
         with worker.outbox.lock:
             self._say_began(worker.executor.running)
-            worker.give_back(count)
+            if count is not None:
+                worker.give_back(count)
             worker.outbox.flush()
 
     def _say_began(self, running: Running | None) -> None:
@@ -132,6 +134,14 @@ class Control(threading.Thread):
 
     def _answer(self, record: tuple[Any, ...]) -> None:
         send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
+
+
+def tell_why(error: BaseException) -> None:
+    """Say what ends this worker: a call that closed what is not its own, or a bug of ours."""
+    if isinstance(error, OSError) and error.errno == errno.EBADF:
+        print("a call closed file descriptors that are its worker's own", file=sys.stderr)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _kill_survivors(pids: set[int]) -> None:

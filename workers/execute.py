@@ -113,7 +113,8 @@ class Port(Protocol):
 class Executor:
     """Executes calls in the thread that made it, one at a time, or nested while one waits.
 
-    ``passes``: exceptions that are let through instead of becoming an outcome.
+    ``on_ctrl_c``: called where a KeyboardInterrupt has ended a call, which then counts as
+    cancelled; without it, that is an exception like any other.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Executor:
         marks: Marks,
         *,
         thread_variables: frozenset[str] = frozenset(),
-        passes: tuple[type[BaseException], ...] = (),
+        on_ctrl_c: Callable[[], object] | None = None,
     ) -> None:
         self.running: Running | None = None
         self.made: dict[Any, Any] = {}
@@ -136,11 +137,16 @@ class Executor:
         self._book = book
         self._marks = marks
         self._thread_variables = thread_variables
-        self._passes = passes
+        self._on_ctrl_c = on_ctrl_c
         self._generators: list[Any] = []
         self.early: dict[tuple[int, int], str] = {}  # interrupted before they came
 
     # -- the main flow ----------------------------------------------------------------
+
+    def attempt(self) -> tuple[int, int] | None:
+        """(call, attempt) of what is being executed."""
+        running = self.running
+        return None if running is None else (running.call, running.attempt)
 
     def learn(self, record: tuple[Any, ...]) -> None:
         """Take a TASK record."""
@@ -158,9 +164,6 @@ class Executor:
         start = perf_counter()
         try:
             kind, payload, items = self._attempt(running, args)
-        except self._passes:
-            self.running = below
-            raise
         except BaseException as error:  # an interrupt in the few steps around the call
             running.user = False
             kind, payload, items = self._failed(running, error)
@@ -212,8 +215,6 @@ class Executor:
             running.user = False
             if self.forked:
                 self._leave(error)
-            if isinstance(error, self._passes):
-                raise
             return self._failed(running, error)
         finally:
             if restore is not None:
@@ -263,12 +264,15 @@ class Executor:
             raise ResultError(f"{known.name}: {error}") from None
 
     def _failed(self, running: Running, error: BaseException) -> Outcome:
+        if isinstance(error, KeyboardInterrupt) and self._on_ctrl_c is not None:
+            self._on_ctrl_c()
+            error = Interrupted("Ctrl-C").with_traceback(error.__traceback__)
         if running.interrupt is not None or isinstance(error, Interrupted):
             return "error", (encode_failure(error, "cancelled"), False), None
         if isinstance(error, Skip):
             return "skip", str(error), None
         if isinstance(error, Retry):
-            return "retry", (error.after, encode_failure(error)), None
+            return "retry", (error.after, encode_failure(error, "retry")), None
         if not isinstance(error, Exception):
             return "error", (encode_failure(_exit(running.known, error)), False), None
         return "error", (encode_failure(error), self._is_retryable(running, error)), None

@@ -10,12 +10,10 @@ When the coordinator is gone, so is the worker, with all that its calls have sta
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import select
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -34,12 +32,12 @@ from taskrun.messages import (
     TASK,
 )
 from taskrun.wire import READ_SIZE, Decoder
-from taskrun.workers.capture import Capture
-from taskrun.workers.control import Control
+from taskrun.workers.capture import Capture, Uncaptured
+from taskrun.workers.control import Control, tell_why
 from taskrun.workers.execute import Executor, Running
 from taskrun.workers.outbox import Outbox
 from taskrun.workers.recipes import Home
-from taskrun.workers.scope import WorkerContext
+from taskrun.workers.scope import WorkerContext, state_home
 from taskrun.workers.settings import Birth, Preloaded, Settings, apply, preload
 
 FINISH_SECONDS: Final = 3.0  # for what per_worker() made, when the worker ends
@@ -62,9 +60,7 @@ def run(
     except ConnectionError:
         _end_with_session()  # the coordinator is gone
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno == errno.EBADF:
-            print("a call closed file descriptors that are its worker's own", file=sys.stderr)
-        sys.excepthook(*sys.exc_info())
+        tell_why(error)
     finally:
         os._exit(status)
 
@@ -85,6 +81,7 @@ class Worker:
     def __init__(
         self, settings: Settings, birth: Birth, fds: list[int], preloaded: Preloaded
     ) -> None:
+        self._settings, self._birth = settings, birth
         self._fd, control, stdout, stderr, ledger_fd = fds
         self._ledger = Ledger(ledger_fd)
         os.close(ledger_fd)
@@ -92,7 +89,11 @@ class Worker:
         self.reading = threading.Lock()
         self.outbox = Outbox(self._ledger, self._fd)
         self.tell, self.flush = self.outbox.tell, self.outbox.flush
-        self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
+        self._capture: Capture
+        if settings.pool is None:
+            self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
+        else:
+            self._capture = Uncaptured((stdout, stderr))
         home = Home(settings.module, preloaded)
         variables = frozenset(settings.environment)
         self.executor = Executor(
@@ -110,6 +111,7 @@ class Worker:
         self._delivered: deque[tuple[Any, ...]] = deque()
         self._nested: deque[tuple[Any, ...]] = deque()
         self._quitting = False
+        self._state = state_home(settings, self.executor)
         self.waiting = 0  # attempts that wait; the main thread then reads the Pipe itself
 
     # -- the main flow ----------------------------------------------------------------
@@ -119,6 +121,11 @@ class Worker:
         signal.signal(signal.SIGINT, self.executor.on_interrupt)
         os.register_at_fork(after_in_child=self._leave_behind)
         context.activate(self._context)
+        context.state_home = self._state
+        if self._settings.pool is not None:
+            from taskrun.pooling import remote
+
+            remote.begin(self._settings.pool, self._birth.worker)
         self.tell((READY, os.getpid()))
         self._control.start()
         queue, outbox, execute = self.queue, self.outbox, self.executor.execute
@@ -142,6 +149,10 @@ class Worker:
         alarm.daemon = True
         alarm.start()
         self.executor.close()
+        if self._settings.pool is not None:
+            from taskrun.pooling import remote
+
+            remote.end()
         self._capture.flush()
         self.flush()
 
@@ -240,6 +251,7 @@ class Worker:
         wait: tuple[Any, ...],
         satisfied: Callable[[], bool],
         deadline: float | None,
+        outside: int | None = None,
     ) -> bool:
         """See ``scope.Line``."""
         self._wait_begins()
@@ -248,6 +260,8 @@ class Worker:
             self.tell(wait)
             poll = select.poll()
             poll.register(self._fd, select.POLLIN)
+            if outside is not None:
+                poll.register(outside, select.POLLIN)
             while not satisfied():
                 self.flush()
                 left = None if deadline is None else deadline - monotonic()
@@ -293,6 +307,8 @@ class Worker:
 
     def _leave_behind(self) -> None:
         """In a child that a task forked: nothing of the worker's is left in it."""
+        if self.executor.forked:
+            return  # a child of that child
         self.executor.leave_behind()
         os.close(self._fd)
         self._control.close()

@@ -72,6 +72,7 @@ class Known:
         ]
         names = self.names
         self._in_order = names is not None and list(names) == by_position[: len(names)]
+        self._bare = not (self._constants or self._made or self._leading)
         plain = self._in_order and not (self._constants or self._made or self._leading)
         labelled = task.options.label is not None  # that takes all the arguments
         self.quick = plain and len(names or ()) == 1 and self.style == PLAIN and not labelled
@@ -98,6 +99,8 @@ class Known:
             positional, keywords = loads_arguments(blob, links)
         except Exception as error:
             raise self._unreadable("its arguments", error) from error
+        if self._bare:
+            return positional, keywords
         taken = {**dict.fromkeys(self._positions[: len(positional)]), **keywords}
         filled = {**keywords, **self._fill(taken, per_worker)}
         return self._lead(list(positional), filled), filled

@@ -11,13 +11,24 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Protocol
 
-from taskrun.context import Current, Future
+from taskrun.context import Current, Future, Outside, left_until
 from taskrun.errors import CallError
-from taskrun.messages import CANCEL, DEFINE, PROGRESS, RESUME, SAY_BEGAN, SUBMIT, WAIT
+from taskrun.messages import (
+    CANCEL,
+    DEFINE,
+    OUTSIDE,
+    OUTSIDE_ALONE,
+    PROGRESS,
+    RESUME,
+    SAY_BEGAN,
+    SUBMIT,
+    WAIT,
+)
 from taskrun.model import Failure, Task
 from taskrun.values import decode, decode_failure, dumps_arguments
 from taskrun.workers.execute import Executor, Port, Running
 from taskrun.workers.recipes import missing_arguments
+from taskrun.workers.settings import Settings
 
 Reference = tuple[str, str] | bytes
 
@@ -33,10 +44,12 @@ class Line(Port, Protocol):
         wait: tuple[Any, ...],
         satisfied: Callable[[], bool],
         deadline: float | None,
+        outside: int | None = None,
     ) -> bool:
         """Tell ``wait``, then take what comes, and execute what is nested, until
-        ``satisfied()``; False when ``deadline`` (monotonic) came first.  Raises Interrupted
-        where ``running`` is to end."""
+        ``satisfied()``; False when ``deadline`` (monotonic) came first.  ``outside`` is
+        another descriptor that may satisfy it.  Raises Interrupted where ``running`` is to
+        end."""
 
     def listen(self, loop: Any, heard: Callable[[], object]) -> None:
         """From now on take what comes on this event loop, and call ``heard`` after it."""
@@ -136,6 +149,36 @@ class WorkerContext:
     def per_worker(self, make: Callable[[], Any]) -> Any:
         return self._executor.per_worker(make)
 
+    # -- shared state -----------------------------------------------------------------
+
+    def lend(self, outside: Outside, deadline: float | None) -> bool:
+        running = self._executor.running
+        if running is None or self._executor.forked or threading.get_ident() != self._thread:
+            return outside.block(left_until(deadline))
+        with _masked(running, self._thread):
+            key = OUTSIDE_ALONE if outside.alone else OUTSIDE
+            wait = (WAIT, running.call, running.attempt, (key,), False)
+            came = self._line.converse(running, wait, outside.ready, deadline, outside.fileno())
+            self._line.tell((RESUME, running.call, running.attempt))
+            self._line.flush()
+            return came
+
+    def lend_awaiting(self, *, alone: bool = False) -> Callable[[], None]:
+        running = self._executor.running
+        if running is None or self._executor.forked or threading.get_ident() != self._thread:
+            return lambda: None
+        watch = self._watch_of(running)
+        watch.await_outside(alone)
+        return lambda: watch.outside_came(alone)
+
+    def beneath(self) -> list[tuple[int, int]]:
+        running = self._executor.running
+        found = []
+        while running is not None and running.below is not None:
+            running = running.below
+            found.append((running.call, running.attempt))
+        return found
+
     # -- what comes back --------------------------------------------------------------
 
     def deliver(self, call: int | None, outcomes: dict[bytes, Any]) -> None:
@@ -226,6 +269,8 @@ class _Watch:
         self._line = line
         self._watches = watches
         self._futures: list[Future] = []
+        self._outside = 0  # coroutines that wait for something other than calls
+        self._alone = 0  # of these, those that do so alone
         self._about_to_ask = False
         running.on_end = self.stop
         line.listen(loop, self._heard)
@@ -233,6 +278,27 @@ class _Watch:
     def add(self, future: Future) -> None:
         self._futures.append(future)
         self._ask_soon()
+
+    def await_outside(self, alone: bool) -> None:
+        """A coroutine waits for something other than calls."""
+        self._outside += 1
+        self._alone += alone
+        self._ask_soon()
+
+    def outside_came(self, alone: bool) -> None:
+        """It does not wait any more."""
+        self._outside -= 1
+        self._alone -= alone
+        running = self.running
+        if running.on_end is None:
+            return  # the attempt's coroutine has ended
+        with _masked(running, threading.get_ident()):
+            self._line.tell((RESUME, running.call, running.attempt))
+            self._line.flush()
+        if self._futures or self._outside:
+            self._ask_soon()
+        else:
+            self.stop()
 
     def stop(self) -> None:
         """Nothing is awaited any more, or the attempt's coroutine has ended."""
@@ -251,9 +317,11 @@ class _Watch:
         self._about_to_ask = False
         running = self.running
         self._futures = [future for future in self._futures if not future.done()]
-        if not self._futures or running.on_end is None:
+        if not (self._futures or self._outside) or running.on_end is None:
             return
         keys = tuple(dict.fromkeys(future.key for future in self._futures))
+        if self._outside:
+            keys = (*keys, OUTSIDE_ALONE if self._alone else OUTSIDE)
         with _masked(running, threading.get_ident()):
             self._line.tell((WAIT, running.call, running.attempt, keys, True))
             self._line.flush()
@@ -261,7 +329,7 @@ class _Watch:
     def _heard(self) -> None:
         before = len(self._futures)
         self._futures = [future for future in self._futures if not future.done()]
-        if not self._futures:
+        if not (self._futures or self._outside):
             self.stop()
         elif len(self._futures) < before:
             self._ask_soon()  # the one WAIT is over, as soon as anything was delivered
@@ -372,6 +440,23 @@ def _facts(task: Task, blob: bytes | None) -> dict[str, Any]:
         "always": options.always,
         "lane": options.lane,
     }
+
+
+def state_home(settings: Settings, executor: Executor) -> Callable[[], Any] | None:
+    """What gives the client of shared state in this worker; see ``context.state_home``."""
+    if settings.state is None:
+        return None
+    address, authkey = settings.state
+    made: list[Any] = []
+
+    def client() -> Any:
+        if not made:
+            from taskrun.state.remote import RemoteClient  # only those who use it pay for it
+
+            made.append(RemoteClient(address, authkey, executor.attempt))
+        return made[0]
+
+    return client
 
 
 def _call_name(task: str, index: Any, *, submitted: bool) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+FORK = "fork"  # as forkserver, from a template that is itself a fork of the user's process
 FORKSERVER = "forkserver"
 SPAWN = "spawn"
 
@@ -37,7 +38,8 @@ class Settings(NamedTuple):
     """What is the same for all workers of a run.
 
     ``module`` and ``file``: the task file, None where there is none.  ``set_by_user``: task
-    name -> the parameters that ``-p`` set.  ``coordinator``: its pid.
+    name -> the parameters that ``-p`` set.  ``coordinator``: its pid.  ``state``: the address
+    of its shared state, and the key.  ``pool``: what the workers of a Pool are told.
     """
 
     argv: list[str]
@@ -50,6 +52,8 @@ class Settings(NamedTuple):
     set_by_user: dict[str, frozenset[str]]
     node: str
     coordinator: int
+    state: tuple[Any, bytes] | None = None
+    pool: Any = None
 
 
 class Birth(NamedTuple):
@@ -83,6 +87,10 @@ def apply(settings: Settings) -> None:
 
 def preload(settings: Settings) -> Preloaded:
     """Import the task file; a failure is kept, for the calls that need it."""
+    if settings.pool is not None:
+        from taskrun.pooling import remote
+
+        remote.prepare(settings.pool)
     if settings.file is None or settings.module is None:
         return Preloaded(None)
     from taskrun.errors import LoadError
@@ -94,6 +102,8 @@ def preload(settings: Settings) -> Preloaded:
         return Preloaded((str(error), error.traceback_text))
     except KeyboardInterrupt:
         return Preloaded((f"{settings.file} raised KeyboardInterrupt while it was imported", ""))
+    if "taskrun.state" in sys.modules:
+        import taskrun.state.remote  # noqa: F401 - once, and not in every worker
     return Preloaded(None)
 
 

@@ -35,6 +35,7 @@ from taskrun.wire import Decoder, send_frame
 from taskrun.workers import main
 from taskrun.workers.settings import (
     EXITED,
+    FORK,
     FORKSERVER,
     QUIT,
     SIGNAL,
@@ -186,7 +187,8 @@ class Template:
     # -- workers ----------------------------------------------------------------------
 
     def _start(self, birth: Birth, fds: list[int]) -> None:
-        forks = self._settings.start_method == FORKSERVER and len(sys._current_frames()) == 1
+        may_fork = self._settings.start_method in (FORK, FORKSERVER)
+        forks = may_fork and len(sys._current_frames()) == 1
         try:
             pid = self._fork(birth, fds) if forks else self._spawn(birth, fds)
         except OSError as error:

@@ -12,6 +12,7 @@ COMMANDS = {
     "map": ("taskrun.cli.mapping", "map_", "Call a function once per argument or line of stdin."),
     "list": ("taskrun.cli.listing", "list_", "Show the tasks of a file."),
     "graph": ("taskrun.cli.graph", "graph", "Show which task needs which."),
+    "state": ("taskrun.cli.state", "state", "Look at the shared state of a live run."),
     "completion": ("taskrun.cli.completion", "completion", "Print a shell's completion script."),
 }
 MEANT = {"run": "exec", "start": "exec", "ls": "list", "tasks": "list", "help": "--help"}

@@ -99,11 +99,27 @@ def _check_other(task: Task, name: str, source: Any) -> None:
 
 
 def _lines_of_stdin(task: Task, parameter: Parameter) -> Iterator[Any]:
+    if sys.stdin is None:
+        raise UsageError("there is no stdin to read arguments from")
     if sys.stdin.isatty():
         click.echo("taskrun: one argument per line, Ctrl-D ends", err=True)
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        text = os.fsdecode(line.removesuffix(b"\n"))
-        yield _convert(task, parameter, text, f"line {number} of stdin: ")
+    for number, line in enumerate(_read_lines(sys.stdin.fileno()), 1):
+        yield _convert(task, parameter, os.fsdecode(line), f"line {number} of stdin: ")
+
+
+def _read_lines(fd: int) -> Iterator[bytes]:
+    # Not from sys.stdin: this is a thread that may wait here when the process ends, and Python
+    # aborts if it then holds a file's lock.
+    rest: list[bytes] = []
+    while data := os.read(fd, 65536):
+        first, *lines = data.split(b"\n")
+        rest.append(first)
+        if lines:
+            yield b"".join(rest)
+            rest = [lines.pop()]
+            yield from lines
+    if any(rest):
+        yield b"".join(rest)
 
 
 def _convert(task: Task, parameter: Parameter, text: str, place: str) -> Any:

@@ -97,6 +97,12 @@ _OPTIONS = (
         "--start-method", type=click.Choice(["forkserver", "spawn"]), default="forkserver",
         metavar="HOW", help="forkserver or spawn. [default: forkserver]",
     ),
+    click.option(
+        "--state", type=click.Path(dir_okay=False), metavar="F",
+        help="Load shared state from file F, and keep it there.",
+    ),
+    click.option("--listen", metavar="HOST:PORT", help="Let clients reach the shared state."),
+    click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
 )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 There is one worker, which is this thread.  Output is not captured and stdin stays what it
 is.  A call that waits for others runs the loop meanwhile, and executes what the core sends
-it to execute, on its own stack.  What runs cannot be interrupted; Ctrl-C is raised in it
-and ends the run.
+it to execute, on its own stack.  Ctrl-C is raised in what runs, as in any program, so that
+a debugger may take it; if it ends the call, it stops the run.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
@@ -26,6 +27,9 @@ from taskrun.workers.settings import Preloaded, environment_additions
 
 WORKER: Final = 1
 
+Attempt = Callable[[], tuple[int, int] | None]
+"""Gives the (call, attempt) that is being executed."""
+
 
 class InlineEngine:
     """An ``Engine`` with one worker, in the thread that runs the reactor."""
@@ -37,18 +41,25 @@ class InlineEngine:
         *,
         recipe_ids: Iterator[int] | None = None,
         constants: Mapping[str, dict[str, Any]] | None = None,
+        state: Callable[[Attempt], Any] | None = None,
+        on_ctrl_c: Callable[[], object] | None = None,
     ) -> None:
+        """``state`` gives a client of the run's shared state.  ``on_ctrl_c`` is called where
+        a KeyboardInterrupt has ended a call."""
         self.ready = False
         self.assigned: dict[int, Any] = {}
         self.escalations: dict[int, Timer] = {}
         self._recipe_ids = recipe_ids or count(1)
         self._constants = constants or {}
+        self._make_client = state
+        self._on_ctrl_c = on_ctrl_c
+        self._client: Any = None
         self._known: set[int] = set()
         self._queue: deque[tuple[Any, ...]] = deque()
         self._nested: deque[tuple[Any, ...]] = deque()
         self._said: list[tuple[Any, ...]] = []
         self._ears: dict[Any, _Ear] = {}
-        self._closed = False
+        self._closed = self._about_to_work = False
         self._performers: dict[type, Callable[[Any], None]] = {
             m.StartWorkers: self._start_worker,
             m.StopWorker: lambda command: None,
@@ -70,7 +81,7 @@ class InlineEngine:
             _Nobody(),
             _Nobody(),
             thread_variables=frozenset(environment_additions(dict(os.environ))),
-            passes=(KeyboardInterrupt,),
+            on_ctrl_c=self._on_ctrl_c,
         )
         self._context = WorkerContext(
             self._executor,
@@ -118,7 +129,7 @@ class InlineEngine:
             record = (m.CALL, call.id, call.attempt, recipe.id, call.index, call.arguments(),
                       call.units)  # fmt: skip
             (self._nested if command.nested else self._queue).append(record)
-        self._reactor.post(self._work)
+        self._work_soon()
 
     def _reclaim(self, command: m.Reclaim) -> None:
         self._reactor.post(lambda: self._give_back(command.count))
@@ -130,20 +141,47 @@ class InlineEngine:
                 self._executor.refuse(record, command.reason)
                 self._reactor.post(self.flush)
                 return
+        self._executor.interrupt(command.call, command.attempt, command.reason)
+
+    @property
+    def takes_ctrl_c(self) -> bool:
+        """See ``signals.Here``."""
+        running = self._executor.running
+        return running is not None and running.user and running.cancel is None
+
+    def interrupt(self) -> None:
+        """See ``signals.Here``."""
+        running = self._executor.running
+        while running is not None:  # those that wait for it, too
+            running.interrupt = running.interrupt or "the run was stopped"
+            running = running.below
+        self._executor.on_interrupt(signal.SIGTERM, None)
 
     # -- working ----------------------------------------------------------------------
 
+    def _work_soon(self) -> None:
+        if not self._about_to_work:
+            self._about_to_work = True
+            self._reactor.post(self._work)
+
     def _work(self) -> None:
         """Execute one call; what waits for others takes nested calls by itself."""
+        self._about_to_work = False
         if self._closed or self._executor.running is not None or not self._queue:
             return
         token = context.activate(self._context)
         try:
-            self._executor.execute(self._queue.popleft())
+            with context.state_at(self._state if self._make_client else None):
+                self._executor.execute(self._queue.popleft())
         finally:
             context.deactivate(token)
-        self._reactor.post(self._work)
+        self._work_soon()
         self.flush()
+
+    def _state(self) -> Any:
+        if self._client is None and self._make_client is not None:
+            self._client = self._make_client(self._executor.attempt)
+        return self._client
 
     def _give_back(self, count: int) -> None:
         calls = [self._queue.pop()[1:3] for _ in range(min(count, len(self._queue)))]
@@ -171,17 +209,24 @@ class InlineEngine:
         wait: tuple[Any, ...],
         satisfied: Callable[[], bool],
         deadline: float | None,
+        outside: int | None = None,
     ) -> bool:
         """See ``scope.Line``."""
         if self._queue:
             self._give_back(len(self._queue))
         self.tell(wait)
         self.flush()
+
+        def is_over() -> bool:
+            return satisfied() or bool(self._nested) or running.interrupt is not None
+
         while not satisfied():
+            running.enter_user()  # here may a waiting attempt be interrupted
+            running.user = False
             if self._nested:
                 self._executor.execute_nested(self._nested.popleft())
                 self.flush()
-            elif not self._reactor.run_until(lambda: satisfied() or bool(self._nested), deadline):
+            elif not self._reactor.run_until(is_over, deadline):
                 return False
         return True
 

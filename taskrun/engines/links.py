@@ -42,6 +42,8 @@ class Link:
         self.known: set[int] = set()
         self.escalations: dict[int, Timer] = {}
         self.heard = 0.0
+        self.seen: Attempt | None = None  # what it was in when it was last looked at
+        self.asked: Attempt | None = None  # what it was asked to tell the beginning of
         self.intake = Intake()
         self._reactor = reactor
         self._emit_to = emit

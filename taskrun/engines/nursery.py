@@ -28,6 +28,7 @@ class Nursery:
     ``opened(worker)`` makes what a worker needs, when its turn has come: what it is told,
     and its descriptors, which are closed here once they are sent; None: it cannot be.
     ``heard`` is called with the template's messages, ``ended`` when it has ended.
+    ``launch`` starts a template with such a socket, and gives its pid.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Nursery:
         opened: Open,
         heard: Callable[[Message], None],
         ended: Callable[[str], None],
+        launch: Callable[[int], int] | None = None,
     ) -> None:
         self._reactor = reactor
         self._opened = opened
@@ -49,7 +51,7 @@ class Nursery:
         self.pid: int | None = None
         self._sock, theirs = socket.socketpair()
         try:
-            self.pid = _launch(theirs.fileno())
+            self.pid = (launch or launch_fresh)(theirs.fileno())
         except OSError as error:
             self._sock.close()
             raise RunError(f"cannot start a worker process: {error}") from error
@@ -74,6 +76,11 @@ class Nursery:
     def quit(self, grace: float) -> None:
         """End all workers and all that they started, then the template itself."""
         self._send((QUIT, grace))
+
+    @property
+    def busy(self) -> bool:
+        """Whether workers were asked for that are not there yet."""
+        return bool(self._wanted or self._on_their_way)
 
     def wanted(self) -> list[int]:
         """The workers that were asked for, and not from the template yet."""
@@ -191,7 +198,7 @@ def how_it_ended(status: int | str) -> str:
         return f"killed by signal {-status}"
 
 
-def _launch(fd: int) -> int:
+def launch_fresh(fd: int) -> int:
     """Start a template that finds its socket as descriptor 0; gives its pid."""
     command = python_command("from taskrun.workers.template import run; run(0)")
     if not command[0]:

@@ -39,6 +39,7 @@ from taskrun.workers.settings import (
     environment_additions,
 )
 
+LONG: Final = 0.5  # seconds after which a call is known to run, whether anybody asked or not
 UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
 HANGING: Final = 0.5  # seconds between the end of a worker's Pipe and its own
@@ -65,6 +66,7 @@ class PoolEngine:
         recipe_ids: Iterator[int] | None = None,
         constants: Mapping[str, dict[str, Any]] | None = None,
         environment: Mapping[str, str] | None = None,
+        state: Callable[[], tuple[Any, bytes]] | None = None,
     ) -> None:
         self._module, self._file = module, file
         self._start_method = start_method
@@ -72,12 +74,15 @@ class PoolEngine:
         self._recipe_ids = recipe_ids or count(1)
         self._constants = constants or {}
         self._environment = environment
+        self._state = state
         self._links: dict[int, Link] = {}
         self._worker_ids = count(1)
         self._unsent: set[Link] = set()
         self._looking = False
+        self._asking = False
         self._unflushed: list[Link] = []
         self._nursery: Nursery | None = None
+        self._wanted: list[int] = []  # workers, while there is nobody to start them
         self._closing = False
         self._failed_starts = 0
         self._failed_templates = 0
@@ -146,6 +151,9 @@ class PoolEngine:
     # -- commands ---------------------------------------------------------------------
 
     def _start_workers(self, command: m.StartWorkers) -> None:
+        if not self._asking:
+            self._asking = True
+            self._later(LONG, self._ask_for_the_long)
         self._start_wanted([next(self._worker_ids) for _ in range(command.count)])
 
     def _stop_worker(self, command: m.StopWorker) -> None:
@@ -217,6 +225,9 @@ class PoolEngine:
             after = signal.SIGTERM if number is None else signal.SIGKILL
             if number is not None:
                 self._signal(link, number)
+        elif link.ledger.executing is None:  # nor does it queue the call: that was refused
+            link.rejected = "stopped, because it did not say how an interrupted call ended"
+            self._signal(link, signal.SIGKILL)
         self._escalate_later(link, command, after)
 
     # -- sending ----------------------------------------------------------------------
@@ -318,6 +329,17 @@ class PoolEngine:
             self._looking = True
             self._later(UNSENT, self._look_at_silent)
 
+    def _ask_for_the_long(self) -> None:
+        """Have workers tell when the calls began that people wait for."""
+        for link in self._links.values():
+            executing = link.executing
+            if executing is not None and executing == link.seen != link.asked:
+                link.asked = executing
+                link.tell_control((m.REPORT, None))
+            link.seen = executing
+        if not self._closing:
+            self._later(LONG, self._ask_for_the_long)
+
     def _look(self, link: Link) -> None:
         if link.id not in self._links or link.rejected:
             return
@@ -365,11 +387,11 @@ class PoolEngine:
 
     def _on_template_end(self, how: str) -> None:
         assert self._nursery is not None
-        wanted = self._nursery.wanted()
+        self._wanted += self._nursery.wanted()
         self._nursery = None
         for link in list(self._links.values()):
             _await_death(link)
-            self._on_exit(link, f"lost with the process that started it, which {_was(how)}")
+            self._on_exit(link, f"ended with the process that started it, which {_was(how)}")
         if self._closing:
             return
         self._failed_templates += 1
@@ -382,11 +404,13 @@ class PoolEngine:
         except RunError as error:
             self._post(m.GiveUp(str(error)))
             return
-        self._start_wanted(wanted)
+        self._start_wanted([])
 
     def _start_wanted(self, workers: list[int]) -> None:
-        if self._nursery is not None:
-            self._nursery.start(workers)
+        self._wanted += workers
+        if self._nursery is not None:  # else there is another one soon
+            wanted, self._wanted = self._wanted, []
+            self._nursery.start(wanted)
 
     # -- the end of a worker ----------------------------------------------------------
 
@@ -404,7 +428,8 @@ class PoolEngine:
             if how == "exited with status 0":
                 reason = f"{how} in the middle of the call"
         last_output = link.last_output
-        self._observer.worker_changed(f"w{link.id}", f"lost, {reason}")
+        expected = self._closing or link.stopping
+        self._observer.worker_changed(f"w{link.id}", f"{'ended' if expected else 'lost'}, {reason}")
         self._let_go(link)
         if not link.ready:
             self._start_failed(link.id, reason, last_output)
@@ -465,6 +490,7 @@ class PoolEngine:
             set_by_user={task: frozenset(values) for task, values in self._constants.items()},
             node="local",
             coordinator=os.getpid(),
+            state=None if self._state is None else self._state(),
         )
 
 

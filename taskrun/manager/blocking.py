@@ -211,6 +211,9 @@ def _belongs_to_its_thread(value: Any) -> bool:
 
 def _put_back(value: Any, item: Any) -> None:
     """To the front: it is the one that would have been taken next."""
+    if hasattr(value, "put_back"):
+        value.put_back(item)
+        return
     with value.mutex:
         if type(value) is queue.Queue:
             value.queue.appendleft(item)
@@ -235,3 +238,10 @@ _WAYS: dict[tuple[type, str], _Way] = {
                             ("put", Waiter.put), ("join", Waiter.join))
     },
 }  # fmt: skip
+
+
+def waits_like(kind: type, model: type) -> None:
+    """Clients wait for objects of ``kind`` as for those of ``model``, such as queue.Queue or
+    threading.Event.  A queue takes an item back by ``put_back(item)``."""
+    ways = {method: way for (known, method), way in _WAYS.items() if known is model}
+    _WAYS.update({(kind, method): way for method, way in ways.items()})

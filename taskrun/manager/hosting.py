@@ -22,6 +22,7 @@ class Host(Protocol):
     objects: Objects
     plain: bool  # whether it speaks pickles; else every connection gets a thread
     reactor: Reactor
+    sessions: Callable[[socket.socket, Any, bytes], object] | None  # see ``server.Server``
     report: Callable[[], object]  # for use in an ``except`` block
 
     def on_authenticated(self, peer: Any) -> None:

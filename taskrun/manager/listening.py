@@ -54,11 +54,12 @@ def bound(address: Address) -> socket.socket:
 class Listener:
     """A bound socket; once started, every connection goes to ``on_connection``.
 
+    ``address`` may also be a socket that listens already.
     ``has_room`` is asked before each; where it says no, :meth:`resume` goes on.
     """
 
     def __init__(self, address: Address) -> None:
-        self._socket = bound(address)
+        self._socket = address if isinstance(address, socket.socket) else bound(address)
         self.address: Address = self._socket.getsockname()
         self._owner = os.getpid()
         self._reactor: Reactor | None = None

@@ -11,6 +11,7 @@ import io
 import os
 import socket
 import struct
+from typing import Any
 
 from taskrun.manager import calls, hosted, pickling, protocol
 from taskrun.manager.hosting import Host
@@ -187,6 +188,9 @@ class Peer:
             self._reply(calls.complaint())
             self.finish()
             return
+        if self.server.sessions is not None and _asks_for_a_session(request):
+            self._hand_over(request)
+            return
         if not self.server.administration.is_quick(request):
             self.promote(payload)
             return
@@ -197,6 +201,14 @@ class Peer:
             self._on_frames()
         else:
             self.finish()
+
+    def _hand_over(self, request: Any) -> None:
+        """The connection speaks something else from now on."""
+        assert self.server.sessions is not None
+        rest = bytes(self._connection.frames.rest())
+        self._detach()
+        self.server.on_closed(self)
+        self.server.sessions(self.socket, request, rest)
 
     # -- writing ----------------------------------------------------------------------
 
@@ -279,6 +291,10 @@ class Peer:
             self._detach()
             self.socket.close()
             self.server.on_closed(self)
+
+
+def _asks_for_a_session(request: Any) -> bool:
+    return isinstance(request, tuple) and len(request) == 4 and request[1] == "state"
 
 
 _CREDENTIALS = struct.Struct("3i")

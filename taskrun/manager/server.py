@@ -47,6 +47,8 @@ class Server:
 
     ``on_shutdown`` is called when a client asks the server to end; without it that is
     refused.  ``report`` is called in an ``except`` block for what should not happen.
+    ``sessions`` takes over the connections whose first request is for the named state:
+    the socket, that request, and what was received after it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Server:
         most_greeting: int = MOST_GREETING,
         allow_md5: bool = True,
         report: Callable[[], object] = print_traceback,
+        sessions: Callable[[socket.socket, Any, bytes], object] | None = None,
     ) -> None:
         if not isinstance(authkey, bytes):
             raise TypeError(f"the authkey is {type(authkey).__name__}, not bytes")
@@ -72,6 +75,7 @@ class Server:
         self.allow_md5 = allow_md5
         self.plain = serializer == "pickle"  # else every connection gets a thread
         self.report = report
+        self.sessions = sessions
         self.objects = Objects(registry, self._later, self._watch)
         self.administration = Administration(self.objects, on_shutdown)
         self._handshake_timeout = handshake_timeout

@@ -1,0 +1,213 @@
+"""Addresses: how they are written, and the Unix sockets of this user's runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from typing import Any, Final
+
+from taskrun.errors import UsageError
+
+Address = Any
+"""The path of a Unix socket, or (host, port)."""
+
+_LONGEST_PATH: Final = 100  # bytes; a Unix socket's path has room for 107
+_PREFIX: Final = "run-"
+_SUFFIX: Final = ".sock"
+_LOOPBACK_NAMES: Final = ("localhost", "::1")
+
+
+# -- how they are written -------------------------------------------------------------
+
+
+def parse(text: str) -> Address:
+    """``HOST:PORT`` or ``unix:PATH``.  Raises UsageError for what is neither, and for hosts
+    other than this one."""
+    if text.startswith("unix:"):
+        return text.removeprefix("unix:")
+    if text.startswith("/"):
+        return text
+    host, colon, port = text.removeprefix("tcp://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isdecimal() and int(port) < 65536):
+        raise UsageError(f"an address is HOST:PORT or unix:PATH, not {text!r}")
+    if text.startswith("tls://") or not is_loopback(host):
+        raise UsageError(
+            f"{text}: only this machine itself (127.0.0.1, localhost, ::1) can be reached "
+            "without encryption, and TLS is not available yet"
+        )
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as written, is this machine itself."""
+    parts = host.split(".")
+    return host in _LOOPBACK_NAMES or (
+        len(parts) == 4 and parts[0] == "127" and all(part.isdecimal() for part in parts)
+    )
+
+
+def shown(address: Address) -> str:
+    """An address, as it is written."""
+    if isinstance(address, tuple):
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"unix:{address}"
+
+
+# -- this user's runs -----------------------------------------------------------------
+
+
+def runtime_folder() -> str:
+    """Where the sockets of this user's runs are."""
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    if given and len(given) < _LONGEST_PATH - 30 and os.path.isdir(given):
+        return os.path.join(given, "taskrun")
+    base = os.environ.get("TMPDIR") or "/tmp"
+    base = base if len(base) < _LONGEST_PATH - 40 else "/tmp"
+    return os.path.join(base, f"taskrun-{os.getuid()}")
+
+
+def make_private(folder: str) -> None:
+    """Make a folder that is this user's alone.  Raises UsageError where it is not."""
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UsageError(f"the folder {folder} cannot be made: {error.strerror}") from None
+    check_private(folder)
+
+
+def check_private(folder: str) -> None:
+    """Raises UsageError where somebody else could put sockets into ``folder``."""
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{folder} is not a folder: remove it")
+    if status.st_uid != os.getuid():
+        raise UsageError(f"the folder {folder} belongs to another user")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise UsageError(f"the folder {folder} is open to others: chmod 700 {folder}")
+
+
+def listen_for_run() -> socket.socket:
+    """A listening Unix socket for a run of this process.  Raises UsageError."""
+    folder = runtime_folder()
+    make_private(folder)
+    _remove_dead(folder)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _bind(made, folder)
+        made.listen(4096)
+        made.setblocking(False)
+    except OSError as error:
+        made.close()
+        raise UsageError(f"no socket can be made in {folder}: {error.strerror}") from None
+    return made
+
+
+def _bind(made: socket.socket, folder: str) -> None:
+    number = 0
+    while True:  # a process may have several runs, one after the other or at a time
+        name = f"{_PREFIX}{os.getpid()}{f'-{number}' if number else ''}{_SUFFIX}"
+        path = os.path.join(folder, name)
+        try:
+            made.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            number += 1
+        else:
+            os.chmod(path, 0o600)
+            return
+
+
+def live_runs() -> list[str]:
+    """The socket paths of this user's runs that live; those of dead ones are removed."""
+    folder = runtime_folder()
+    try:
+        check_private(folder)
+        return [path for path in _sockets(folder) if _is_live(path)]
+    except FileNotFoundError:
+        return []
+
+
+def _remove_dead(folder: str) -> None:
+    for path in _sockets(folder):
+        if not _has_process(path):
+            _is_live(path)
+
+
+def _sockets(folder: str) -> list[str]:
+    return [
+        os.path.join(folder, name)
+        for name in sorted(os.listdir(folder))
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+    ]
+
+
+def _has_process(path: str) -> bool:
+    """Whether there is a process with the pid in the name; a quick look, not the truth."""
+    pid = os.path.basename(path).removeprefix(_PREFIX).removesuffix(_SUFFIX).partition("-")[0]
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def _is_live(path: str) -> bool:
+    """Whether somebody listens there; otherwise the path is removed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass  # another run tidied up
+            return False
+        except OSError:
+            return True  # it is there, and busy
+        return True
+
+
+def find(text: str | None = None) -> Address:
+    """The address that is meant: what is written, else ``TASKRUN_ADDRESS``, else this user's
+    only live run.  Raises UsageError."""
+    text = text or os.environ.get("TASKRUN_ADDRESS")
+    if text:
+        return parse(text)
+    runs = live_runs()
+    if len(runs) == 1:
+        return runs[0]
+    if not runs:
+        raise UsageError("no run of yours is alive on this machine: say the ADDRESS of one")
+    listed = "".join(f"\n  {shown(path)}" for path in runs)
+    raise UsageError(f"several runs of yours are alive: say the ADDRESS of one of{listed}")
+
+
+# -- where that folder cannot be used -------------------------------------------------
+
+
+def listen_privately() -> socket.socket:
+    """A listening Unix socket in a new folder that nobody looks into."""
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="taskrun-", dir="/tmp")
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.bind(os.path.join(folder, f"private{_SUFFIX}"))
+    made.listen(4096)
+    made.setblocking(False)
+    return made
+
+
+def forget_private(path: str | None) -> None:
+    """Remove the folder of :func:`listen_privately`, if ``path`` is in one."""
+    if path is not None and os.path.basename(path) == f"private{_SUFFIX}":
+        os.rmdir(os.path.dirname(path))

@@ -1,0 +1,96 @@
+"""The authkey: what somebody must know to talk to a coordinator.
+
+It comes from the file that is named, from the one that ``TASKRUN_AUTHKEY_FILE`` names, from
+``TASKRUN_AUTHKEY``, or from a file of this user's, which is made at first use.  It is never
+part of a message, and never passed on in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final
+
+from taskrun.errors import UsageError
+
+SHORTEST: Final = 16  # bytes
+_VARIABLE: Final = "TASKRUN_AUTHKEY"
+_taken: dict[str, bytes] = {}  # what was in the environment
+
+
+def authkey(file: str | None = None) -> bytes:
+    """The key.  Raises UsageError, with the path and the reason."""
+    take_from_environment()
+    named = file or os.environ.get("TASKRUN_AUTHKEY_FILE")
+    if named:
+        return _checked(_read(named), named)
+    if _VARIABLE in _taken:
+        return _checked(_taken[_VARIABLE], _VARIABLE)
+    path = own_file()
+    try:
+        return _checked(_read(path), path)
+    except FileNotFoundError:
+        return _made(path)
+
+
+def take_from_environment() -> None:
+    """See to it that no child inherits the key."""
+    text = os.environ.pop(_VARIABLE, None)
+    if text is not None:
+        _taken[_VARIABLE] = os.fsencode(text).strip()
+
+
+def own_file() -> str:
+    """Where this user's key is."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(folder, "taskrun", "authkey")
+
+
+def _read(path: str) -> bytes:
+    """The key in a file; FileNotFoundError only for this user's own."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) and status.st_uid == os.getuid():
+                raise UsageError(f"the authkey file {path} can be read by others: chmod 600 {path}")
+            return file.read().strip()
+    except FileNotFoundError:
+        if path == own_file():
+            raise
+        raise UsageError(f"there is no authkey file {path}") from None
+    except OSError as error:
+        raise UsageError(f"the authkey file {path} cannot be read: {error.strerror}") from None
+
+
+def _checked(key: bytes, source: str) -> bytes:
+    if len(key) < SHORTEST:
+        raise UsageError(
+            f"the authkey in {source} has {len(key)} bytes, and needs at least {SHORTEST}"
+        )
+    return key
+
+
+def _made(path: str) -> bytes:
+    """A new key, in a file that is complete as soon as it is there."""
+    key = os.urandom(32).hex().encode()
+    begun = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(os.path.dirname(path)), exist_ok=True)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        fd = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, key + b"\n")
+        finally:
+            os.close(fd)
+        try:
+            os.link(begun, path)  # of all who do this at the same time, one succeeds
+        except FileExistsError:
+            pass
+        finally:
+            os.unlink(begun)
+    except OSError as error:
+        raise UsageError(
+            f"the authkey file {path} cannot be made: {error.strerror}; name another one with "
+            "--authkey-file"
+        ) from None
+    return _checked(_read(path), path)

@@ -1,0 +1,171 @@
+"""``taskrun state``: look at the shared state of a live run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from taskrun.cli.options import CONTEXT
+from taskrun.errors import UsageError
+from taskrun.model import nearest
+
+if TYPE_CHECKING:
+    from taskrun.state.connecting import Connected
+
+ACTIONS = ("list", "get", "dump", "watch")
+
+
+@click.command("state", context_settings=CONTEXT)
+@click.argument("words", nargs=-1, metavar="[ADDRESS] [list | get | dump | watch] [NAME] [KEY]")
+@click.option("--json", "json", is_flag=True, help="Write JSON.")
+@click.option(
+    "--authkey-file", metavar="F", help="Where the key is, if not where taskrun looks for it.",
+)  # fmt: skip
+def state(words: tuple[str, ...], json: bool, authkey_file: str | None) -> None:
+    """Look at the shared state of the live run at ADDRESS (HOST:PORT or
+    unix:PATH), or of your only one: list what there is, get NAME or one KEY of
+    it, dump all of it, or watch NAME, or all, change."""
+    address, action, rest = split(words)
+    from taskrun.authkey import authkey
+    from taskrun.state.connecting import connect
+
+    with connect(address, authkey(authkey_file)) as connected:
+        _DO[action](connected, rest, json)
+
+
+def split(words: Sequence[str]) -> tuple[str | None, str, list[str]]:
+    """ADDRESS, what to do, and what with."""
+    address = None
+    rest = list(words)
+    if rest and rest[0] not in ACTIONS and (":" in rest[0] or "/" in rest[0]):
+        address = rest.pop(0)
+    action = rest.pop(0) if rest else "list"
+    if action not in ACTIONS:
+        near = nearest(action, ACTIONS)
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(ACTIONS)}"
+        raise UsageError(f"state has no action {action!r}; {hint}")
+    least, most = {"list": (0, 0), "get": (1, 2), "dump": (0, 0), "watch": (0, 1)}[action]
+    if not least <= len(rest) <= most:
+        raise UsageError(
+            f"state {action} takes {_TAKES[action]}, not {' '.join(rest) or 'nothing'}"
+        )
+    return address, action, rest
+
+
+_TAKES = {"list": "nothing more", "get": "NAME [KEY]", "dump": "nothing more", "watch": "[NAME]"}
+
+
+def _list(connected: Connected, rest: list[str], json: bool) -> None:
+    names = connected.names()
+    if json:
+        _write([dict(zip(("name", "kind", "length"), one, strict=True)) for one in names])
+        return
+    wide = max((len(name) for name, _, _ in names), default=0)
+    for name, kind, length in names:
+        click.echo(f"{name:{wide}}  {kind:9}  {_size(kind, length)}".rstrip())
+
+
+def _size(kind: str, length: int) -> str:
+    if kind in ("dict", "list", "set", "queue"):
+        return f"{length:,} item{'s' * (length != 1)}"
+    return f"{length} waiting" if kind in ("lock", "event", "barrier") and length else ""
+
+
+def _get(connected: Connected, rest: list[str], json: bool) -> None:
+    value = _value(connected, rest[0])
+    if len(rest) == 2:
+        value = _at(value, rest[0], rest[1])
+    if json:
+        _write(value)
+    elif isinstance(value, str):
+        click.echo(value)
+    else:
+        import pprint
+
+        click.echo(pprint.pformat(value, width=80, sort_dicts=False))
+
+
+def _value(connected: Connected, name: str) -> Any:
+    try:
+        return connected.value(name)
+    except KeyError:
+        names = [one for one, _, _ in connected.names()]
+        near = nearest(name, names)
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(names) or 'none'}"
+        raise UsageError(f"nothing is named {name!r} in this state; {hint}") from None
+
+
+def _at(value: Any, name: str, text: str) -> Any:
+    """The item that ``text`` means: as it is written, or as Python reads it."""
+    for key in (text, _literal(text)):
+        try:
+            if isinstance(value, set):
+                return key in value or _literal(text) in value
+            return value[key]
+        except (LookupError, TypeError):
+            continue
+    raise UsageError(f"{name} has no item {text}")
+
+
+def _literal(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _dump(connected: Connected, rest: list[str], json: bool) -> None:
+    everything = {name: _value(connected, name) for name, _, _ in connected.names()}
+    if json:
+        _write(everything)
+    else:
+        for name, value in everything.items():
+            click.echo(f"{name} = {value!r}")
+
+
+def _watch(connected: Connected, rest: list[str], json: bool) -> None:
+    kinds = {name: kind for name, kind, _ in connected.names()}
+    if rest and rest[0] not in kinds:
+        _value(connected, rest[0])
+    for change in connected.watch():
+        if rest and change.name not in (rest[0], ""):
+            continue
+        if json:
+            _write(change._asdict())
+        else:
+            key = "" if change.key is None else f"[{change.key!r}]"
+            value = "" if change.value is None else f" {change.value!r}"
+            click.echo(f"{change.name}{key} {change.action}{value}")
+
+
+# -- JSON -----------------------------------------------------------------------------
+
+
+def _write(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(_plain(value), default=repr, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can have it: what it has no form for becomes its ``repr``."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else repr(key): _plain(one)
+                for key, one in value.items()}  # fmt: skip
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(one) for one in value), key=repr)
+    return value
+
+
+_DO: dict[str, Callable[[Any, list[str], bool], None]] = {
+    "list": _list,
+    "get": _get,
+    "dump": _dump,
+    "watch": _watch,
+}

@@ -1,0 +1,204 @@
+"""``taskrun.Executor``: in place of ``concurrent.futures.ProcessPoolExecutor``.
+
+As the Pool, on the same workers: a worker that dies costs the one call that it executed,
+and the executor goes on.  A future can be cancelled while its call runs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import (
+    BrokenProcessPool,
+    _RemoteTraceback,
+)
+from functools import partial
+from typing import Any
+
+from taskrun.errors import RunError, WorkerLost
+from taskrun.pool import Pool
+from taskrun.pooling.driver import Driver
+from taskrun.pooling.results import decoded, raw_of
+
+__all__ = ["Executor"]
+
+
+class ExecutorWorkerLost(WorkerLost, BrokenProcessPool):
+    """The worker that executed a call has died; the executor itself goes on."""
+
+
+class ExecutorBroken(RunError, BrokenProcessPool):
+    """The executor's workers cannot start."""
+
+
+class CallFuture(concurrent.futures.Future[Any]):
+    """The future of one call; ``cancel()`` ends the call also while it runs."""
+
+    _driver: Driver | None = None
+    _job: _FutureJob | None = None
+
+    def cancel(self) -> bool:
+        """End the call; False where it has ended."""
+        if not super().cancel():
+            return False
+        driver, job = self._driver, self._job
+        if driver is not None and job is not None:
+            driver.cancel(lambda: [job])
+        return True
+
+
+class _FutureJob:
+    """Takes a call's end to its future; see ``pooling.driver.Job``."""
+
+    __slots__ = ("call", "executor", "future", "raw")
+
+    def __init__(self, executor: Executor, future: CallFuture) -> None:
+        self.call: int | None = None
+        self.executor: Executor | None = executor  # lives as long as its calls
+        self.future = future
+
+    def ended(self, call: Any, last: Any, pid: int | None) -> None:
+        self._end(raw_of(call))
+
+    def failed(self, error: BaseException) -> None:
+        self._end((error, True))
+
+    def _end(self, raw: tuple[Any, bool]) -> None:
+        assert self.future._driver is not None
+        self.raw: tuple[Any, bool] | None = raw
+        self.future._driver.loop.call_back(self._settle)
+
+    def _settle(self) -> None:
+        raw, self.raw, self.executor = self.raw, None, None
+        future = self.future
+        future._job = None
+        if raw is None or not future.set_running_or_notify_cancel():
+            return
+        success, value = decoded(raw)
+        if success:
+            future.set_result(value)
+        elif future._driver is not None and value is future._driver.error:
+            future.set_exception(_broken(value))
+        else:
+            future.set_exception(_translated(value))
+
+
+def _broken(error: BaseException | None) -> ExecutorBroken:
+    made = ExecutorBroken(f"the workers cannot start: {type(error).__name__}: {error}")
+    made.__cause__ = error
+    return made
+
+
+def _translated(error: BaseException) -> BaseException:
+    """As those expect it who know the standard library's executor."""
+    if type(error) is WorkerLost:
+        return ExecutorWorkerLost(*error.args)
+    text = getattr(error.__cause__, "tb", None)
+    if text is not None:
+        cause = _RemoteTraceback(text)
+        BaseException.__setattr__(error, "__cause__", cause)
+    return error
+
+
+class Executor(concurrent.futures.Executor):
+    """An executor of PEP 3148; the parameters are those of ``ProcessPoolExecutor``."""
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+    ) -> None:
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        self._pool = Pool(max_workers, initializer, initargs, max_tasks_per_child, mp_context)
+        self._pool._driver.waits_at_exit = True  # as the standard library's
+        weakref.finalize(self, _close, self._pool).atexit = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> CallFuture:
+        """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``."""
+        pool = self._pool
+        if pool._state != "RUN":
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        driver = pool._driver
+        if driver.error is not None:
+            raise _broken(driver.error)
+        if driver.closing:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        future = CallFuture()
+        future._driver = driver
+        future._job = job = _FutureJob(self, future)
+        pool._apply(job, fn, args, kwargs, None, 0)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """The results of ``fn`` called with an item of each of ``iterables``, in order.
+
+        ``buffersize``: so many calls are submitted ahead of what was taken, and not all at once.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        items = zip(*iterables, strict=False)
+        chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
+        submit = partial(self.submit, _call_each, fn)
+        futures = deque(submit(*chunk) for chunk in itertools.islice(chunks, buffersize))
+        return _results(futures, submit, chunks, deadline)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; end when those that there are have, or have not begun and
+        are cancelled."""
+        if cancel_futures:
+            self._pool._driver.cancel_queued(_cancelled)
+        self._pool.close()
+        if wait:
+            self._pool.join()
+
+
+def _close(pool: Pool) -> None:
+    pool.close()
+
+
+def _cancelled(job: Any) -> None:
+    if isinstance(job, _FutureJob):
+        job.future.cancel()
+
+
+def _call_each(function: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
+    return [function(*args) for args in chunk]
+
+
+def _results(
+    futures: deque[CallFuture],
+    submit: Callable[..., CallFuture],
+    chunks: Iterator[tuple[Any, ...]],
+    deadline: float | None,
+) -> Iterator[Any]:
+    try:
+        while futures:
+            left = None if deadline is None else deadline - time.monotonic()
+            values = futures.popleft().result(left)
+            for chunk in itertools.islice(chunks, 1):
+                futures.append(submit(*chunk))
+            values.reverse()
+            while values:
+                yield values.pop()
+    finally:
+        for future in futures:
+            future.cancel()

@@ -1,0 +1,462 @@
+"""``taskrun.Pool``: in place of ``multiprocessing.Pool``, with the same names and semantics.
+
+Its calls run on the workers and the scheduler core of ``taskrun exec``: a worker that dies
+costs the one call that it executed, and that call's ``get()`` says so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pickle import HIGHEST_PROTOCOL, dumps
+from typing import Any, Final, NamedTuple
+
+from taskrun.model import Failure
+from taskrun.pooling.driver import Driver, Job
+from taskrun.pooling.functions import Recipes, dumps_call, is_stateless
+from taskrun.pooling.looping import Loop
+from taskrun.pooling.remote import Apply, InitializerFailed, Map, Setup, Starmap
+from taskrun.pooling.results import (
+    AsyncResult,
+    Callback,
+    IMapIterator,
+    MapResult,
+    OrderedIterator,
+    UnorderedIterator,
+    exception_of,
+)
+from taskrun.pooling.starting import Starter, known_names
+from taskrun.settings import cores_here
+from taskrun.values import decode_failure
+
+__all__ = ["AsyncResult", "IMapIterator", "MapResult", "Pool"]
+
+INIT: Final = "INIT"
+RUN: Final = "RUN"
+CLOSE: Final = "CLOSE"
+TERMINATE: Final = "TERMINATE"
+
+WINDOW: Final = 1024  # calls of one imap that may be under way, at least
+PER_WORKER: Final = 64  # ... and for each worker
+
+_SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
+_FOREIGN = "this Pool belongs to the process that this one was forked from"
+
+_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+
+class WorkerProcess(NamedTuple):
+    """One worker of a pool."""
+
+    name: str
+    pid: int
+
+    def is_alive(self) -> bool:
+        """Whether the process is there."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+class Pool:
+    """Worker processes for calls of functions; see ``multiprocessing.pool.Pool``.
+
+    ``processes``: how many; the cores that this process may use, unless said.
+    ``initializer(*initargs)`` is called first in each of them; if that raises, so does every
+    ``get()``.  ``maxtasksperchild``: after so many calls a worker is replaced.  ``context``: one
+    of multiprocessing's contexts, or its default; says how workers start.
+
+    ``timeout=`` seconds and ``retries=`` may be given to each method that calls: a call that
+    takes longer ends with CallTimeout, and one that fails, or loses its worker, is tried
+    again so often.
+    """
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: Any = None,
+    ) -> None:
+        self._state = INIT
+        if processes is None:
+            processes = cores_here()
+        if processes < 1:
+            raise ValueError("Number of processes must be at least 1")
+        if maxtasksperchild is not None and (
+            not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0
+        ):
+            raise ValueError("maxtasksperchild must be a positive int or None")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if context is None:
+            from multiprocessing import get_context
+
+            context = get_context()
+        self._processes = processes
+        starter = Starter(context, Setup(initializer, tuple(initargs)))
+        in_main = known_names(starter.method)
+        self._driver = Driver(processes, starter, maxtasksperchild, _initializer_failed)
+        self._recipes = Recipes(self._driver.recipe_ids, in_main)
+        weakref.finalize(self, self._driver.abandon).atexit = False
+        _drivers.add(self._driver)
+        self._state = RUN
+
+    # -- one call ---------------------------------------------------------------------
+
+    def apply(
+        self,
+        func: Callable[..., Any],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> Any:
+        """``func(*args, **kwds)``."""
+        self._check_running()
+        result = AsyncResult(self, self._driver, None, None)
+        self._apply(result, func, args, kwds, timeout, retries, waits=True)
+        return result.get()
+
+    def apply_async(
+        self,
+        func: Callable[..., Any],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] | None = None,
+        callback: Callback = None,
+        error_callback: Callback = None,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> AsyncResult:
+        """The same, without waiting for it."""
+        self._check_running()
+        result = AsyncResult(self, self._driver, callback, error_callback)
+        self._apply(result, func, args, kwds, timeout, retries)
+        return result
+
+    def _apply(
+        self,
+        result: Job,
+        func: Callable[..., Any],
+        args: Iterable[Any],
+        kwds: Mapping[str, Any] | None,
+        timeout: float | None,
+        retries: int,
+        *,
+        waits: bool = False,
+    ) -> None:
+        args, kwds = tuple(args), {} if kwds is None else dict(kwds)
+        try:
+            if is_stateless(func):
+                recipe = self._recipes.recipe(Apply, func, timeout, retries)
+                if len(args) == 1 and type(args[0]) in _SCALARS and not kwds:
+                    blob = dumps((args, kwds), HIGHEST_PROTOCOL)
+                else:
+                    blob = dumps_call(args, kwds)
+            else:
+                recipe = self._recipes.any(timeout, retries)
+                blob = dumps_call((func, args, kwds), {})
+        except Exception as error:
+            result.failed(error)
+            self._loop.nudge()
+            return
+        self._driver.submit(recipe, blob, result, waits=waits)
+
+    # -- many calls -------------------------------------------------------------------
+
+    def map(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """``[func(x) for x in iterable]``; ``progress=True`` shows how far it is."""
+        result: list[Any] = self._map(Map, func, iterable, chunksize, None, None, **options).get()
+        return result
+
+    def map_async(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        callback: Callback = None,
+        error_callback: Callback = None,
+        **options: Any,
+    ) -> MapResult:
+        """The same, without waiting for it."""
+        return self._map(Map, func, iterable, chunksize, callback, error_callback, **options)
+
+    def starmap(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """``[func(*x) for x in iterable]``."""
+        made = self._map(Starmap, func, iterable, chunksize, None, None, **options)
+        result: list[Any] = made.get()
+        return result
+
+    def starmap_async(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callback = None,
+        error_callback: Callback = None,
+        **options: Any,
+    ) -> MapResult:
+        """The same, without waiting for it."""
+        return self._map(Starmap, func, iterable, chunksize, callback, error_callback, **options)
+
+    def _map(
+        self,
+        kind: type[Map],
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int | None,
+        callback: Callback,
+        error_callback: Callback,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        progress: bool = False,
+    ) -> MapResult:
+        self._check_running()
+        sized: Any = iterable if hasattr(iterable, "__len__") else list(iterable)
+        size = len(sized)
+        if chunksize is None:
+            chunksize, extra = divmod(size, self._processes * 4)
+            chunksize += bool(extra)
+        chunks = -(-size // chunksize) if size else 0
+        result = MapResult(self, self._driver, callback, error_callback, chunks)
+        if progress:
+            result._advance = _bar(size)
+        if not chunks:
+            result.start()
+            self._loop.nudge()
+        try:
+            recipe = self._recipes.recipe(kind, func, timeout, retries) if chunks else None
+            blobs = [(dumps_call((chunk,), {}), len(chunk)) for chunk in _chunked(sized, chunksize)]
+        except Exception as error:
+            # As in the standard library: the result tells it.
+            blobs = []
+            for number in range(chunks):
+                result.part_ended(result.chunk(number, 0), (error, True))
+            self._loop.nudge()
+        for number, (blob, count) in enumerate(blobs):
+            assert recipe is not None
+            self._driver.submit(recipe, blob, result.chunk(number, count))
+        return result
+
+    def imap(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int = 1,
+        *,
+        buffersize: int | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> IMapIterator:
+        """An iterator over ``func(x)`` for each of ``iterable``, in its order.
+
+        It is read by a thread of its own, not further ahead than a thousand unfinished calls,
+        or ``buffersize`` calls whose results were not taken.
+        """
+        return self._imap(OrderedIterator, func, iterable, chunksize, buffersize, timeout, retries)
+
+    def imap_unordered(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int = 1,
+        *,
+        buffersize: int | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> IMapIterator:
+        """The same, in the order in which the calls end."""
+        kind = UnorderedIterator
+        return self._imap(kind, func, iterable, chunksize, buffersize, timeout, retries)
+
+    def _imap(
+        self,
+        kind: type[IMapIterator],
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int,
+        buffersize: int | None,
+        timeout: float | None,
+        retries: int,
+    ) -> IMapIterator:
+        self._check_running()
+        if chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be at least 1")
+        window = buffersize or max(WINDOW, PER_WORKER * self._processes)
+        if chunksize > 1:
+            window = max(2 * self._processes, window // chunksize)
+        made = kind(
+            self, self._driver, chunked=chunksize > 1, window=window,
+            buffered=buffersize is not None,
+        )  # fmt: skip
+        caller = Apply if chunksize == 1 else Map
+        recipe = None
+        items: Iterable[Any]
+        try:
+            if caller is Apply and not is_stateless(func):
+                recipe = self._recipes.any(timeout, retries)
+                items = (((func, (item,), {}),) for item in iterable)
+            else:
+                recipe = self._recipes.recipe(caller, func, timeout, retries)
+                items = zip(iterable) if chunksize == 1 else zip(_chunked(iterable, chunksize))
+                items = zip(items)
+        except Exception as error:
+            made.fed(0, error)
+            return made
+        self._driver.open_feed()
+        args = (self._driver, recipe, items, made)
+        threading.Thread(target=_feed, args=args, name="taskrun-feed", daemon=True).start()
+        return made
+
+    # -- the end ----------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take no more calls; workers end when those that there are have."""
+        if self._state == RUN:
+            self._state = CLOSE
+            self._driver.close()
+
+    def terminate(self) -> None:
+        """End all calls and all workers now; who waits for a call gets CallCancelled."""
+        self._state = TERMINATE
+        self._driver.terminate()
+
+    def join(self) -> None:
+        """Wait until all workers have ended, after ``close()`` or ``terminate()``."""
+        if self._state == RUN:
+            raise ValueError("Pool is still running")
+        if not self._loop.is_here:
+            raise ValueError(_FOREIGN)
+        self._loop.finished.wait()
+
+    def __enter__(self) -> Pool:
+        self._check_running()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.terminate()
+
+    def __del__(self, _warn: Any = warnings.warn, _run: str = RUN) -> None:
+        if self._state == _run:
+            said = f"unclosed running multiprocessing pool {self!r}"
+            _warn(said, ResourceWarning, source=self, stacklevel=2)
+
+    # -- small things -----------------------------------------------------------------
+
+    def workers(self) -> list[WorkerProcess]:
+        """The workers that there are."""
+        return [WorkerProcess(f"w{id}", pid) for id, pid in sorted(self._driver.pids().items())]
+
+    @property
+    def _loop(self) -> Loop:
+        return self._driver.loop
+
+    @property
+    def _pool(self) -> list[WorkerProcess]:
+        """As many ask the standard library's pool; waits until the first have started."""
+        self._driver.await_start()
+        return self.workers()
+
+    def _repopulate_pool(self) -> None:
+        """It is done without being asked."""
+
+    def _check_running(self) -> None:
+        if self._state != RUN:
+            raise ValueError("Pool not running")
+        if not self._loop.is_here:
+            raise ValueError(_FOREIGN)
+
+    def __repr__(self) -> str:
+        kind = type(self)
+        return (
+            f"<{kind.__module__}.{kind.__qualname__} state={self._state} "
+            f"pool_size={getattr(self, '_processes', 0)}>"
+        )
+
+    def __reduce__(self) -> Any:
+        raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+
+
+def _chunked(iterable: Iterable[Any], size: int) -> Iterable[tuple[Any, ...]]:
+    items = iter(iterable)
+    while chunk := tuple(itertools.islice(items, size)):
+        yield chunk
+
+
+def _feed(driver: Driver, recipe: Any, items: Iterable[Any], made: IMapIterator) -> None:
+    """Submit the calls of an imap, as far ahead as it may."""
+    count, error = 0, None
+    try:
+        source = iter(items)
+        while made.await_room():
+            try:
+                (args,) = next(source)
+            except StopIteration:
+                break
+            if type(args[0]) in _SCALARS:
+                blob = dumps((args, {}), HIGHEST_PROTOCOL)
+            else:
+                blob = dumps_call(args, {})
+            driver.submit(recipe, blob, made.item(count))
+            count += 1
+    except BaseException as raised:
+        error = raised
+    driver.post(lambda: made.fed(count, error))
+    driver.close_feed()
+
+
+def _initializer_failed(call: Any) -> BaseException | None:
+    """What the initializer of a worker raised, where that is how a call ended."""
+    failure: Failure = call.failure
+    name = f"{InitializerFailed.__module__}.{InitializerFailed.__qualname__}"
+    if failure.type_name != name:
+        return None
+    cause = decode_failure(failure).__cause__
+    return exception_of(failure) if cause is None else cause
+
+
+def _bar(total: int) -> Callable[[int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(total=total)
+
+    def advance(count: int) -> None:
+        bar.update(count)
+        if bar.n >= total:
+            bar.close()
+
+    return advance
+
+
+@atexit.register
+def _terminate_all() -> None:
+    for driver in list(_drivers):
+        if driver.waits_at_exit and driver.loop.is_here:
+            driver.close()
+            driver.loop.finished.wait()
+        driver.terminate()

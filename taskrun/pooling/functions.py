@@ -1,0 +1,121 @@
+"""How functions and arguments travel to the workers of a Pool.
+
+A function that is found by its name goes by reference, once to each worker.  One that is
+not (a lambda, a closure) goes by cloudpickle, as it is at the time of the call; what has a
+state of its own (a bound method, a partial) is pickled with the arguments.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Final
+
+from taskrun.model import Recipe
+from taskrun.pooling import remote
+from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, Map, Starmap
+
+REMEMBERED: Final = 1024  # recipes
+
+Kind = type[Apply] | type[Map] | type[Starmap]
+
+_NAMED = (FunctionType, BuiltinFunctionType, type)
+
+
+class Recipes:
+    """The recipes of one Pool.  ``in_main`` says which functions of ``__main__`` the workers
+    find there."""
+
+    def __init__(self, ids: Iterator[int], in_main: Callable[[Any], bool]) -> None:
+        self._ids = ids
+        self._in_main = in_main
+        self._known: OrderedDict[Any, Recipe] = OrderedDict()
+
+    def recipe(
+        self, kind: Kind, function: Any, timeout: float | None = None, retries: int = 0
+    ) -> Recipe:
+        """The recipe for calls of ``function``.  Raises what pickling it raises."""
+        named = isinstance(function, _NAMED)
+        key: Any = (kind, function, timeout, retries)
+        known = self._known.get(key) if named else None
+        if known is not None:
+            return known
+        if named and self._is_found(function):
+            blob = pickle.dumps(kind(function), PROTOCOL)
+        else:
+            blob = _by_value(kind(function))
+            digest = blake2b(blob, digest_size=16).digest()
+            key = (kind, digest, timeout, retries)
+            if key in self._known:
+                return self._known[key]
+        return self._learn(key, self._made(function, blob, timeout, retries))
+
+    def any(self, timeout: float | None = None, retries: int = 0) -> Recipe:
+        """The recipe for calls whose function comes with the arguments."""
+        key = (ApplyAny, None, timeout, retries)
+        if key not in self._known:
+            blob = pickle.dumps(ApplyAny(), PROTOCOL)
+            self._learn(key, self._made(ApplyAny, blob, timeout, retries))
+        return self._known[key]
+
+    def _made(self, function: Any, blob: bytes, timeout: float | None, retries: int) -> Recipe:
+        return Recipe(
+            id=next(self._ids),
+            name="call" if function is ApplyAny else remote.name_of(function),
+            reference=blake2b(blob, digest_size=16).digest(),
+            blob=blob,
+            retries=retries,
+            timeout=timeout,
+        )
+
+    def _learn(self, key: Any, recipe: Recipe) -> Recipe:
+        self._known[key] = recipe
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return recipe
+
+    def _is_found(self, function: Any) -> bool:
+        module = getattr(function, "__module__", None)
+        if module == "__main__":
+            return self._in_main(function)
+        found: Any = sys.modules.get(module or "")
+        for part in function.__qualname__.split("."):
+            found = getattr(found, part, None)
+        return found is function
+
+
+def is_stateless(function: Any) -> bool:
+    """Whether a function is the same at every call: one with a name, not a bound method."""
+    if type(function) is FunctionType:
+        return True
+    if isinstance(function, BuiltinFunctionType):
+        return function.__self__ is None or isinstance(function.__self__, type(sys))
+    return isinstance(function, type)
+
+
+def dumps_call(args: Any, kwargs: Any) -> bytes:
+    """(args, kwargs) of one call, pickled.  Raises what the arguments raise."""
+    pair = (args, kwargs)
+    try:
+        return remote.dumps(pair)
+    except Exception as error:
+        return _rescued(pair, error)
+
+
+def _rescued(obj: Any, error: Exception) -> bytes:
+    """By cloudpickle, which knows more; where that fails, too, the first error is raised."""
+    try:
+        return _by_value(obj)
+    except Exception:
+        raise error from None
+
+
+def _by_value(obj: Any) -> bytes:
+    import cloudpickle  # slow to import, seldom needed
+
+    data: bytes = cloudpickle.dumps(obj, PROTOCOL)
+    return data

@@ -1,0 +1,294 @@
+"""One event loop that two parties can run: a thread of its own, or whoever waits.
+
+    resting         the thread runs the loop, and calls callbacks
+    a guest waits   the guest runs the loop; the thread is parked and calls callbacks
+
+A caller that waits for a result takes the loop over: what arrives need not wake a thread
+that then wakes the caller.  The thread is parked a moment longer than the visit, since the
+next guest is often there at once; whoever needs the loop meanwhile unparks it.
+
+``_owner`` is held by who runs the loop.  A guest shows ``_guest`` first, so that the thread
+leaves the loop alone; it hides it when it leaves, and only then looks for what others have
+posted, who in turn post first and look for a guest then: one of the two sees the other.
+
+Signals: in the main thread Python's signal handlers may raise between any two steps.  While
+that thread is a guest they are put off until the loop is in order again.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found] # signal.py makes enums: that is slow
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from threading import get_ident
+from time import monotonic
+from typing import Any, Final
+
+from taskrun.reactor import Reactor
+
+PARKED: Final = 0.003  # seconds that the thread leaves the loop alone after a guest
+_PUT_OFF: Final = tuple(
+    number
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
+    if (number := getattr(_signal, name, None)) is not None
+)
+
+
+class Waitable:
+    """What one can wait for.  ``event`` wakes those who cannot run the loop."""
+
+    __slots__ = ("event",)
+
+    def __init__(self) -> None:
+        self.event: threading.Event | None = None
+
+    def settled(self) -> bool:
+        """Whether the wait is over; never blocks."""
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        """Wake who sleeps."""
+        if self.event is not None:
+            self.event.set()
+
+
+class Loop:
+    """A reactor with a thread; see the module's own text.
+
+    ``steps`` are called by the thread, which then does not own the loop: ``finish`` is
+    called once, owning it, when ``over`` was set.
+    """
+
+    def __init__(self, reactor: Reactor, name: str) -> None:
+        self.reactor = reactor
+        self.over = False
+        self.finish: Callable[[], None] = lambda: None
+        self.broken: Callable[[BaseException], None] = lambda error: None
+        self.finished = threading.Event()
+        self._pid = os.getpid()  # of the process that it runs in
+        self._owner = threading.Lock()
+        self._posting = threading.RLock()  # the collector may end a pool in the middle of it
+        self._closed = False
+        self._visitors = threading.Lock()
+        self._guest = False
+        self._visited = False
+        self._visits = 0
+        self._needed = False
+        self._parked = False
+        self._sleepers = 0
+        self._unpark = threading.Event()
+        self._callbacks: deque[Callable[[], None]] = deque()
+        # By who runs the loop: the thread is to call a user's callback, and not to own the
+        # loop meanwhile.
+        self.call_back = self._callbacks.append
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that made it, not a fork of that."""
+        return os.getpid() == self._pid
+
+    @property
+    def in_thread(self) -> bool:
+        """Whether the caller is the loop's own thread."""
+        return get_ident() == self._thread.ident
+
+    # -- from any thread --------------------------------------------------------------
+
+    def post(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called by whoever runs the loop."""
+        with self._posting:  # not while the reactor is being closed
+            if not self._closed:
+                self.reactor.post(callback)
+        if self._parked and not self._guest:
+            self._need()
+
+    def _need(self) -> None:
+        self._needed = True
+        self._unpark.set()
+
+    def nudge(self) -> None:
+        """A callback was left by somebody who does not run the loop."""
+        self.post(_nothing)
+        self._unpark.set()
+
+    def end(self) -> None:
+        """The thread is to call ``finish`` and to end."""
+        self.end_soon()
+        self._unpark.set()
+
+    def end_soon(self) -> None:
+        """The same, for the collector, which may call this in the middle of anything: even
+        of what an Event does, so that none is touched.  A parked thread looks by itself."""
+        self.over = True
+        with self._posting:
+            if not self._closed:
+                self.reactor.post(_nothing)
+
+    # -- waiting ----------------------------------------------------------------------
+
+    def wait(self, waitable: Waitable, timeout: float | None) -> bool:
+        """Wait until ``waitable`` has settled; False where ``timeout`` seconds came first."""
+        deadline = None if timeout is None else monotonic() + timeout
+        in_main = threading.current_thread() is threading.main_thread()
+        while not waitable.settled():
+            left = None if deadline is None else deadline - monotonic()
+            if left is not None and left <= 0:
+                return False
+            visited = not self.over and (
+                self._visit_from_main(waitable, deadline)
+                if in_main
+                else self._visit(waitable, deadline, ())
+            )
+            if not visited:
+                self._sleep(waitable, left)
+        return True
+
+    def _sleep(self, waitable: Waitable, left: float | None) -> None:
+        """Another guest runs the loop, or nobody any more."""
+        event = waitable.event
+        if event is None:
+            event = waitable.event = threading.Event()
+        event.clear()
+        if waitable.settled():
+            event.set()
+            return
+        self._sleepers += 1
+        try:
+            if self.reactor.patience() == 0.0:
+                self.post(_nothing)  # what was left for us to do is for others now
+            if self.in_thread:  # a callback waits: those that come now are called here
+                self._run_callbacks()
+                left = 0.01 if left is None else min(left, 0.01)
+            event.wait(left)
+        finally:
+            self._sleepers -= 1
+
+    def _visit_from_main(self, waitable: Waitable, deadline: float | None) -> bool:
+        noted: list[int] = []
+
+        def note(number: int, frame: Any) -> None:
+            noted.append(number)
+            self.reactor.post(_nothing)
+
+        handlers: list[tuple[int, Any]] = []
+        try:
+            for number in _PUT_OFF:
+                handler = _signal.getsignal(number)
+                if callable(handler):
+                    handlers.append((number, handler))
+                    _signal.signal(number, note)
+            visited = self._visit(waitable, deadline, noted)
+        finally:
+            for number, handler in handlers:
+                _signal.signal(number, handler)
+        for number in noted:
+            dict(handlers)[number](number, sys._getframe())
+        return visited or bool(noted)
+
+    def _visit(
+        self, waitable: Waitable, deadline: float | None, noted: list[int] | tuple[()]
+    ) -> bool:
+        """Run the loop in the thread's place; False where another guest does."""
+        if not self._visitors.acquire(blocking=False):
+            return False
+        reactor, settled = self.reactor, waitable.settled
+        callbacks = self._callbacks if self.in_thread else None
+        since = monotonic()
+        self._visits += 1
+        self._guest = True
+        try:
+            self._take_over()
+            while not (settled() or noted or self.over or callbacks):
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    break
+                reactor.run_once(left)
+                if self._callbacks:
+                    self._unpark.set()
+        except Exception as error:
+            self.broken(error)  # a bug of ours: the thread sees to what follows
+        finally:
+            self._visited = True
+            self._guest = False
+            self._owner.release()
+            self._visitors.release()
+            if self._sleepers or self.over or reactor.patience() == 0.0:
+                self._need()
+            elif monotonic() - since > PARKED / 2:
+                self._unpark.set()
+        if callbacks:
+            self._run_callbacks()
+        return True
+
+    def _take_over(self) -> None:
+        if not self._owner.acquire(blocking=False):
+            self.reactor.post(_nothing)
+            self._owner.acquire()
+
+    # -- the thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self.over:
+                self._run_callbacks()
+                with self._owner:
+                    self._run_loop()
+                self._park()
+            with self._owner:
+                self.finish()
+                self._close()
+        except BaseException as error:
+            self.broken(error)
+            threading.excepthook(
+                threading.ExceptHookArgs((type(error), error, error.__traceback__, None))
+            )
+        finally:
+            self.over = True
+            self._run_callbacks()
+            self.finished.set()
+
+    def _close(self) -> None:
+        with self._posting:
+            self._closed = True
+        self.reactor.close()
+
+    def _run_loop(self) -> None:
+        callbacks, run_once = self._callbacks, self.reactor.run_once
+        while not (self._guest or callbacks or self.over):
+            run_once(None)
+
+    def _park(self) -> None:
+        """Leave the loop to guests, as long as they come."""
+        self._parked = True
+        stays = False  # one guest, for long: it unparks us when it leaves
+        while not self.over and (self._guest or (self._visited and not self._needed)):
+            if not self._guest and self.reactor.patience() == 0.0:
+                break
+            self._visited = False
+            before, guest = self._visits, self._guest
+            unparked = self._unpark.wait(None if stays else PARKED)
+            self._unpark.clear()
+            stays = not unparked and guest and self._guest and before == self._visits
+            self._run_callbacks()
+        self._parked = self._needed = self._visited = False
+
+    def _run_callbacks(self) -> None:
+        callbacks = self._callbacks
+        if not callbacks:
+            return
+        while callbacks:
+            callbacks.popleft()()
+        if self._guest:
+            self.post(_nothing)  # what it waits for may be there now
+
+
+def _nothing() -> None:
+    """To wake the loop."""

@@ -1,0 +1,237 @@
+"""What the workers of a Pool do: begin as its users expect, and call their functions.
+
+Everything here runs in a worker, or in the template that workers are forked from.  A
+function comes once to each worker, wrapped in one of the callables below; what it returns
+is pickled here, so that a result which cannot be is the call's own error.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from taskrun import failures
+from taskrun.errors import LoadError
+
+PROTOCOL: Final = pickle.HIGHEST_PROTOCOL
+PLAIN: Final = frozenset((type(None), bool, float))
+SHORT: Final = 256  # characters of a str that travels as itself
+_INT_MAX: Final = 1 << 62
+
+
+class InitializerFailed(LoadError):
+    """Raised by every call in a worker whose initializer failed; its cause is why."""
+
+
+class Setup(NamedTuple):
+    """What each worker does first."""
+
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+
+
+class Start(NamedTuple):
+    """What the workers of a Pool are told.
+
+    ``method``: ``fork``, ``forkserver`` or ``spawn``.  ``preparation``: what
+    ``multiprocessing.spawn.prepare`` is given, and ``setup`` a Setup, both pickled as for a
+    child of multiprocessing; None where workers are forked and inherit them.  ``tracker``: a
+    descriptor of the resource tracker.
+    """
+
+    method: str
+    preparation: bytes | None
+    setup: bytes | None
+    tracker: int | None
+
+
+# What a forked template inherits, and what a fresh one unpickles.
+inherited: Setup | None = None
+_failure: BaseException | None = None
+
+
+def prepare(start: Start) -> None:
+    """In a fresh interpreter: take over what a child of multiprocessing takes over."""
+    if start.preparation is None:
+        return
+    from multiprocessing import process, resource_tracker, spawn
+
+    if start.tracker is not None:
+        resource_tracker._resource_tracker._fd = start.tracker  # type: ignore[attr-defined]
+    current: Any = process.current_process()
+    current._inheriting = True  # a Pool() that is made without a __main__ guard is refused
+    try:
+        spawn.prepare(pickle.loads(start.preparation))
+    except BaseException as error:
+        _fail(error)
+    finally:
+        del current._inheriting
+
+
+def begin(start: Start, number: int) -> None:
+    """In a new worker: be the process that users expect, then call the initializer."""
+    from multiprocessing import process, util
+
+    failures.shares_main = True
+    if start.method != "spawn":
+        util._finalizer_registry.clear()  # type: ignore[attr-defined]
+        util._run_after_forkers()  # type: ignore[attr-defined]
+    process._current_process = _Process(start.method, number)  # type: ignore[attr-defined]
+    if _failure is not None:
+        return
+    try:
+        setup = inherited if start.setup is None else pickle.loads(start.setup)
+        if setup is not None and setup.initializer is not None:
+            setup.initializer(*setup.initargs)
+    except BaseException as error:
+        _fail(error)
+
+
+def end() -> None:
+    """In a worker that was told to quit: what a child of multiprocessing does at its end."""
+    from multiprocessing import util
+
+    util._exit_function()  # type: ignore[attr-defined]
+
+
+def _fail(error: BaseException) -> None:
+    global _failure
+    _failure = error
+
+
+def _Process(method: str, number: int) -> Any:
+    """What ``multiprocessing.current_process()`` gives in a worker."""
+    from multiprocessing import process
+
+    current: Any = process.current_process()
+    made: Any = process.BaseProcess.__new__(process.BaseProcess)
+    made.__dict__.update(current.__dict__)
+    kind = {"fork": "Fork", "spawn": "Spawn", "forkserver": "ForkServer"}[method]
+    made._identity = (*getattr(current, "_identity", ()), number)
+    made._config = {**current._config, "daemon": False}
+    made._name = f"{kind}PoolWorker-{number}"
+    made._parent_pid = os.getppid()
+    made._popen = None
+    made._closed = False
+    process._children = set()  # type: ignore[attr-defined]
+    return made
+
+
+# -- calls ----------------------------------------------------------------------------
+
+
+def _check() -> None:
+    if _failure is not None:
+        said = failures.guarded(_failure, str)
+        raise InitializerFailed(f"{type(_failure).__name__}: {said}") from _failure
+
+
+class Apply:
+    """Calls a function with the arguments that come."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = name_of(function)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if _failure is not None:
+            _check()
+        value = self.function(*args, **kwargs)
+        kind = type(value)
+        if kind in PLAIN or (kind is int and -_INT_MAX < value < _INT_MAX):
+            return value
+        return _pickled(value)
+
+
+class ApplyAny:
+    """Calls the function that comes with its arguments: one that may change between calls."""
+
+    __name__ = "call"
+
+    def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        _check()
+        return _pickled(function(*args, **kwargs))
+
+
+class Map:
+    """Calls a function once for each of some items."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = name_of(function)
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        _check()
+        return _pickled(list(map(self.function, items)))
+
+
+class Starmap(Map):
+    """Calls a function once for each of some tuples of arguments."""
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        _check()
+        function = self.function
+        return _pickled([function(*item) for item in items])
+
+
+def name_of(function: Any) -> str:
+    """How a function is called in messages."""
+    return str(getattr(function, "__name__", None) or type(function).__name__)
+
+
+# -- pickles --------------------------------------------------------------------------
+
+
+class _Shown:
+    """Stands for a result in a MaybeEncodingError, which shows it by its repr()."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        return dumps(value)
+    except Exception as error:
+        from multiprocessing import pool as standard
+
+        shown = failures.guarded(value, repr)
+        if len(shown) > 1000:
+            shown = f"{shown[:1000]}..."
+        encoding_error: Any = standard.MaybeEncodingError  # type: ignore[attr-defined]
+        raise encoding_error(error, _Shown(shown)) from None
+
+
+_table: Any = None
+
+
+def dumps(obj: Any) -> bytes:
+    """A pickle, with what multiprocessing knows to pickle beside the rest."""
+    global _table
+    if _table is None:
+        import copyreg
+        import multiprocessing.connection  # noqa: F401 - it registers its own
+        from multiprocessing.reduction import ForkingPickler
+
+        extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+        _table = ChainMap(extra, copyreg.dispatch_table)
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, PROTOCOL)
+    pickler.dispatch_table = _table
+    pickler.dump(obj)
+    return file.getvalue()
+
+
+def flush_streams() -> None:
+    """Before a fork: nothing is to be written twice."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()

@@ -1,0 +1,153 @@
+"""How the workers of a Pool start: as a fork of the user's process, or afresh.
+
+- ``fork``: the template is forked at ``Pool()``, before a thread of ours exists.  It has
+  the user's globals, closures and locks, and so have the workers that it forks.
+- ``forkserver``: the template is a fresh interpreter that has imported ``__main__`` as
+  multiprocessing's children do; workers are forked from it.
+- ``spawn``: so is every worker.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from taskrun.engines.nursery import Nursery, launch_fresh
+from taskrun.engines.pool import PoolEngine
+from taskrun.pooling import remote
+from taskrun.workers import template
+from taskrun.workers.settings import FORK, Settings
+
+
+class PoolWorkers(PoolEngine):
+    """The engine of a Pool: workers that write where this process does."""
+
+    def __init__(self, start: Starter, recipe_ids: Iterator[int], grace: float) -> None:
+        super().__init__(start_method=start.method, grace=grace, recipe_ids=recipe_ids)
+        self._starter = start
+
+    @property
+    def settled(self) -> bool:
+        """Whether no worker is about to start."""
+        nursery = self._nursery
+        if nursery is None:
+            return True
+        return not nursery.busy and all(link.ready for link in self._links.values())
+
+    def pids(self) -> dict[int, int]:
+        """The pids of the workers that have started, by number."""
+        return {link.id: link.pid for link in list(self._links.values()) if link.pid is not None}
+
+    def _make_settings(self) -> Settings:
+        made = super()._make_settings()
+        return made._replace(environment={}, pool=self._starter.told)
+
+    def _start_template(self) -> None:
+        self._nursery = Nursery(
+            self._settings, self._reactor, self._open, self._on_message, self._on_template_end,
+            self._starter.launch,
+        )  # fmt: skip
+
+
+class Starter:
+    """One start method, with what the workers are told and given."""
+
+    def __init__(self, context: Any, setup: remote.Setup) -> None:
+        """Raises what pickling ``setup`` raises, where workers start afresh."""
+        self.method: str = context.get_start_method()
+        self._setup = setup
+        self._fds: list[int] = []
+        if self.method == FORK:
+            self.told = remote.Start(self.method, None, None, None)
+        else:
+            self.told = self._told()
+
+    def launch(self, fd: int) -> int:
+        """Start a template with this socket; gives its pid."""
+        return self._fork(fd) if self.method == FORK else self._launch_fresh(fd)
+
+    def close(self) -> None:
+        """Let go of what workers inherit."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    # -- fork -------------------------------------------------------------------------
+
+    def _fork(self, fd: int) -> int:
+        remote.flush_streams()
+        with warnings.catch_warnings():
+            # From 3.12 on: other threads exist.  The child touches nothing of theirs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            try:
+                remote.inherited = self._setup
+                sock = socket.socket(fileno=os.dup(fd))
+                os.close(fd)
+                template.serve(sock)
+            finally:
+                os._exit(1)
+        return pid
+
+    # -- fresh interpreters -----------------------------------------------------------
+
+    def _told(self) -> remote.Start:
+        from multiprocessing import context, resource_tracker, spawn
+        from multiprocessing.reduction import ForkingPickler
+
+        spawn._check_not_importing_main()  # type: ignore[attr-defined]
+        name = f"{self.method}-pool"
+        context.set_spawning_popen(self)  # type: ignore[arg-type]
+        try:
+            preparation = spawn.get_preparation_data(name)
+            preparation.pop("name")
+            buffer = io.BytesIO()
+            ForkingPickler(buffer).dump(preparation)
+            setup = ForkingPickler.dumps(self._setup)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            context.set_spawning_popen(None)
+        tracker = resource_tracker._resource_tracker._fd  # type: ignore[attr-defined]
+        if tracker is not None:
+            tracker = self.duplicate_for_child(tracker)
+        return remote.Start(self.method, buffer.getvalue(), bytes(setup), tracker)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """As of multiprocessing's Popen: the number that ``fd`` has in every worker."""
+        own = os.dup(fd)
+        self._fds.append(own)
+        return own
+
+    @property
+    def DupFd(self) -> Callable[[int], Any]:  # multiprocessing's name
+        """As of multiprocessing's Popen."""
+        from multiprocessing.popen_spawn_posix import _DupFd
+
+        made: Callable[[int], Any] = _DupFd
+        return made
+
+    def _launch_fresh(self, fd: int) -> int:
+        for own in self._fds:
+            os.set_inheritable(own, True)
+        try:
+            return launch_fresh(fd)
+        finally:
+            for own in self._fds:
+                os.set_inheritable(own, False)
+
+
+def known_names(method: str) -> Callable[[Any], bool]:
+    """Whether a function of ``__main__`` is found there by its name in workers."""
+    main = sys.modules["__main__"]
+    if method == FORK:
+        known = {name: id(value) for name, value in vars(main).items() if callable(value)}
+        return lambda function: known.get(function.__qualname__) == id(function)
+    imported = getattr(main, "__file__", None) or getattr(main, "__spec__", None)
+    return lambda function: bool(imported) and vars(main).get(function.__qualname__) is function

@@ -1,0 +1,86 @@
+"""Ctrl-C and SIGTERM while a run goes on.
+
+A signal comes between any two instructions, so it is only noted, and taken by the loop when
+that gets to it.  A loop that is stuck, writing to a reader that reads nothing, never does:
+the next signal then ends the process as if nobody had asked for it, and the workers with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from time import monotonic
+from types import FrameType
+from typing import Any, Final, Protocol
+
+from taskrun.reactor import Reactor
+
+NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
+STUCK: Final = 1.0  # seconds after which a signal that was not taken never will be
+
+
+class Here(Protocol):
+    """Who executes calls in the loop's own thread, and so keeps it from taking signals."""
+
+    @property
+    def takes_ctrl_c(self) -> bool:
+        """Whether a KeyboardInterrupt may be raised now: it hits a call's own code."""
+
+    def interrupt(self) -> None:
+        """End the call that is being executed, if one is; may raise Interrupted in it."""
+
+
+class Signals(AbstractContextManager[None]):
+    """While it lasts, ``take(number)`` is called for each signal, on the loop's thread.
+
+    Where ``here`` takes a Ctrl-C, that is what it gets.  In another thread than the main
+    one, where Python handles no signals, nothing happens.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        take: Callable[[int], None],
+        here: Here | None = None,
+    ) -> None:
+        self._reactor = reactor
+        self._take = take
+        self._here = here
+        self._before: dict[int, Any] = {}
+        self._wakeup_fd = -1
+        self._noted: list[tuple[float, int]] = []  # when they came, and not taken yet
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # One that comes just before the loop begins to wait would not end the waiting.
+        self._wakeup_fd = signal.set_wakeup_fd(self._reactor.wakeup_fd, warn_on_full_buffer=False)
+        for number in NUMBERS:
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_fd)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        here = self._here
+        if number == signal.SIGINT and here is not None and here.takes_ctrl_c:
+            raise KeyboardInterrupt
+        now = monotonic()
+        if self._noted and now - self._noted[0][0] > STUCK:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._noted.append((now, number))
+        self._reactor.post(self.settle, first=True)
+        if here is not None:
+            here.interrupt()
+
+    def settle(self) -> None:
+        """Take what the loop has not got to."""
+        while self._noted:
+            self._take(self._noted.pop(0)[1])

@@ -1,0 +1,105 @@
+"""``taskrun.connect``: the shared state of a live run, from outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskrun import addresses
+from taskrun.authkey import authkey as find_authkey
+from taskrun.errors import UsageError
+from taskrun.state.containers import Dict, List, Set
+from taskrun.state.handles import Barrier, Counter, Event, Lock, Queue, Semaphore, Watch
+from taskrun.state.remote import RemoteClient
+from taskrun.state.stored import from_stored
+
+
+def connect(address: Any = None, authkey: bytes | str | None = None) -> Connected:
+    """The shared state of a live run.
+
+    ``address``: ``"HOST:PORT"``, ``"unix:PATH"`` or (host, port); without one, the
+    variable TASKRUN_ADDRESS, or this user's only live run.  ``authkey``: the key itself;
+    without one, where taskrun always looks for it.
+
+    Raises UsageError where there is no such run or key, StateLost where nobody answers,
+    StateError where the key is not the right one.
+    """
+    if address is None or isinstance(address, str):
+        address = addresses.find(address)
+    elif not addresses.is_loopback(address[0]):
+        raise UsageError(f"{addresses.shown(address)} is not this machine")
+    key = authkey.encode() if isinstance(authkey, str) else authkey
+    return Connected(address, find_authkey() if key is None else key)
+
+
+class Connected:
+    """The state of another process: the same handles as in ``taskrun.state``.
+
+    A context manager; ``close()`` ends it, and releases what it holds.
+    """
+
+    def __init__(self, address: Any, authkey: bytes) -> None:
+        self.address = address
+        self._client = RemoteClient(address, authkey)
+        self._client.connect().close()  # now, rather than at first use, it is told
+
+    def close(self) -> None:
+        """End the connection."""
+        self._client.close()
+
+    def __enter__(self) -> Connected:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<shared state at {addresses.shown(self.address)}>"
+
+    # -- what there is ----------------------------------------------------------------
+
+    def names(self) -> list[tuple[str, str, int]]:
+        """(name, kind, length) of all objects."""
+        found: list[tuple[str, str, int]] = self._client.call(("state.names", "", None, ()))
+        return found
+
+    def value(self, name: str) -> Any:
+        """What is in the object of that name, as plain Python.  Raises KeyError."""
+        kind, exported = self._client.call(("state.export", name, None, ()))
+        if kind == "dict":
+            return {key: from_stored(value) for key, value in exported}
+        if kind in ("list", "queue"):
+            return [from_stored(value) for value in exported]
+        return set(exported) if kind == "set" else exported
+
+    def watch(self) -> Watch:
+        """The changes of all objects, as they happen."""
+        return Watch(self._client, ("state.watch", "", None, (None,)))
+
+    # -- handles ----------------------------------------------------------------------
+
+    def dict(self, name: str) -> Dict:
+        return Dict(name, client=self._client)
+
+    def list(self, name: str) -> List:
+        return List(name, client=self._client)
+
+    def set(self, name: str) -> Set:
+        return Set(name, client=self._client)
+
+    def counter(self, name: str) -> Counter:
+        return Counter(name, client=self._client)
+
+    def queue(self, name: str, *maxsize: int) -> Queue:
+        return Queue(name, *maxsize, client=self._client)
+
+    def lock(self, name: str) -> Lock:
+        return Lock(name, client=self._client)
+
+    def semaphore(self, name: str, *permits: int) -> Semaphore:
+        return Semaphore(name, *permits, client=self._client)
+
+    def event(self, name: str) -> Event:
+        return Event(name, client=self._client)
+
+    def barrier(self, name: str, *parties: int) -> Barrier:
+        return Barrier(name, *parties, client=self._client)

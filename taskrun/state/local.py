@@ -1,0 +1,202 @@
+"""The client of a store in this very process: outside a run, and with ``--inline``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from time import monotonic
+from typing import Any, Final
+
+from taskrun import context
+from taskrun.state.clients import concluded, refuse_deadlock, settle
+from taskrun.state.store import Store
+from taskrun.state.stored import Stored
+from taskrun.state.waiting import Queue, Wait
+from taskrun.state.wire import LEASED, MISSED, PARKED, Owner, Reply, Request
+
+MOST_CHANGES: Final = 10_000  # kept for one who watches
+
+
+class Caller:
+    """Somebody in this process who asks the store, and may have to wait for its answer."""
+
+    acknowledges = False  # what is returned here has arrived
+
+    def __init__(self, wake: Callable[[], object] = lambda: None) -> None:
+        """``wake`` is called when there is an answer, perhaps on another thread."""
+        self.wait: Wait | None = None
+        self.taken: tuple[Queue, int, Stored] | None = None
+        self.answers: deque[Reply] = deque()
+        self._came = threading.Event()
+        self._wake = wake
+        self._missed = 0
+        self.alone = False
+
+    def answer(self, reply: Reply) -> None:
+        if len(self.answers) >= MOST_CHANGES:
+            self._missed += 1
+        else:
+            self.answers.append(reply)
+        self._came.set()
+        self._wake()
+
+    def take(self) -> Reply:
+        """The first answer that is there."""
+        if not self.answers and self._missed:
+            missed, self._missed = self._missed, 0
+            return MISSED, missed
+        return self.answers.popleft()
+
+    # -- context.Outside --------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return bool(self.answers or self._missed)
+
+    def fileno(self) -> None:
+        return None
+
+    def block(self, timeout: float | None) -> bool:
+        while not self.ready():
+            self._came.clear()
+            if not self.ready() and not self._came.wait(timeout):
+                return False
+        return True
+
+
+class LocalClient:
+    """A ``clients.Client`` of a store in this process.
+
+    ``wake``: called when somebody's answer has come.  ``attempt`` gives the (call, attempt)
+    that is being executed, if there is one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        wake: Callable[[], object] = lambda: None,
+        attempt: Callable[[], tuple[int, int] | None] = lambda: None,
+    ) -> None:
+        self.store = store
+        self._wake = wake
+        self._attempt = attempt
+        self._caller = Caller()
+
+    def owner(self) -> Owner:
+        attempt = self._attempt()
+        return ("client", "local") if attempt is None else ("attempt", *attempt)
+
+    def call(self, request: Request) -> Any:
+        return concluded(self.store.execute(request, self._caller))
+
+    def wait(self, request: Request, timeout: float | None) -> Any:
+        caller = Caller(self._wake)
+        reply = self.store.execute(request, caller)
+        if reply[0] == PARKED:
+            try:
+                refuse_deadlock(reply[1])
+                caller.alone = request[0] in LEASED
+                deadline = None if timeout is None else monotonic() + timeout
+                came = context.active().lend(caller, deadline)
+            except BaseException:
+                self._take_back(request, caller)
+                raise
+            reply = (None if came else self.store.withdraw(caller)) or caller.take()
+        return concluded(reply)
+
+    def _take_back(self, request: Request, caller: Caller) -> None:
+        """Whoever waited is interrupted: what it got meanwhile is not lost."""
+        if self.store.withdraw(caller) is None:
+            _undo(self, request, caller.take())
+
+    async def wait_async(self, request: Request, timeout: float | None) -> Any:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(settle, future)
+            self._wake()
+
+        caller = Caller(wake)
+        reply = self.store.execute(request, caller)
+        if reply[0] == PARKED:
+            over = context.active().lend_awaiting(alone=request[0] in LEASED)
+            try:
+                refuse_deadlock(reply[1])
+                await asyncio.wait([future], timeout=timeout)
+            except BaseException:
+                self._take_back(request, caller)
+                raise
+            finally:
+                over()
+            reply = self.store.withdraw(caller) or caller.take()
+        return concluded(reply)
+
+    def watch(self, request: Request) -> Iterator[Reply]:
+        caller = Caller(self._wake)
+        concluded(self.store.execute(request, caller))
+        return self._changes(caller)
+
+    def _changes(self, caller: Caller) -> Iterator[Reply]:
+        try:
+            while True:
+                if not caller.ready():
+                    context.active().lend(caller, None)
+                yield caller.take()
+        finally:
+            self.store.left(caller, ("watcher", id(caller)))
+
+    async def watch_async(self, request: Request) -> AsyncIterator[Reply]:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        came = asyncio.Event()
+        caller = Caller(lambda: (loop.call_soon_threadsafe(came.set), self._wake()))
+        concluded(self.store.execute(request, caller))
+        try:
+            while True:
+                if not caller.ready():
+                    came.clear()
+                    over = context.active().lend_awaiting()
+                    try:
+                        await came.wait()
+                    finally:
+                        over()
+                while caller.ready():
+                    yield caller.take()
+        finally:
+            self.store.left(caller, ("watcher", id(caller)))
+
+
+def _undo(client: LocalClient, request: Request, reply: Reply) -> None:
+    operation, name, options, args = request
+    if reply[0] != 0:
+        return
+    if operation == "queue.get":
+        client.store.put_back(name, reply[1])
+    elif operation.endswith(".acquire"):
+        kind = operation.partition(".")[0]
+        client.call((f"{kind}.release", name, options, args[:2]))
+
+
+# -- outside a run --------------------------------------------------------------------
+
+_own: tuple[int, LocalClient] | None = None
+
+
+def own_client() -> LocalClient:
+    """The client of this process's own store, which is made at first use; a forked child
+    has its own."""
+    global _own
+    if _own is None or _own[0] != os.getpid():
+        _own = os.getpid(), LocalClient(Store())
+    return _own[1]
+
+
+def forget() -> None:
+    """Forget all objects of this process: the next test begins with none."""
+    global _own
+    _own = None

@@ -1,0 +1,387 @@
+"""The client of a store in another process: a connection to a coordinator's Manager server.
+
+Each thread has a connection of its own, made at first use and never used in a child that
+was forked.  An operation that is interrupted between request and reply (Ctrl-C, a
+cancelled call) drops its connection: the next one must not get that reply.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import socket
+import struct
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from time import monotonic
+from typing import Any, Final
+
+from taskrun import context
+from taskrun.addresses import shown
+from taskrun.errors import StateError, StateLost
+from taskrun.manager import protocol
+from taskrun.state.clients import concluded, refuse_deadlock, settle
+from taskrun.state.wire import (
+    ACKNOWLEDGE,
+    LEASED,
+    OK,
+    OPEN,
+    PARKED,
+    WITHDRAW,
+    Owner,
+    Reply,
+    Request,
+)
+
+_READ: Final = 64 * 1024
+_READ_LONG: Final = 1024 * 1024
+_JOINED: Final = 64 * 1024  # a shorter frame is sent in one piece with its length
+_DIAL_SECONDS: Final = 10.0
+_LENGTH = struct.Struct("!i")
+
+
+class Connection:
+    """A socket, past the handshake; frames in and out, in pickles."""
+
+    def __init__(self, address: Any, authkey: bytes, owner: Owner) -> None:
+        """Raises StateError or StateLost."""
+        self._address = address
+        self._rest = b""
+        self.alone = False
+        self._socket = self._dial(address)
+        try:
+            self._socket.settimeout(_DIAL_SECONDS)
+            protocol.greet(authkey, self._send_bytes, self._receive_greeting)
+            self.send((None, OPEN, (owner,), {}))
+            kind, content = self.receive()
+            if kind != "#RETURN":
+                raise StateError(f"{shown(address)} holds no shared state of taskrun: {content}")
+            self._socket.settimeout(None)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, protocol.ProtocolError):
+                raise StateError(
+                    f"{shown(address)} does not accept this authkey: {error}"
+                ) from None
+            raise
+
+    def _dial(self, address: Any) -> socket.socket:
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        if family == socket.AF_INET and ":" in address[0]:
+            family = socket.AF_INET6
+        made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            made.settimeout(_DIAL_SECONDS)
+            made.connect(address)
+            if family != socket.AF_UNIX:
+                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            made.close()
+            raise StateLost(
+                f"the coordinator at {shown(address)} cannot be reached: {error.strerror or error}"
+            ) from None
+        return made
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    # -- frames -----------------------------------------------------------------------
+
+    def send(self, value: object) -> None:
+        """Raises OSError where the other end is gone."""
+        self._send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+    def _send_bytes(self, payload: bytes) -> None:
+        if len(payload) < _JOINED:
+            self._socket.sendall(_LENGTH.pack(len(payload)) + payload)
+        else:
+            self._socket.sendall(protocol.header(len(payload)))
+            self._socket.sendall(payload)
+
+    def receive(self) -> Any:
+        """The next frame.  Raises StateLost where the other end is gone."""
+        if not self._rest:
+            data = self._read(_READ)
+            # The usual case: one whole frame.
+            if len(data) > 3 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
+                return pickle.loads(data[4:])
+            self._rest = data
+        return pickle.loads(self._receive_bytes())
+
+    def _receive_greeting(self, longest: int) -> bytes:
+        return bytes(self._receive_bytes())
+
+    def _receive_bytes(self) -> bytes | memoryview:
+        data = self._rest or self._read(_READ)
+        while (found := protocol.announced(data)) is None:
+            data += self._read(_READ)
+        start, size = found
+        if len(data) == start + size:
+            self._rest = b""
+            return memoryview(data)[start:]
+        if len(data) > start + size:
+            self._rest = data[start + size :]
+            return data[start : start + size]
+        self._rest = b""
+        return self._receive_long(data[start:], size)
+
+    def _receive_long(self, begun: bytes, size: int) -> memoryview:
+        buffer = bytearray(size)
+        buffer[: len(begun)] = begun
+        view, at = memoryview(buffer), len(begun)
+        while at < size:
+            try:
+                count = self._socket.recv_into(view[at : at + _READ_LONG])
+            except OSError as error:
+                raise self._failed(error) from None
+            if not count:
+                raise self._lost()
+            at += count
+        return view
+
+    def _read(self, size: int) -> bytes:
+        try:
+            data = self._socket.recv(size)
+        except OSError as error:
+            raise self._failed(error) from None
+        if not data:
+            raise self._lost()
+        return data
+
+    def _failed(self, error: OSError) -> StateLost:
+        if isinstance(error, TimeoutError):
+            return StateLost(f"the coordinator at {shown(self._address)} does not answer")
+        return self._lost()
+
+    def _lost(self) -> StateLost:
+        return StateLost(
+            f"the coordinator at {shown(self._address)} is gone, and the shared state with it"
+        )
+
+    # -- context.Outside --------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return bool(self._rest) or self.block(0)
+
+    def block(self, timeout: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(self._rest) or bool(poll.poll(None if timeout is None else timeout * 1000))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self._socket.close()
+
+
+class RemoteClient:
+    """A ``clients.Client`` of a coordinator.
+
+    ``attempt`` gives the (call, attempt) that is being executed in this process.
+    """
+
+    def __init__(
+        self,
+        address: Any,
+        authkey: bytes,
+        attempt: Callable[[], tuple[int, int] | None] = lambda: None,
+    ) -> None:
+        self._address = address
+        self._authkey = authkey
+        self._attempt = attempt
+        self._closed = False
+        self._begin()
+        _clients.add(self)
+
+    def _begin(self) -> None:
+        self._own: Owner = ("client", os.urandom(8).hex())
+        self._thread = threading.local()
+        self._idle: list[Connection] = []  # for coroutines
+        self._all: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    def owner(self) -> Owner:
+        attempt = self._attempt()
+        return self._own if attempt is None else ("attempt", *attempt)
+
+    # -- connections ------------------------------------------------------------------
+
+    def connect(self) -> Connection:
+        """A new connection.  Raises StateError or StateLost."""
+        if self._closed:
+            raise StateLost("this connection to shared state was closed")
+        made = Connection(self._address, self._authkey, self._own)
+        self._all.add(made)
+        return made
+
+    def _connection(self) -> Connection:
+        """This thread's."""
+        found: Connection | None = getattr(self._thread, "connection", None)
+        if found is None:
+            found = self._thread.connection = self.connect()
+        return found
+
+    def _drop(self) -> None:
+        connection = getattr(self._thread, "connection", None)
+        self._thread.connection = None
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """End all connections; what they hold is released."""
+        self._closed = True
+        for connection in list(self._all):
+            connection.close()
+        self._begin()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the connections are the parent's."""
+        for connection in list(self._all):
+            connection.close()
+        self._begin()
+
+    # -- operations -------------------------------------------------------------------
+
+    def call(self, request: Request) -> Any:
+        try:
+            reply = self._ask(request).receive()
+        except BaseException:
+            self._drop()
+            raise
+        return reply[1] if reply[0] == OK else concluded(reply)
+
+    def _ask(self, request: Request) -> Connection:
+        """Send a request.  Where the connection has ended meanwhile, it has not been read,
+        and goes over a new one."""
+        connection = self._connection()
+        try:
+            connection.send(request)
+        except OSError:
+            self._drop()
+            connection = self._connection()
+            connection.send(request)
+        return connection
+
+    def wait(self, request: Request, timeout: float | None) -> Any:
+        try:
+            connection = self._ask(request)
+        except BaseException:
+            self._drop()
+            raise
+        # Meanwhile another call may be executed on top of this one, in this thread.
+        self._thread.connection = None
+        try:
+            reply = connection.receive()
+            if reply[0] == PARKED:
+                reply = self._wait(connection, request, reply, timeout)
+            _acknowledge(connection, request, reply)
+        except BaseException:
+            connection.close()
+            raise
+        if self._thread.connection is None:
+            self._thread.connection = connection
+        else:
+            connection.close()
+        return concluded(reply)
+
+    def _wait(
+        self, connection: Connection, request: Request, reply: Reply, timeout: float | None
+    ) -> Reply:
+        refuse_deadlock(reply[1])
+        connection.alone = request[0] in LEASED
+        deadline = None if timeout is None else monotonic() + timeout
+        if not context.active().lend(connection, deadline):
+            connection.send(WITHDRAW)
+        final: Reply = connection.receive()
+        return final
+
+    async def wait_async(self, request: Request, timeout: float | None) -> Any:
+        connection = self._idle.pop() if self._idle else self.connect()
+        try:
+            connection.send(request)
+            reply = connection.receive()
+            if reply[0] == PARKED:
+                refuse_deadlock(reply[1])
+                if not await _readable(connection, timeout, alone=request[0] in LEASED):
+                    connection.send(WITHDRAW)
+                reply = connection.receive()
+            _acknowledge(connection, request, reply)
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return concluded(reply)
+
+    # -- watching ---------------------------------------------------------------------
+
+    def watch(self, request: Request) -> Iterator[Reply]:
+        return self._changes(self._watching(request))
+
+    def _watching(self, request: Request) -> Connection:
+        connection = self.connect()
+        connection.send(request)
+        concluded(connection.receive())
+        return connection
+
+    def _changes(self, connection: Connection) -> Iterator[Reply]:
+        try:
+            while True:
+                if not connection.ready():
+                    context.active().lend(connection, None)
+                yield connection.receive()
+        except StateLost:
+            return  # the run has ended, and so do its changes
+        finally:
+            connection.close()
+
+    async def watch_async(self, request: Request) -> AsyncIterator[Reply]:
+        connection = self._watching(request)
+        try:
+            while True:
+                if not connection.ready():
+                    await _readable(connection, None)
+                yield connection.receive()
+        except StateLost:
+            return
+        finally:
+            connection.close()
+
+
+async def _readable(connection: Connection, timeout: float | None, *, alone: bool = False) -> bool:
+    """Wait on the running event loop; False when the time is up."""
+    if connection.ready():
+        return True  # perhaps it came together with what was read before
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    fd = connection.fileno()
+    over = context.active().lend_awaiting(alone=alone)
+    loop.add_reader(fd, settle, future)
+    try:
+        return bool((await asyncio.wait([future], timeout=timeout))[0])
+    finally:
+        loop.remove_reader(fd)
+        over()
+
+
+def _acknowledge(connection: Connection, request: Request, reply: Reply) -> None:
+    if request[0] == "queue.get" and reply[0] == OK:
+        try:
+            connection.send(ACKNOWLEDGE)
+        except OSError:
+            pass  # the coordinator is gone, but the item is here
+
+
+_clients: weakref.WeakSet[RemoteClient] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

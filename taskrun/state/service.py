@@ -1,0 +1,205 @@
+"""The shared state of one run, on its coordinator's loop.
+
+Every run listens on a Unix socket of its own.  What serves it is imported, and the store
+made, when the first client comes: a run without shared state pays for a socket only.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from taskrun import addresses, authkey
+from taskrun.errors import UsageError
+from taskrun.reactor import Reactor
+
+if TYPE_CHECKING:
+    from taskrun.manager.server import Server
+    from taskrun.state.file import StateFile
+    from taskrun.state.local import LocalClient
+    from taskrun.state.session import Session
+    from taskrun.state.store import Store
+
+
+class Service:
+    """Holds the state, and serves it.
+
+    ``key_file``: where the authkey is, if that is said.  ``listen``: more addresses, of
+    loopback.  ``file``: where the state is kept.  ``is_running`` is asked whether an
+    attempt, (call, number), is still the one that counts.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        *,
+        is_running: Callable[[int, int], bool],
+        notice: Callable[[str], object],
+        key_file: str | None = None,
+        listen: str | None = None,
+        file: str | None = None,
+    ) -> None:
+        self.reactor = reactor
+        self.thread = threading.get_ident()
+        self.sessions: set[Session] = set()
+        self.address: str | None = None
+        self._is_running = is_running
+        self._notice = notice
+        self._key_file = key_file
+        self._more = listen
+        self._path = file
+        self._socket: socket.socket | None = None
+        self._server: Server | None = None
+        self._store: Store | None = None
+        self._file: StateFile | None = None
+        self.authkey = b""
+
+    # -- beginning and ending ---------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen.  Raises UsageError for a key, an address or a file that cannot be used."""
+        self.thread = threading.get_ident()
+        self.authkey = self._find_key()
+        self._listen()
+        if self._path is not None:
+            self._load(self._path)
+        if self._more is not None:
+            self._listen_to(self._more)
+
+    def _find_key(self) -> bytes:
+        try:
+            return authkey.authkey(self._key_file)
+        except UsageError as error:
+            explicit = self._key_file or self._more or "TASKRUN_AUTHKEY_FILE" in os.environ
+            if explicit or not str(error).startswith("the authkey file"):
+                raise
+            # This run needs none that others know.
+            return os.urandom(32).hex().encode()
+
+    def _listen(self) -> None:
+        try:
+            self._socket = addresses.listen_for_run()
+        except UsageError as error:
+            self._notice(f"this run cannot be found by others: {error}")
+            self._socket = addresses.listen_privately()
+        self.address = self._socket.getsockname()
+        self.reactor.add_reader(self._socket.fileno(), self._on_first_client)
+
+    def _on_first_client(self) -> None:
+        assert self._socket is not None
+        self.reactor.remove_reader(self._socket.fileno())
+        self._serve(self._socket)
+
+    def _serve(self, address: Any) -> Server:
+        if self._server is None:
+            from taskrun.manager.server import Server
+            from taskrun.state.standard import Registry
+
+            first = self._socket if self._socket is not None else address
+            self._server = Server(
+                Registry(lambda: self.client(_nobody)), first, self.authkey, self.reactor,
+                sessions=self._on_session, report=self.report,
+            )  # fmt: skip
+            self._server.start()
+        return self._server
+
+    def _listen_to(self, text: str) -> None:
+        assert self._socket is not None
+        address = addresses.parse(text)
+        self.reactor.remove_reader(self._socket.fileno())
+        try:
+            found = self._serve(self._socket).listen(address)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {text}: {error.strerror}") from None
+        self._notice(f"listening on {addresses.shown(found)}")
+
+    def close(self) -> None:
+        """End all connections, write what is to be kept, and let go of everything."""
+        for session in list(self.sessions):
+            session.close()
+        if self._server is not None:
+            self._server.close()
+        elif self._socket is not None:
+            self.reactor.remove_reader(self._socket.fileno())
+            self._socket.close()
+            _unlink(self.address)
+        addresses.forget_private(self.address)
+        if self._file is not None:
+            self._file.close()
+
+    # -- the store --------------------------------------------------------------------
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            from taskrun.state.store import Store
+
+            self._store = Store(self._is_alive)
+        return self._store
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there may be anything in the state."""
+        return self._store is not None
+
+    def client(self, attempt: Callable[[], tuple[int, int] | None]) -> LocalClient:
+        """A client for code in this process."""
+        from taskrun.state.local import LocalClient
+
+        return LocalClient(self.store, self._wake, attempt)
+
+    def _wake(self) -> None:
+        self.reactor.post(_nothing)
+
+    def _is_alive(self, owner: Any) -> bool:
+        return owner[0] != "attempt" or self._is_running(*owner[1:])
+
+    def attempt_ended(self, call: int, attempt: int) -> None:
+        """What it held is free."""
+        self.store.owner_ended(("attempt", call, attempt))
+
+    def _load(self, path: str) -> None:
+        from taskrun.state.file import StateFile
+
+        self._file = StateFile(
+            path, self.store, lambda text: self.reactor.post(lambda: self._notice(text))
+        )
+        self._file.start()
+
+    # -- connections ------------------------------------------------------------------
+
+    def _on_session(self, connection: socket.socket, request: Any, received: bytes) -> None:
+        """A client of the Manager server wants to speak of state."""
+        from taskrun.state.session import Session
+
+        try:
+            owner = ("client", str(request[2][0][1]))
+        except (LookupError, TypeError):
+            connection.close()  # it says something else
+            return
+        self.sessions.add(Session(self, connection, owner, received))
+
+    def report(self) -> None:
+        """In an ``except`` block: what should not happen is shown."""
+        traceback.print_exc(file=sys.stderr)
+
+
+def _nobody() -> None:
+    """No attempt."""
+
+
+def _nothing() -> None:
+    """The loop looks again at what it waits for."""
+
+
+def _unlink(path: str | None) -> None:
+    if path is not None:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # somebody tidied up

@@ -1,0 +1,88 @@
+"""Values and keys, in the form in which the coordinator keeps them.
+
+A value is kept as the bytes of its pickle, inside a tuple; only plain numbers, strings and
+the like are kept as they are.  So the coordinator never runs code that came with a value,
+and does not need the modules that its class is in.
+
+A key (of a dict, or an item of a set) must be compared and hashed by the coordinator, so it
+is kept as it is, and has to be made of plain values.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Hashable
+from typing import Any, TypeAlias
+
+Stored: TypeAlias = Any
+"""An atom, or a tuple of one pickle."""
+
+_ATOMS = frozenset((int, float, str, bool, type(None), bytes))
+_KEY_ATOMS = _ATOMS | {complex}
+_KEY_NAMES = {
+    ("datetime", "date"),
+    ("datetime", "datetime"),
+    ("datetime", "time"),
+    ("datetime", "timedelta"),
+    ("decimal", "Decimal"),
+    ("uuid", "UUID"),
+}
+
+
+def to_stored(value: Any) -> Stored:
+    """``value`` as the coordinator keeps it.  Raises what pickling it raises."""
+    if type(value) in _ATOMS:
+        return value
+    return (_dumps(value),)
+
+
+def _dumps(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        import cloudpickle  # slow to import, and seldom needed
+
+        blob: bytes = cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return blob
+
+
+def from_stored(stored: Stored) -> Any:
+    """The value itself.  Raises what unpickling it raises."""
+    return pickle.loads(stored[0]) if type(stored) is tuple else stored
+
+
+def is_stored(value: object) -> bool:
+    """Whether somebody sent a value in this form."""
+    if type(value) is tuple:
+        return len(value) == 1 and type(value[0]) is bytes
+    return type(value) in _ATOMS
+
+
+def check_key(key: Any) -> Hashable:
+    """``key`` itself.  Raises TypeError where it is not made of plain values."""
+    if type(key) in _KEY_ATOMS or is_key(key):
+        return key  # type: ignore[no-any-return]
+    raise TypeError(
+        f"{key!r} of type {type(key).__qualname__} cannot be a key of shared state: it is "
+        "compared in another process; keys are str, bytes, numbers, None, dates, UUIDs, and "
+        "tuples and frozensets of them"
+    )
+
+
+def is_key(key: object) -> bool:
+    """Whether ``key`` is made of plain values, at any depth."""
+    kind = type(key)
+    if kind in _KEY_ATOMS:
+        return True
+    if kind is tuple or kind is frozenset:
+        return all(is_key(part) for part in key)  # type: ignore[attr-defined]
+    if (kind.__module__, kind.__qualname__) in _KEY_NAMES:
+        # A time zone may be of any class.
+        return getattr(key, "tzinfo", None) is None or _is_plain_zone(key)
+    return False
+
+
+def _is_plain_zone(moment: Any) -> bool:
+    from datetime import timezone
+
+    return type(moment.tzinfo) is timezone

@@ -1,0 +1,100 @@
+"""Shared state for tests: a service on a loop of its own, and processes that use it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskrun.reactor import Reactor
+from taskrun.state.connecting import Connected
+from taskrun.state.service import Service
+
+KEY = "the key of the tests, no secret"
+FORK = multiprocessing.get_context("fork")
+
+
+class Live:
+    """A service that runs in a thread of the test, and its clients."""
+
+    def __init__(self, **options: Any) -> None:
+        self.notices: list[str] = []
+        self.running: set[tuple[int, int]] = set()
+        self._options = options
+        self._stopping = False
+        self._ready = threading.Event()
+        self._posted = threading.Event()
+        self._clients: list[Connected] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(20)
+
+    def _run(self) -> None:
+        self.reactor = Reactor()
+        self.service = Service(
+            self.reactor,
+            is_running=lambda call, attempt: (call, attempt) in self.running,
+            notice=self.notices.append,
+            **self._options,
+        )
+        self.service.start()
+        self._ready.set()
+        self.reactor.run_until(lambda: self._stopping)
+        self.service.close()
+        assert self._posted.wait(20)
+        self.reactor.close()
+
+    def connect(self) -> Connected:
+        made = Connected(self.service.address, self.service.authkey)
+        self._clients.append(made)
+        return made
+
+    def process(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A child that calls ``function(connected, *args)``."""
+        address, key = self.service.address, self.service.authkey
+
+        def run() -> None:
+            with Connected(address, key) as connected:
+                function(connected, *args)
+
+        child = FORK.Process(target=run, daemon=True)
+        child.start()
+        return child
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self.reactor.post(self._stop)
+            self._posted.set()
+            self._thread.join(20)
+            assert not self._thread.is_alive()
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        self.stop()
+
+
+@pytest.fixture
+def own_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sockets and keys of this test's own."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("TASKRUN_AUTHKEY", "TASKRUN_AUTHKEY_FILE", "TASKRUN_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def live(own_runtime: Path) -> Iterator[Live]:
+    made = Live()
+    yield made
+    made.close()

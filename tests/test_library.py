@@ -1,0 +1,203 @@
+"""``taskrun.run``: runs from scripts, threads, notebooks, and from inside a task."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Runs, started
+
+pytestmark = pytest.mark.timeout(120)
+
+TASKS = """
+@task
+def numbers(count: int = 3): return list(range(count))
+
+@task
+def double(n=each(numbers)): return 2 * n
+
+@task
+def total(all=result(double)): return sum(all)
+
+@task(default=False)
+def bad(x=result(total)):
+    raise ValueError("no good")
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    for runs in started(tmp_path):
+        runs.write(TASKS)
+        yield runs
+
+
+def test_a_script_runs_a_file_and_gets_the_values(runs: Runs) -> None:
+    ended = runs.script(
+        """
+        import taskrun
+        print(taskrun.run("tasks.py", "total", output="quiet"))
+        print(taskrun.run("tasks.py", "double", "total", params={"count": 4}, output="quiet"))
+        print(taskrun.run("tasks.py", "double", inline=True, jobs=1, output="quiet"))
+        """
+    )
+    lines = ended.check().out.splitlines()
+    assert lines[0] == "6"
+    assert eval(lines[1]) == {"double": [0, 2, 4, 6], "total": 12}
+    assert lines[2] == "[0, 2, 4]"
+
+
+OWN = """
+import threading, os
+from taskrun import *
+
+class Point:
+    def __init__(self, x): self.x = x
+
+OFFSET = 100
+
+@task
+def points(): return [Point(n) for n in range(3)]
+
+@task
+def shifted(p=each(points)): return Point(p.x + OFFSET)
+
+@task
+def together(all=result(shifted)): return [p.x for p in all], os.getpid()
+
+@task
+def child(n): return n + OFFSET
+
+@task
+def parent(): return [child.submit(n) for n in range(3)]
+"""
+
+MAIN = """
+values, pid = run(together, output="quiet")
+assert pid != os.getpid()
+print(values, run(parent, output="quiet"))
+"""
+
+
+def test_tasks_of_a_script_run_by_value_and_the_script_is_not_run_again(runs: Runs) -> None:
+    ended = runs.script(f"{OWN}\nprint('begins')\n{MAIN}")
+    assert ended.check().out == "begins\n[100, 101, 102] [100, 101, 102]\n"
+
+
+def test_a_notebook_has_no_file(runs: Runs) -> None:
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=OWN + MAIN,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=runs.folder,
+    )
+    assert done.stdout == "[100, 101, 102] [100, 101, 102]\n", done.stderr
+
+
+def test_runs_in_threads_do_not_meet(runs: Runs) -> None:
+    source = f"""{OWN}
+got = []
+
+def one():
+    got.append(run(together, output="quiet")[0])
+
+threads = [threading.Thread(target=one) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(got == [[100, 101, 102]] * 3)
+"""
+    assert runs.script(source).check().out == "True\n"
+
+
+def test_a_failure_raises_with_its_cause(runs: Runs) -> None:
+    ended = runs.script(
+        """
+        import taskrun
+        from taskrun.errors import RunFailed
+        try:
+            taskrun.run("tasks.py", "bad", output="quiet")
+        except RunFailed as error:
+            print(error)
+            print(repr(error.__cause__), isinstance(error, taskrun.TaskrunError))
+            frame = error.__cause__.__traceback__
+            while frame.tb_next: frame = frame.tb_next
+            print(frame.tb_frame.f_code.co_name)
+        """
+    )
+    assert ended.check().out.splitlines() == [
+        "bad failed: ValueError: no good",
+        "ValueError('no good') True",
+        "bad",
+    ]
+
+
+def test_what_cannot_be_run_is_a_usage_error(runs: Runs) -> None:
+    ended = runs.script(
+        """
+        import taskrun, threading
+        from taskrun.errors import UsageError
+        lock = threading.Lock()
+
+        def locked():
+            @taskrun.task
+            def work(): return lock_
+            lock_ = lock
+            return work
+
+        for what, more in [((), {}), (("nowhere.py",), {}), (("tasks.py", "totl"), {}),
+                           (("tasks.py", "total"), {"params": {"nothing": 1}}),
+                           ((locked(),), {}),
+                           (("tasks.py", "total"), {"params": {"count": lock}})]:
+            try:
+                print("ran", taskrun.run(*what, **more))
+            except taskrun.TaskrunError as error:
+                print(type(error).__name__, error)
+        """
+    )
+    lines = ended.check().out.splitlines()
+    assert len(lines) == 6, ended.out
+    assert all(line.startswith(("UsageError", "ResultError", "ArgumentError")) for line in lines)
+    assert "did you mean" in lines[2]
+    assert "cannot be pickled" in lines[4]
+    assert "cannot be pickled" in lines[5]
+
+
+def test_a_run_inside_a_task_is_a_run_of_its_own(runs: Runs) -> None:
+    runs.write(
+        """
+        import taskrun
+
+        @task
+        def outer(n=each(range(2))):
+            return taskrun.run("tasks.py", "total", params={"count": n + 2}, output="quiet")
+
+        @task
+        def show(all=result(outer)): print(all)
+        """,
+        "outer.py",
+    )
+    for how in ("-j2", "--inline"):
+        assert runs.run("exec", "outer.py", how, "--output=raw").check().out == "[2, 6]\n"
+
+
+def test_ctrl_c_in_a_library_run_is_a_keyboard_interrupt(runs: Runs) -> None:
+    source = """
+        import taskrun, os, signal, time
+        @taskrun.task
+        def work():
+            with open("begun", "w") as file: file.write("1")
+            time.sleep(300)
+        before = signal.getsignal(signal.SIGINT)
+        try: taskrun.run(work, output="quiet")
+        except KeyboardInterrupt: print("interrupted", signal.getsignal(signal.SIGINT) is before)
+        """
+    path = runs.write(source, "script.py", head="")
+    running = runs.start(program=(sys.executable, str(path)))
+    running.await_file(runs.folder / "begun")
+    running.signal(2)
+    assert running.end().check().out == "interrupted True\n"

@@ -1,0 +1,203 @@
+"""What taskrun.Pool has beside what the standard library's tests ask for."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskrun import Pool
+from taskrun.errors import CallCancelled
+
+SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with Pool(2, context=multiprocessing.get_context("fork")) as made:
+        yield made
+    made.join()
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def get(self) -> int:
+        return self.count
+
+
+def test_lambdas_closures_partials_and_bound_methods_are_called_as_they_are(pool: Pool) -> None:
+    step = 1
+    assert pool.apply(lambda x: x + step, (1,)) == 2
+    step = 5
+    assert pool.apply(lambda x: x + step, (1,)) == 6
+    assert pool.apply(partial(pow, 2), (5,)) == 32
+    counter = Counter()
+    assert pool.apply(counter.get) == 0
+    counter.count = 7
+    assert pool.apply(counter.get) == 7
+    assert list(pool.imap(lambda x: -x, [1, 2])) == [-1, -2]
+    assert pool.starmap(lambda x, y: x - y, [(3, 1), (1, 3)]) == [2, -2]
+    assert list(pool.imap(str.upper, ["a"])) == ["A"]
+
+
+def test_a_queued_call_is_cancelled_at_once(pool: Pool) -> None:
+    blockers = [pool.apply_async(time.sleep, (SECONDS,)) for _ in range(2)]
+    queued = [pool.apply_async(square, (number,)) for number in range(5000)]
+    for result in queued:
+        assert result.cancel()
+    for result in queued:
+        with pytest.raises(CallCancelled):
+            result.get(SECONDS)
+    for result in blockers:
+        result.cancel()
+    assert pool.apply(square, (3,)) == 9
+
+
+def test_a_map_is_cancelled(pool: Pool) -> None:
+    result = pool.map_async(time.sleep, [SECONDS] * 100, 1)
+    result.cancel()
+    with pytest.raises(CallCancelled):
+        result.get(SECONDS)
+
+
+def test_an_outcome_says_where_and_how_long(pool: Pool) -> None:
+    result = pool.apply_async(os.getpid)
+    pid = result.get(SECONDS)
+    outcome = result.outcome
+    assert outcome is not None
+    assert outcome.pid == pid and outcome.attempts == 1 and outcome.seconds >= 0
+    assert pid in [worker.pid for worker in pool.workers()]
+    assert all(worker.is_alive() for worker in pool.workers())
+
+
+def test_progress_is_shown(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pool.map(square, range(40), 10, progress=True) == [x * x for x in range(40)]
+    end = time.monotonic() + SECONDS
+    shown = ""
+    while "40/40" not in shown and time.monotonic() < end:
+        time.sleep(0.01)
+        shown += capsys.readouterr().err
+    assert "40/40" in shown
+
+
+def test_many_threads_may_use_one_pool(pool: Pool) -> None:
+    wrong: list[Any] = []
+
+    def use() -> None:
+        for number in range(60):
+            callback = (lambda value: None) if number % 2 else None
+            result = pool.apply_async(square, (number,), callback=callback)
+            got = result.get(SECONDS), pool.apply(square, (number,)), list(pool.imap(abs, [1, 2]))
+            if got != (number * number, number * number, [1, 2]):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=use) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    use()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+def test_a_signal_handler_that_raises_in_get_leaves_the_pool_whole(pool: Pool) -> None:
+    def raises(number: int, frame: object) -> None:
+        raise LookupError("by a signal")
+
+    before = signal.signal(signal.SIGALRM, raises)
+    try:
+        for delay in (0.0005, 0.001, 0.003, 0.01, 0.02) * 4:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            with pytest.raises(LookupError):
+                while True:
+                    pool.apply(square, (3,))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert pool.map(square, range(100), 1) == [x * x for x in range(100)]
+
+
+def test_get_gives_up_after_its_timeout_and_can_be_asked_again(pool: Pool) -> None:
+    result = pool.apply_async(time.sleep, (0.3,))
+    with pytest.raises(multiprocessing.TimeoutError):
+        result.get(0.05)
+    assert not result.ready()
+    assert result.get(SECONDS) is None and result.successful()
+
+
+def test_large_arguments_and_results_come_through(pool: Pool) -> None:
+    data = os.urandom(3_000_000)
+    assert pool.apply(bytes.upper, (data,)) == data.upper()
+    assert [len(one) for one in pool.map(bytes, [2_000_000] * 4)] == [2_000_000] * 4
+
+
+def test_workers_print_where_the_parent_does(tmp_path: Path) -> None:
+    code = (
+        "from taskrun import Pool\n"
+        "if __name__ == '__main__':\n"
+        "    print('before')\n"
+        "    with Pool(1) as pool:\n"
+        "        pool.map(print, ['one', 'two'])\n"
+        "    print('after')\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert (done.stdout, done.stderr) == ("before\none\ntwo\nafter\n", "")
+
+
+def test_a_spawning_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from taskrun import Pool\n"
+        "pool = Pool(1, context=multiprocessing.get_context('spawn'))\n"
+        "print(pool.apply(abs, (-1,)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert "freeze_support" in done.stderr and done.returncode == 1
+
+
+def test_nothing_is_left_open() -> None:
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def use() -> None:
+        for method in ("fork", "spawn"):
+            with Pool(2, context=multiprocessing.get_context(method)) as pool:
+                pool.map(square, range(10))
+            pool.join()
+
+    use()
+    before, threads = opened(), threading.active_count()
+    use()
+    assert opened() == before and threading.active_count() == threads

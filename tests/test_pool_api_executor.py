@@ -1,0 +1,105 @@
+"""What taskrun.Executor has beside what the standard library's tests ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import count, islice
+from pathlib import Path
+
+import pytest
+
+from taskrun import Executor
+from taskrun.errors import WorkerLost
+
+SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    with Executor(2, multiprocessing.get_context("fork")) as made:
+        yield made
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def touch_and_sleep(path: Path) -> None:
+    path.touch()
+    time.sleep(SECONDS)
+
+
+def test_a_future_is_cancelled_while_its_call_runs(executor: Executor, tmp_path: Path) -> None:
+    future = executor.submit(touch_and_sleep, tmp_path / "began")
+    end = time.monotonic() + SECONDS
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert future.cancel() and future.cancelled()
+    assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+def test_a_workers_death_is_the_error_of_its_call_only(executor: Executor) -> None:
+    future = executor.submit(os._exit, 3)
+    with pytest.raises(WorkerLost, match=r"_exit.*status 3") as caught:
+        future.result(SECONDS)
+    assert isinstance(caught.value, BrokenProcessPool)
+    assert list(executor.map(square, range(10))) == [x * x for x in range(10)]
+
+
+def test_a_failing_initializer_breaks_the_executor() -> None:
+    context = multiprocessing.get_context("fork")
+    with Executor(2, context, initializer=int, initargs=("x",)) as executor:
+        with pytest.raises(BrokenExecutor, match="ValueError"):
+            executor.submit(square, 1).result(SECONDS)
+        with pytest.raises(BrokenExecutor, match="ValueError"):
+            executor.submit(square, 1)
+
+
+def test_it_runs_calls_for_asyncio(executor: Executor) -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(executor, square, x) for x in range(20)))
+
+    assert asyncio.run(main()) == [x * x for x in range(20)]
+
+
+def test_map_reads_no_further_ahead_than_its_buffer(executor: Executor) -> None:
+    numbers = count()
+    results = executor.map(square, numbers, buffersize=3)
+    assert list(islice(results, 4)) == [0, 1, 4, 9]
+    assert next(numbers) <= 9
+
+
+def test_the_interpreter_waits_for_calls_at_its_end(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from taskrun import Executor\n"
+        "def work():\n"
+        "    time.sleep(0.3)\n"
+        "    print('apple')\n"
+        "if __name__ == '__main__':\n"
+        "    executor = Executor(2)\n"
+        "    executor.submit(work)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert (done.stdout, done.stderr) == ("apple\n", "")

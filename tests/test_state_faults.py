@@ -1,0 +1,382 @@
+"""What goes wrong around shared state: clients that die, values that are large, and many
+clients at once.  ``STATE_SOAK=1`` for the long forms."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from state_support import FORK, Live, live, own_runtime
+
+from taskrun.errors import StateError, StateLost
+from taskrun.manager.protocol import framed
+from taskrun.state.connecting import Connected
+from taskrun.state.remote import Connection
+
+__all__ = ["live", "own_runtime"]
+pytestmark = pytest.mark.timeout(300 if os.environ.get("STATE_SOAK") else 90)
+SOAK = bool(os.environ.get("STATE_SOAK"))
+
+
+def kill(child: Any) -> None:
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(20)
+
+
+def wait_until(holds: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# -- clients that die -----------------------------------------------------------------
+
+
+def test_the_lock_of_a_killed_client_is_free(live: Live) -> None:
+    ready = FORK.Event()
+
+    def holds(state: Connected) -> None:
+        state.lock("l").acquire()
+        state.semaphore("s", 1).acquire()
+        ready.set()
+        time.sleep(60)
+
+    child = live.process(holds)
+    assert ready.wait(20)
+    state = live.connect()
+    assert state.lock("l").acquire(blocking=False) is False
+    kill(child)
+    assert state.lock("l").acquire(timeout=20)
+    assert state.semaphore("s", 1).acquire(timeout=20)
+
+
+def test_a_killed_client_that_waits_for_a_lock_never_gets_it(live: Live) -> None:
+    state = live.connect()
+    state.lock("l").acquire()
+    child = live.process(lambda other: other.lock("l").acquire())
+    wait_until(lambda: state.value("l")["waiting"] == 1)
+    kill(child)
+    wait_until(lambda: state.value("l")["waiting"] == 0)
+    state.lock("l").release()
+    assert not state.lock("l").locked()
+
+
+def test_a_killed_getter_takes_no_item_with_it(live: Live) -> None:
+    state = live.connect()
+    q = state.queue("q")
+    for _ in range(10):
+        child = live.process(lambda other: other.queue("q").get())
+        wait_until(lambda: len(live.service.store.objects) and _getters(live) == 1)
+        os.kill(child.pid, signal.SIGSTOP)  # it cannot take what it is given
+        q.put("item")
+        kill(child)
+        assert q.get(timeout=20) == "item"
+
+
+def test_a_killed_getter_of_the_standard_library_takes_no_item_with_it(live: Live) -> None:
+    from multiprocessing.managers import SyncManager
+
+    class Run(SyncManager):
+        pass
+
+    Run.register("state_queue")
+
+    def gets() -> None:
+        run = Run(live.service.address, authkey=live.service.authkey)
+        run.connect()
+        run.state_queue("q").get()
+
+    q = live.connect().queue("q")
+    child = FORK.Process(target=gets)
+    child.start()
+    wait_until(lambda: _getters(live) == 1)
+    kill(child)
+    q.put("item")
+    assert q.get(timeout=20) == "item"
+
+
+def _getters(live: Live) -> int:
+    queue: Any = live.service.store.objects.get("q")
+    return 0 if queue is None else len(queue._getters)
+
+
+def test_the_locks_of_an_attempt_are_free_when_it_has_ended(live: Live) -> None:
+    live.running.add((7, 1))
+    holder = Connection(live.service.address, live.service.authkey, ("client", "w1"))
+    holder.send(("lock.acquire", "l", None, (("attempt", 7, 1), "a place", True)))
+    assert holder.receive() == (0, True)
+    state = live.connect()
+    assert not state.lock("l").acquire(blocking=False)
+    live.running.clear()
+    live.reactor.post(lambda: live.service.attempt_ended(7, 1))
+    assert state.lock("l").acquire(timeout=20)
+    state.lock("l").release()
+    holder.send(("lock.acquire", "l", None, (("attempt", 7, 1), "a place", True)))
+    assert holder.receive()[1] == ("StateError", ("call 7, attempt 1 has ended: it gets no lease",))
+    holder.close()
+
+
+def test_a_forked_child_uses_a_connection_of_its_own(live: Live) -> None:
+    state = live.connect()
+    state.counter("c").add(1)
+    children = []
+    for _ in range(4):
+
+        def adds() -> None:
+            for _ in range(50):
+                state.counter("c").add(1)
+
+        children.append(FORK.Process(target=adds))
+        children[-1].start()
+    for _ in range(50):
+        state.counter("c").add(1)
+    for child in children:
+        child.join(20)
+    assert state.counter("c").get() == 251
+
+
+def test_who_waits_when_the_coordinator_goes_is_told(own_runtime: Any) -> None:
+    live = Live()
+    state = live.connect()
+    errors: list[BaseException] = []
+
+    def waits() -> None:
+        try:
+            state.queue("q").get()
+        except StateLost as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=waits)
+    thread.start()
+    wait_until(lambda: _getters(live) == 1)
+    live.stop()
+    thread.join(20)
+    assert "is gone, and the shared state with it" in str(errors[0])
+    with pytest.raises(StateLost, match="cannot be reached"):
+        state.counter("c").add(1)
+
+
+# -- what clients send ----------------------------------------------------------------
+
+
+def test_a_value_of_200_megabytes_goes_there_and_back(live: Live) -> None:
+    state, other = live.connect(), live.connect()
+    value = bytes(200_000_000)
+    began = threading.Event()
+    slowest = [0.0]
+
+    def looks_meanwhile() -> None:
+        began.set()
+        while not done.is_set():
+            before = time.monotonic()
+            other.counter("c").add(1)
+            slowest[0] = max(slowest[0], time.monotonic() - before)
+
+    done = threading.Event()
+    thread = threading.Thread(target=looks_meanwhile)
+    thread.start()
+    began.wait(20)
+    state.dict("d")["k"] = [value]
+    assert state.dict("d")["k"] == [value]
+    done.set()
+    thread.join(20)
+    assert other.counter("c").get() > 0
+    state.dict("d").clear()
+
+
+def test_garbage_after_the_handshake_ends_that_client_only(live: Live) -> None:
+    state = live.connect()
+    state.counter("c").add(1)
+    chance = random.Random(5)
+    for number in range(60):
+        wild = Connection(live.service.address, live.service.authkey, ("client", "wild"))
+        sock = wild._socket
+        try:
+            if number % 3 == 0:
+                sock.sendall(framed(chance.randbytes(chance.randrange(1, 60))))
+            elif number % 3 == 1:
+                sock.sendall(chance.randbytes(40))
+            else:
+                name = chance.choice(["dict.get", "no.such", "queue.get", 5, None])
+                wild.send((name, chance.choice(["d", 7, None]), None, chance.choice([(), 3, (1,)])))
+            sock.settimeout(0.02)
+            sock.recv(1000)
+        except (OSError, TimeoutError):
+            pass
+        wild.close()
+    assert state.counter("c").add(1) == 2
+
+
+def test_a_request_that_names_code_is_not_unpickled(live: Live) -> None:
+    wild = Connection(live.service.address, live.service.authkey, ("client", "wild"))
+    wild._send_bytes(pickle.dumps(("dict.set", "d", None, ("k", socket.gethostname))))
+    with pytest.raises(StateLost):
+        wild.receive()
+    wild.close()
+
+
+def test_a_value_is_never_unpickled_by_the_coordinator(live: Live) -> None:
+    state = live.connect()
+    state.dict("d")["k"] = Explosive()
+    assert "d" in [name for name, _, _ in state.names()]
+    with pytest.raises(ZeroDivisionError):
+        state.dict("d")["k"]
+    assert state.dict("d").pop("x", "fine") == "fine"
+
+
+class Explosive:
+    def __reduce__(self) -> Any:
+        return divmod, (1, 0)
+
+
+# -- many at once ---------------------------------------------------------------------
+
+
+def test_update_at_from_eight_processes_loses_nothing(live: Live) -> None:
+    times = 10_000 if SOAK else 500
+
+    def adds(state: Connected) -> None:
+        d = state.dict("d")
+        for _ in range(times):
+            d.update_at("n", lambda n: n + 1, 0)
+
+    children = [live.process(adds) for _ in range(8)]
+    for child in children:
+        child.join(280 if SOAK else 60)
+    assert live.connect().dict("d")["n"] == 8 * times
+
+
+def test_of_all_who_try_one_gets_it(live: Live) -> None:
+    def tries(state: Connected) -> None:
+        new = sum(state.set("s").add(number) for number in range(200))
+        state.counter("new").add(new)
+        for number in range(200):
+            mine = object().__hash__()
+            state.counter("mine").add(state.dict("d").setdefault(number, mine) == mine)
+
+    children = [live.process(tries) for _ in range(4)]
+    for child in children:
+        child.join(60)
+    assert live.connect().counter("new").get() == 200
+
+
+class Register:
+    """What one key of a dict does, for :func:`linearizable`."""
+
+    @staticmethod
+    def apply(value: Any, operation: str, argument: Any) -> tuple[Any, Any]:
+        """(the new value, what is returned)."""
+        if operation == "get":
+            return value, value
+        if operation == "set":
+            return argument, None
+        if operation == "add":
+            return (value or 0) + argument, (value or 0) + argument
+        if operation == "setdefault":
+            value = argument if value is None else value
+            return value, value
+        return None, value  # pop
+
+
+def linearizable(history: list[tuple[float, float, str, Any, Any]]) -> bool:
+    """Whether there is an order of (begin, end, operation, argument, result), which keeps
+    that of those that did not overlap, in which one after the other gives these results."""
+    seen: set[tuple[frozenset[int], Any]] = set()
+
+    def search(done: frozenset[int], value: Any) -> bool:
+        if len(done) == len(history):
+            return True
+        if (done, value) in seen:
+            return False
+        seen.add((done, value))
+        left = [number for number in range(len(history)) if number not in done]
+        first_end = min(history[number][1] for number in left)
+        for number in left:
+            begin, _, operation, argument, result = history[number]
+            if begin <= first_end:
+                after, returned = Register.apply(value, operation, argument)
+                if returned == result and search(done | {number}, after):
+                    return True
+        return False
+
+    return search(frozenset(), None)
+
+
+def test_the_check_itself_knows_a_history_that_cannot_be() -> None:
+    assert linearizable([(0, 1, "set", 1, None), (0.5, 3, "get", None, 1)])
+    assert not linearizable([(0, 1, "set", 1, None), (2, 3, "get", None, None)])
+    assert not linearizable([(0, 9, "add", 1, 1), (0, 9, "add", 1, 1)])
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["get", "set", "add", "setdefault", "pop"]), st.integers(1, 3)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.fixture
+def clients(live: Live) -> list[Connected]:
+    return [live.connect() for _ in range(4)]
+
+
+@settings(
+    max_examples=400 if SOAK else 40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(scripts=st.lists(OPERATIONS, min_size=4, max_size=4))
+def test_operations_on_one_key_are_linearizable(clients: Any, scripts: Any) -> None:
+    clients[0].dict("d").clear()
+    history: list[tuple[float, float, str, Any, Any]] = []
+    together = threading.Barrier(4)
+
+    def run(d: Any, script: Any) -> None:
+        together.wait(20)
+        for operation, argument in script:
+            begin = time.monotonic()
+            result = perform(d, operation, argument)
+            history.append((begin, time.monotonic(), operation, argument, result))
+
+    threads = [
+        threading.Thread(target=run, args=(client.dict("d"), script))
+        for client, script in zip(clients, scripts, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(history) == sum(map(len, scripts))
+    assert linearizable(history)
+
+
+def perform(d: Any, operation: str, argument: int) -> Any:
+    if operation == "get":
+        return d.get("k")
+    if operation == "set":
+        d["k"] = argument
+        return None
+    if operation == "add":
+        return d.update_at("k", lambda value: value + argument, 0)
+    if operation == "setdefault":
+        return d.setdefault("k", argument)
+    return d.pop("k", None)
+
+
+def test_a_connection_that_was_closed_says_so(live: Live) -> None:
+    state = live.connect()
+    state.lock("l").acquire()
+    state.close()
+    assert live.connect().lock("l").acquire(timeout=20)
+    with pytest.raises(StateError, match="was closed"):
+        state.counter("c").add(1)

@@ -1,0 +1,510 @@
+"""Handles and what they name: the same outside a run and over a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import pickle
+import queue
+import threading
+import warnings
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from state_support import Live, live, own_runtime
+
+from taskrun import state
+from taskrun.context import an_import
+from taskrun.errors import StateError
+from taskrun.state.copies import LostChange
+
+__all__ = ["live", "own_runtime"]
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(params=["here", "connected"])
+def made(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """What makes handles: of this process's own objects, or of another's."""
+    if request.param == "here":
+        state.reset()
+        yield state
+    else:
+        live: Live = request.getfixturevalue("live")
+        yield live.connect()
+
+
+# -- dict -----------------------------------------------------------------------------
+
+
+def test_a_dict_has_the_whole_interface_of_a_mapping(made: Any) -> None:
+    d = made.dict("d")
+    assert isinstance(d, MutableMapping)
+    d["a"] = 1
+    d.update({"b": [2]}, c=None)
+    assert (d["a"], d["b"], d.get("c", 9), d.get("x", 9)) == (1, [2], None, 9)
+    assert list(d) == ["a", "b", "c"] and len(d) == 3 and "b" in d and "x" not in d
+    assert dict(d.items()) == {"a": 1, "b": [2], "c": None} == d
+    assert list(d.values()) == [1, [2], None] and [2] in d.values()
+    assert ("a", 1) in d.items() and d.keys() == {"a", "b", "c"}
+    assert d.pop("a") == 1 and d.pop("a", 5) == 5 and d.popitem() == ("c", None)
+    assert d.setdefault("b", 0) == [2] and d.setdefault("n", 0) == 0
+    del d["n"]
+    for wrong in (lambda: d["n"], lambda: d.pop("n"), lambda: d.__delitem__("n")):
+        with pytest.raises(KeyError, match="n"):
+            wrong()
+    d |= {"z": 26}
+    assert d | {"y": 25} == {"b": [2], "z": 26, "y": 25}
+    d.clear()
+    assert not d and d == {}
+    with pytest.raises(KeyError, match="is empty"):
+        d.popitem()
+
+
+def test_bulk_operations_of_a_dict(made: Any) -> None:
+    d = made.dict("d")
+    d.update({number: str(number) for number in range(2500)})
+    assert d.get_many([1, 2, 9999]) == {1: "1", 2: "2"}
+    assert list(d) == list(range(2500))
+    assert list(d.items())[-1] == (2499, "2499")
+    assert d.delete_many([1, 1, 2, 9999]) == 2
+    d.replace({"only": 1})
+    assert d == {"only": 1}
+
+
+def test_an_iteration_sees_a_dict_as_it_was(made: Any) -> None:
+    d = made.dict("d")
+    d.update(dict.fromkeys(range(2500), 0))
+    keys = iter(d)
+    first = next(keys)
+    d.clear()
+    assert [first, *keys] == list(range(2500))
+
+
+def test_keys_are_plain_values_of_any_depth(made: Any) -> None:
+    d = made.dict("d")
+    for key in ("s", b"b", 1, 2.5, None, ("x", (1, frozenset({2}))), date(2024, 2, 29)):
+        d[key] = key
+        assert d[key] == key
+    d[True] = "as in any dict"
+    assert d[1] == "as in any dict"
+
+
+def test_what_cannot_be_a_key_is_refused_with_a_reason(made: Any) -> None:
+    with pytest.raises(TypeError, match="PosixPath cannot be a key of shared state"):
+        made.dict("d")[Path("x")] = 1
+    with pytest.raises(TypeError, match="list cannot be a key"):
+        made.set("s").add([1])
+
+
+def test_update_at_reads_computes_and_sets_in_one_step(made: Any) -> None:
+    d = made.dict("d")
+    assert d.update_at("n", lambda n: n + 1, 0) == 1
+    assert d.update_at("n", lambda n: n + 1, 0) == 2
+    with pytest.raises(KeyError, match="missing"):
+        d.update_at("missing", lambda n: n)
+
+
+def test_update_at_computes_again_where_the_value_has_changed(made: Any) -> None:
+    d = made.dict("d")
+    d["n"] = 0
+    seen = []
+
+    def meanwhile(n: int) -> int:
+        seen.append(n)
+        if len(seen) == 1:
+            d["n"] = 0  # equal, and yet another one
+        return n + 1
+
+    assert d.update_at("n", meanwhile) == 1
+    assert seen == [0, 0]
+
+
+def test_a_lost_change_of_a_nested_value_is_told(made: Any) -> None:
+    d = made.dict("d")
+    d["k"] = [1]
+    with pytest.warns(LostChange, match=r"state\.dict\('d'\)\['k'\] was changed and not written"):
+        d["k"].append(2)
+        gc.collect()
+    assert d["k"] == [1]
+
+
+def test_a_nested_value_that_is_written_back_is_no_lost_change(made: Any) -> None:
+    d = made.dict("d")
+    d["k"] = {"x": {1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = d["k"]
+        value["y"] = 2
+        d["k"] = value
+        assert type(pickle.loads(pickle.dumps(value))) is dict
+        d.update_at("k", lambda value: {**value, "z": 3})
+        scratch = dict(d["k"])
+        scratch.clear()
+        del value
+        gc.collect()
+    assert d["k"] == {"x": {1}, "y": 2, "z": 3}
+
+
+# -- list, set, counter ---------------------------------------------------------------
+
+
+def test_a_list_has_the_whole_interface_of_a_sequence(made: Any) -> None:
+    items = made.list("l")
+    assert isinstance(items, MutableSequence)
+    items.extend(range(5))
+    items.append({"k": 1})
+    items.insert(0, "first")
+    items += ["last"]
+    plain = ["first", 0, 1, 2, 3, 4, {"k": 1}, "last"]
+    assert items == plain and list(items) == plain and items.copy() == plain
+    assert list(reversed(items)) == plain[::-1] and len(items) == 8
+    assert (items[0], items[-1], items[1:4], items[::3]) == ("first", "last", [0, 1, 2], plain[::3])
+    assert {"k": 1} in items and items.index(3) == 4 and items.count(3) == 1
+    items[0] = "changed"
+    items[-2:] = [1.5]
+    del items[1]
+    del items[1:3]
+    items.remove(4)
+    assert items == ["changed", 3, 1.5] and items.pop() == 1.5 and items.pop(0) == "changed"
+    items.extend([2, 1])
+    items.sort()
+    assert items == [1, 2, 3]
+    items.sort(key=lambda item: -item)
+    items.reverse()
+    assert items == [1, 2, 3]
+    items.clear()
+    for wrong in (lambda: items[0], items.pop):
+        with pytest.raises(IndexError):
+            wrong()
+    with pytest.raises(ValueError, match="not in list"):
+        items.remove(1)
+
+
+def test_a_set_says_what_was_new(made: Any) -> None:
+    s = made.set("s")
+    assert isinstance(s, MutableSet)
+    assert s.add("a") and not s.add("a")
+    assert s.add_many(["a", "b", "c", "b"]) == ["b", "c"]
+    assert s == {"a", "b", "c"} and len(s) == 3 and "b" in s
+    assert s & {"a", "x"} == {"a"} and s | {"x"} == {"a", "b", "c", "x"} and s - {"a"} == {"b", "c"}
+    assert s <= {"a", "b", "c", "d"} and s >= {"a"} and s.isdisjoint({"x"})
+    assert s.discard("a") and not s.discard("a")
+    with pytest.raises(KeyError):
+        s.remove("a")
+    s |= {"d"}
+    s &= {"b", "d"}
+    s -= {"b"}
+    assert s == {"d"} and s.pop() == "d"
+    with pytest.raises(KeyError, match="empty"):
+        s.pop()
+
+
+def test_a_counter_adds_and_says_what_it_has_become(made: Any) -> None:
+    c = made.counter("c")
+    assert (c.add(), c.add(4), c.add(-2.5), c.get(), c.set(7), c.get()) == (1, 5, 2.5, 2.5, 2.5, 7)
+    with pytest.raises(TypeError, match="adds numbers, not str"):
+        c.add("x")
+
+
+# -- names ----------------------------------------------------------------------------
+
+
+def test_one_name_is_one_object(made: Any) -> None:
+    made.dict("d")["k"] = 1
+    assert made.dict("d") == {"k": 1}
+    assert made.dict("d") == made.dict("d") != made.dict("e")
+    assert len({made.dict("d"), made.dict("d"), made.list("d")}) == 2
+
+
+def test_one_name_for_two_kinds_is_an_error_that_names_both(made: Any) -> None:
+    made.dict("x")["k"] = 1
+    with pytest.raises(StateError, match="'x' is a dict of this state, so it cannot be a list"):
+        made.list("x").append(1)
+
+
+def test_other_options_for_one_name_are_an_error(made: Any) -> None:
+    made.semaphore("x", 2).acquire()
+    with pytest.raises(StateError, match="was made with 2, and is now asked for with 3"):
+        made.semaphore("x", 3).acquire()
+    assert made.semaphore("x").acquire()
+    with pytest.raises(StateError, match="say how many parties"):
+        made.barrier("b").n_waiting()
+
+
+def test_a_handle_is_shown_with_what_is_in_it(made: Any) -> None:
+    d, lock = made.dict("seen"), made.lock("l")
+    d.update(a=1, b=2, c=3)
+    assert repr(d) == "<state dict 'seen', 3 items>"
+    assert repr(made.counter("n")) == "<state counter 'n', 0>"
+    assert repr(lock) == "<state lock 'l', free>"
+    with lock:
+        assert repr(lock) == "<state lock 'l', locked>"
+    assert repr(made.list("seen")) == "<state list 'seen', StateError>"
+
+
+def test_a_handle_travels_as_its_name() -> None:
+    state.reset()
+    for handle in (state.dict("d"), state.queue("q", 3), state.barrier("b", 2)):
+        copy = pickle.loads(pickle.dumps(handle))
+        assert copy == handle and copy._options == handle._options
+
+
+def test_a_handle_of_a_connection_does_not_travel(live: Live) -> None:
+    with pytest.raises(TypeError, match="belongs to a connection of this process"):
+        pickle.dumps(live.connect().dict("d"))
+
+
+def test_state_cannot_be_used_while_a_task_file_is_imported() -> None:
+    handle = state.dict("d")
+    with an_import():
+        assert "StateError" in repr(handle)
+        with pytest.raises(StateError, match="use state inside a task"):
+            handle["k"] = 1
+
+
+# -- waiting --------------------------------------------------------------------------
+
+
+def in_thread(function: Any) -> tuple[threading.Thread, list[Any]]:
+    """Start ``function`` in a thread; what it returns, or raises, is put on the list."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, results
+
+
+def joined(started: tuple[threading.Thread, list[Any]]) -> Any:
+    started[0].join(20)
+    assert not started[0].is_alive(), "it still waits"
+    return started[1][0]
+
+
+def test_a_queue_is_first_in_first_out(made: Any) -> None:
+    q = made.queue("q", 2)
+    q.put({"n": 1})
+    q.put_nowait(2)
+    assert q.full() and q.qsize() == 2
+    with pytest.raises(queue.Full):
+        q.put_nowait(3)
+    with pytest.raises(queue.Full, match="stayed full"):
+        q.put(3, timeout=0.01)
+    with pytest.raises(queue.Full):
+        q.put_many([3])
+    waits = in_thread(lambda: q.put(3))
+    assert [q.get(timeout=20) for _ in range(3)] == [{"n": 1}, 2, 3]
+    joined(waits)
+    with pytest.raises(queue.Empty):
+        q.get_nowait()
+    with pytest.raises(queue.Empty, match="in time"):
+        q.get(timeout=0.01)
+    assert q.empty()
+
+
+def test_getters_are_served_in_order(made: Any) -> None:
+    q = made.queue("q")
+    waits = []
+    for number in range(3):
+        waits.append(in_thread(q.get))
+        wait_for_waiting(made, "q", number + 1)
+    q.put_many("abc")
+    assert [joined(one) for one in waits] == ["a", "b", "c"]
+
+
+def wait_for_waiting(made: Any, name: str, count: int) -> None:
+    """Wait until so many wait in a queue."""
+    store = _store_of(made)
+    for _ in range(2000):
+        hosted = store.objects.get(name)
+        if hosted is not None and len(hosted._getters) == count:
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError(f"there are not {count} who wait")
+
+
+def _store_of(made: Any) -> Any:
+    if made is state:
+        from taskrun.state.local import own_client
+
+        return own_client().store
+    return _LIVE[0].service.store
+
+
+_LIVE: list[Live] = []
+
+
+@pytest.fixture(autouse=True)
+def remembered(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "connected" in request.node.name or "live" in request.fixturenames:
+        _LIVE[:] = [request.getfixturevalue("live")]
+    yield
+    _LIVE.clear()
+
+
+def test_a_lock_has_one_holder_who_may_come_again(made: Any) -> None:
+    lock = made.lock("l")
+    with lock, lock:
+        assert joined(in_thread(lambda: lock.acquire(blocking=False))) is False
+        assert joined(in_thread(lambda: lock.acquire(timeout=0.01))) is False
+        assert isinstance(joined(in_thread(lock.release)), RuntimeError)
+        waits = in_thread(lambda: lock.acquire() and lock.release() is None)
+    assert joined(waits) is True
+    assert not lock.locked()
+    with pytest.raises(RuntimeError, match="which is not held"):
+        lock.release()
+
+
+def test_a_semaphore_has_so_many_permits(made: Any) -> None:
+    s = made.semaphore("s", 2)
+    with s, s:
+        assert s.locked() and not s.acquire(blocking=False)
+        waits = in_thread(s.acquire)
+    assert joined(waits) is True
+    s.release()
+    with pytest.raises(RuntimeError, match="not held here"):
+        s.release()
+
+
+def test_an_event_wakes_all_who_wait(made: Any) -> None:
+    e = made.event("e")
+    assert not e.is_set() and not e.wait(timeout=0.01)
+    waits = [in_thread(e.wait) for _ in range(3)]
+    e.set()
+    assert [joined(one) for one in waits] == [True] * 3
+    assert e.wait() and e.is_set()
+    e.clear()
+    assert not e.is_set()
+
+
+def test_a_barrier_lets_all_go_at_once(made: Any) -> None:
+    b = made.barrier("b", 3)
+    with pytest.raises(TimeoutError):
+        b.wait(timeout=0.01)
+    for _ in range(2):
+        waits = [in_thread(b.wait) for _ in range(3)]
+        assert sorted(joined(one) for one in waits) == [0, 1, 2]
+    assert b.n_waiting() == 0
+
+
+# -- coroutines -----------------------------------------------------------------------
+
+
+def test_every_wait_has_a_twin_for_coroutines(made: Any) -> None:
+    q, e, lock = made.queue("q", 1), made.event("e"), made.lock("l")
+    order = []
+
+    async def takes() -> None:
+        order.append(await q.get_async())
+        async with lock:
+            order.append("locked")
+        await e.wait_async()
+        order.append(await q.get_async())
+
+    async def gives() -> None:
+        async with lock:
+            await q.put_async("one")
+            await asyncio.sleep(0.02)
+            order.append("unlocking")
+        e.set()
+        await q.put_async("two")
+
+    async def both() -> None:
+        await asyncio.gather(takes(), gives())
+        with pytest.raises(queue.Empty):
+            await q.get_async(timeout=0.01)
+        assert not await made.event("never").wait_async(timeout=0.01)
+
+    asyncio.run(both())
+    assert order == ["one", "unlocking", "locked", "two"]
+
+
+def test_the_blocking_form_on_an_event_loop_names_its_twin(made: Any) -> None:
+    async def wrong() -> None:
+        for wait, twin in (
+            (made.queue("q").get, "get_async"),
+            (made.lock("l").acquire, "async with"),
+            (made.event("e").wait, "wait_async"),
+            (made.barrier("b", 2).wait, "wait_async"),
+        ):
+            with pytest.raises(RuntimeError, match=f"would block the event loop.*{twin}"):
+                wait()
+        with pytest.raises(RuntimeError, match="async for"):
+            next(made.dict("d").watch())
+
+    asyncio.run(wrong())
+
+
+def test_a_cancelled_coroutine_takes_nothing(made: Any) -> None:
+    q = made.queue("q")
+
+    async def cancelled() -> None:
+        waits = asyncio.create_task(q.get_async())
+        await asyncio.sleep(0.02)
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        q.put("kept")
+        assert await q.get_async(timeout=20) == "kept"
+
+    asyncio.run(cancelled())
+
+
+# -- watching -------------------------------------------------------------------------
+
+
+def test_watch_yields_changes_as_they_happen(made: Any) -> None:
+    d, c = made.dict("d"), made.counter("c")
+    with d.watch() as changes:
+        d["k"] = [1]
+        c.add(1)
+        del d["k"]
+        d.clear()
+        assert [next(changes)[1:] for _ in range(3)] == [
+            ("set", "k", [1]), ("deleted", "k", None), ("cleared", None, None),
+        ]  # fmt: skip
+    with made.list("l").watch() as changes:
+        made.list("l").extend("ab")
+        made.list("l").insert(0, "c")
+        assert [next(changes)[1:] for _ in range(3)] == [
+            ("set", 0, "a"), ("set", 1, "b"), ("changed", 0, None),
+        ]  # fmt: skip
+
+
+def test_watch_is_an_async_iterator_too(made: Any) -> None:
+    s = made.set("s")
+
+    async def watches() -> list[Any]:
+        found = []
+        adds = asyncio.get_running_loop().call_later(0.05, lambda: s.add_many("ab"))
+        async for change in s.watch():
+            found.append(change.key)
+            if len(found) == 2:
+                break
+        del adds
+        return found
+
+    assert asyncio.run(asyncio.wait_for(watches(), 20)) == ["a", "b"]
+
+
+def test_who_watches_too_slowly_is_told_what_was_missed(made: Any) -> None:
+    d = made.dict("d")
+    with d.watch() as changes:
+        for number in range(60):
+            d.update(dict.fromkeys(range(number * 1000, number * 1000 + 1000), "x" * 200))
+        seen = missed = 0
+        while seen + missed < 60_000:
+            change = next(changes)
+            if change.action == "missed":
+                missed += change.value
+            else:
+                seen += 1
+    assert missed and seen + missed == 60_000

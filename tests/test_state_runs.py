@@ -1,0 +1,459 @@
+"""Shared state in real runs: every worker sees it, waits lend the slot, deaths release."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Runs, lines_of, started, wait_until
+from state_support import own_runtime
+
+from taskrun import addresses, connect
+from taskrun.errors import StateError, StateLost, UsageError
+
+__all__ = ["own_runtime"]
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, own_runtime: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+EVERYTHING = """
+d, l, s, c = state.dict("d"), state.list("l"), state.set("s"), state.counter("c")
+lock = state.lock("lock")
+
+@task
+def work(i=each(range(12))):
+    for _ in range(20):
+        c.add(1)
+        d.update_at("n", lambda n: n + 1, 0)
+    l.append(i)
+    with lock:
+        d["locked"] = d.get("locked", 0) + 1
+    return s.add(i % 5)
+
+@task
+async def later(i=each(range(3))):
+    async with lock:
+        d["locked"] += 1
+
+@task(after=[later])
+def total(new=result(work)):
+    print(sum(new), c.get(), d["n"], sorted(l) == list(range(12)), d["locked"], s == set(range(5)))
+"""
+
+
+@pytest.mark.parametrize("how", [["-j", "4"], ["--inline"], ["-j2", "--start-method", "spawn"]])
+def test_every_worker_sees_the_same_state(runs: Runs, how: list[str]) -> None:
+    done = runs.exec(EVERYTHING, "--output", "raw", *how).check()
+    assert done.out == "5 240 240 True 15 True\n"
+
+
+def test_threads_and_forked_children_of_a_call_see_it_too(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        c = state.counter("c")
+        @task
+        def work():
+            c.add(1)
+            thread = threading.Thread(target=c.add, args=(10,))
+            thread.start()
+            thread.join()
+            pid = os.fork()
+            if pid == 0:
+                c.add(100)
+                os._exit(0)
+            os.waitpid(pid, 0)
+            print(c.add(1000))
+        """
+    ).check()
+    assert lines_of(done.out, "work") == ["1111"]
+
+
+def test_use_while_the_file_is_imported_is_an_error_that_says_so(runs: Runs) -> None:
+    done = runs.exec("state.dict('d')['k'] = 1\n@task\ndef work(): pass\n").check(2)
+    assert "StateError: shared state is used while the task file is imported" in done.err
+
+
+def test_waiting_calls_lend_their_slots(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        q, e, b = state.queue("q"), state.event("e"), state.barrier("b", 3)
+        @task
+        def takes(): e.set(); return q.get()
+        @task
+        async def also_takes(): return await q.get_async()
+        @task
+        def gives(): e.wait(); q.put(1); q.put(2)
+        @task
+        def meets(i=each(range(3))): return b.wait()
+        @task
+        def total(a=result(takes), b=result(also_takes), c=result(meets), g=result(gives)):
+            print(a + b, sorted(c))
+        """,
+        "-j1",
+    ).check()
+    assert lines_of(done.out, "total") == ["3 [0, 1, 2]"]
+
+
+def test_more_calls_may_wait_than_there_are_spare_workers(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        q = state.queue("q")
+        @task(priority=1)
+        def takes(i=each(range(12))): return q.get()
+        @task
+        def gives(): q.put_many(range(12))
+        @task(after=[gives])
+        def total(got=result(takes)): print(sorted(got) == list(range(12)))
+        """,
+        "-j1",
+    ).check()
+    assert lines_of(done.out, "total") == ["True"]
+
+
+def test_a_timeout_ends_a_wait(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        @task(timeout=0.3)
+        def waits(): state.queue("q").get()
+        """,
+        "-j1",
+    ).check(1)
+    assert "ran longer than 0.3 s" in done.err
+
+
+def test_a_killed_worker_holds_no_lock(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        lock, permits = state.lock("l"), state.semaphore("s", 1)
+        @task(retries=1)
+        def dies():
+            if current().attempt == 1:
+                lock.acquire()
+                permits.acquire()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with lock, permits:
+                print("held again")
+        """
+    ).check()
+    assert lines_of(done.out, "dies") == ["held again"]
+
+
+def test_a_call_that_ends_holds_no_lock(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        lock = state.lock("l")
+        @task
+        def forgets(i=each(range(3))): return lock.acquire(timeout=20)
+        @task
+        def total(got=result(forgets)): print(got, lock.locked())
+        """,
+        "-j1",
+    ).check()
+    assert lines_of(done.out, "total") == ["[True, True, True] False"]
+
+
+def test_a_lock_held_beneath_in_the_same_worker_is_an_error(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        lock = state.lock("l")
+        @task(default=False)
+        def inner(): lock.acquire()
+        @task
+        def outer():
+            with lock:
+                inner.submit().result()
+        """,
+        "--inline",
+    )
+    assert done.status == 1 and "held by a call that waits for this one" in done.err
+
+
+# -- from another terminal ------------------------------------------------------------
+
+HELD = """
+@task
+def work():
+    state.dict("pages").update({"a": [1, 2], ("x", 1): {"k": "v"}})
+    state.counter("n").add(5)
+    state.set("s").update("ab")
+    print("filled")
+    print(state.queue("go").get())
+"""
+
+
+def test_a_live_run_is_seen_and_changed_from_outside(runs: Runs) -> None:
+    run = runs.start_exec(HELD, "-j1")
+    run.await_line("filled")
+    with connect() as seen:
+        assert seen.names() == [("go", "queue", 0), ("n", "counter", 1), ("pages", "dict", 2),
+                                ("s", "set", 2)]  # fmt: skip
+        assert seen.dict("pages")["a"] == [1, 2] and seen.value("s") == {"a", "b"}
+        assert seen.counter("n").add(1) == 6
+        seen.queue("go").put("from outside")
+    done = run.end().check()
+    assert lines_of(done.out, "work") == ["filled", "from outside"]
+    with pytest.raises(UsageError, match="no run of yours is alive"):
+        connect()
+
+
+def test_taskrun_state_shows_a_live_run(runs: Runs) -> None:
+    run = runs.start_exec(HELD, "-j1")
+    run.await_line("filled")
+    assert runs.run("state").check().out.split() == [
+        "go", "queue", "0", "items", "n", "counter", "pages", "dict", "2", "items", "s", "set",
+        "2", "items",
+    ]  # fmt: skip
+    assert runs.run("state", "get", "pages", "a").check().out == "[1, 2]\n"
+    assert runs.run("state", "get", "pages", "('x', 1)").check().out == "{'k': 'v'}\n"
+    assert runs.run("state", "get", "n").check().out == "5\n"
+    address = addresses.shown(addresses.find())
+    dumped = json.loads(runs.run("state", address, "dump", "--json").check().out)
+    assert dumped["s"] == ["a", "b"] and dumped["pages"]["('x', 1)"] == {"k": "v"}
+    assert "did you mean 'pages'?" in runs.run("state", "get", "page").check(2).err
+    assert "state has no action 'lst'" in runs.run("state", "lst").check(2).err
+    watch = runs.start("state", "watch")
+    with connect() as seen:
+        changes = iter(range(10_000))
+        wait_until(lambda: seen.counter("n").set(next(changes)) is not None and watch.out)
+        assert watch.out[0].startswith("n set ")
+        seen.queue("go").put(None)
+    run.end().check()
+    watch.end().check()
+
+
+def test_several_live_runs_must_be_told_apart(runs: Runs) -> None:
+    both = [runs.start_exec(HELD, "-j1") for _ in range(2)]
+    for run in both:
+        run.await_line("filled")
+    done = runs.run("state").check(2)
+    assert "several runs of yours are alive" in done.err
+    for run in both:
+        assert f"run-{run.process.pid}.sock" in done.err
+        with connect(f"unix:{addresses.runtime_folder()}/run-{run.process.pid}.sock") as seen:
+            seen.queue("go").put(1)
+        run.end().check()
+
+
+def test_a_killed_runs_socket_is_removed_by_the_next(runs: Runs, own_runtime: Path) -> None:
+    run = runs.start_exec(HELD, "-j1")
+    run.await_line("filled")
+    [path] = (own_runtime / "taskrun").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    run.signal(signal.SIGKILL)
+    run.process.wait(20)
+    run.assert_gone()
+    assert path.exists()
+    runs.exec("@task\ndef work(): pass\n").check()
+    assert not list(path.parent.iterdir())
+
+
+def test_waiting_outside_ends_with_the_run(runs: Runs) -> None:
+    run = runs.start_exec(HELD, "-j1")
+    run.await_line("filled")
+    with connect() as seen, seen.dict("pages").watch() as changes:
+        run.signal(signal.SIGKILL)
+        with pytest.raises(StateLost, match="is gone"):
+            seen.queue("never").get(timeout=60)
+        assert list(changes) == []
+
+
+def test_a_wrong_key_is_refused_and_not_shown(runs: Runs) -> None:
+    run = runs.start_exec(HELD, "-j1", "--listen", "127.0.0.1:0")
+    run.await_line("filled")
+    line = run.await_line("listening on", err=True)
+    with pytest.raises(StateError, match="does not accept this authkey") as caught:
+        connect(line.split()[-1], b"not the key of this run")
+    assert b"not the key" not in str(caught.value).encode()
+    with connect(line.split()[-1]) as seen:
+        seen.queue("go").put(1)
+    run.end().check()
+
+
+def test_only_this_machine_can_be_listened_to(runs: Runs) -> None:
+    for address in ("0.0.0.0:0", "example.org:80", "tls://127.0.0.1:1", "localhost"):
+        done = runs.exec("@task\ndef work(): pass\n", "--listen", address).check(2)
+        assert "TLS is not available yet" in done.err or "an address is HOST:PORT" in done.err
+
+
+def test_a_client_of_the_standard_library_reaches_named_objects(runs: Runs, tmp_path: Path) -> None:
+    run = runs.start_exec(HELD, "-j1", "--listen", "127.0.0.1:0")
+    run.await_line("filled")
+    port = run.await_line("listening on", err=True).rpartition(":")[2]
+    script = """
+        import sys
+        from multiprocessing.managers import DictProxy, ListProxy, SyncManager
+
+        class Run(SyncManager):
+            pass
+
+        Run.register("state_dict", proxytype=DictProxy)
+        Run.register("state_list", proxytype=ListProxy)
+        Run.register("state_queue")
+        Run.register("state_counter")
+        key = open(sys.argv[2], "rb").read().strip()
+        run = Run(("127.0.0.1", int(sys.argv[1])), authkey=key)
+        run.connect()
+        pages = run.state_dict("pages")
+        pages["stock"] = {1}
+        print(pages["a"], len(pages), sorted(map(str, pages.keys())), run.state_counter("n").add(2))
+        items = run.state_list("l")
+        items.extend([3, 1]); items.append(2); items.sort()
+        print(items[:], [key for key in pages][0])
+        run.state_queue("go").put({"stock": 1})
+    """
+    key = tmp_path / "config" / "taskrun" / "authkey"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600 and len(key.read_text().strip()) == 64
+    done = runs.script(script, port, str(key), env={"PYTHONPATH": ""})
+    assert done.out == "[1, 2] 3 [\"('x', 1)\", 'a', 'stock'] 7\n[1, 2, 3] a\n", done.err
+    assert lines_of(run.end().check().out, "work") == ["filled", "{'stock': 1}"]
+
+
+# -- keys -----------------------------------------------------------------------------
+
+
+def test_the_authkey_of_the_environment_reaches_no_child(runs: Runs) -> None:
+    key = "sixteen bytes and a few more"
+    done = runs.exec(
+        """
+        @task
+        def work():
+            state.counter("c").add(1)
+            print("TASKRUN_AUTHKEY" in os.environ)
+            sh("env | grep -c AUTHKEY || true")
+        """,
+        env={"TASKRUN_AUTHKEY": key},
+    ).check()
+    assert lines_of(done.out, "work") == ["False", "0"]
+
+
+def test_a_key_that_is_too_short_or_open_to_others_is_refused(runs: Runs, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("short\n")
+    path.chmod(0o600)
+    source = "@task\ndef work(): pass\n"
+    done = runs.exec(source, "--authkey-file", str(path)).check(2)
+    assert f"the authkey in {path} has 5 bytes" in done.err
+    path.write_text("long enough, but everybody can read it")
+    path.chmod(0o644)
+    done = runs.exec(source, "--authkey-file", str(path)).check(2)
+    assert "can be read by others" in done.err and "everybody" not in done.err
+    done = runs.exec(source, env={"TASKRUN_AUTHKEY_FILE": str(tmp_path / "none")}).check(2)
+    assert "there is no authkey file" in done.err
+
+
+# -- a file ---------------------------------------------------------------------------
+
+KEEPS = """
+d, l, s, q = state.dict("d"), state.list("l"), state.set("s"), state.queue("q")
+@task
+def work():
+    d.update({"a": [1], ("t", 1): 2, "gone": 3}); del d["gone"]; d["a"] = [1, 2]
+    l.extend(range(5)); l.insert(0, "first"); del l[3]; l.append("last")
+    s.update("abc"); s.discard("b")
+    q.put_many("xyz"); q.get()
+    state.counter("n").add(1); state.event("e").set()
+"""
+SHOWS = """
+@task
+def work():
+    print(state.dict("d").copy(), state.list("l").copy(), sorted(state.set("s")))
+    print([state.queue("q").get() for _ in range(2)], state.counter("n").add(1),
+          state.event("e").is_set())
+"""
+
+
+def test_state_is_kept_in_a_file(runs: Runs) -> None:
+    runs.exec(KEEPS, "--state", "kept.db").check()
+    for more in (2, 3):
+        done = runs.exec(SHOWS if more == 2 else SHOWS.replace("range(2)", "range(0)"),
+                         "--state", "kept.db").check()  # fmt: skip
+        assert lines_of(done.out, "work") == [
+            "{'a': [1, 2], ('t', 1): 2} ['first', 0, 1, 3, 4, 'last'] ['a', 'c']",
+            f"{['y', 'z'] if more == 2 else []} {more} True",
+        ]
+
+
+def test_a_killed_run_loses_at_most_the_last_second(runs: Runs) -> None:
+    run = runs.start_exec(
+        """
+        @task
+        def work():
+            for number in range(10_000):
+                state.counter("n").set(number)
+                print(number, time.monotonic(), flush=True)
+                time.sleep(0.02)
+        """,
+        "--state", "kept.db", "--output", "raw",
+    )  # fmt: skip
+    run.await_line("120 ")
+    run.signal(signal.SIGKILL)
+    run.process.wait(20)
+    run.assert_gone()
+    times = {int(line.split()[0]): float(line.split()[1]) for line in run.out if " " in line}
+    done = runs.exec("@task\ndef work(): print(state.counter('n').get())", "--state", "kept.db")
+    kept = int(lines_of(done.check().out, "work")[0])
+    assert kept and times[max(times)] - times[kept] < 1.0
+
+
+def test_a_file_that_is_no_state_file_is_refused(runs: Runs, tmp_path: Path) -> None:
+    import sqlite3
+
+    source = "@task\ndef work(): print('ran')\n"
+    (tmp_path / "text").write_text("this is no database, whatever it may be " * 100)
+    assert (
+        "cannot be used: file is not a database"
+        in runs.exec(source, "--state", "text").check(2).err
+    )
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("create table t (x)")
+    other.close()
+    assert "not a state file" in runs.exec(source, "--state", "other.db").check(2).err
+    runs.exec(KEEPS, "--state", "kept.db").check()
+    with sqlite3.connect(tmp_path / "kept.db") as kept:
+        kept.execute("update item set value = x'00'")
+    kept.close()
+    assert "is damaged" in runs.exec(source, "--state", "kept.db").check(2).err
+    assert "no/x.db cannot be used" in runs.exec(source, "--state", "no/x.db").check(2).err
+
+
+def test_a_file_belongs_to_one_run_at_a_time(runs: Runs) -> None:
+    run = runs.start_exec(HELD, "-j1", "--state", "kept.db")
+    run.await_line("filled")
+    done = runs.run("exec", "tasks.py", "--state", "kept.db").check(2)
+    assert "is used by another run" in done.err
+    with connect() as seen:
+        seen.queue("go").put(1)
+    run.end().check()
+
+
+def test_the_socket_folder_must_be_this_users_alone(runs: Runs, own_runtime: Path) -> None:
+    folder = own_runtime / "taskrun"
+    folder.mkdir(mode=0o755)
+    os.chmod(folder, 0o755)
+    done = runs.exec("@task\ndef work(): print(state.counter('c').add(1))").check()
+    assert "cannot be found by others" in done.err and "open to others" in done.err
+    assert lines_of(done.out, "work") == ["1"]
+
+
+# -- the example ----------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "state" / "tasks.py"
+
+
+def test_the_example_comes_out_exactly(runs: Runs) -> None:
+    done = runs.run("exec", str(EXAMPLE), "-j", "4").check()
+    assert lines_of(done.out, "check") == [
+        "300 pages visited once each, 2100 links followed",
+        "leaderboard: linus 12, ada 10, margaret 9, grace 9",
+        "8 workers added up to 8000",
+    ]
