@@ -193,19 +193,22 @@ def _chain(exc: BaseException) -> Iterator[BaseException]:
 def _ours(filenames: Iterable[str]) -> int:
     """How many of the outermost frames are taskrun's own, or the pickler's that it called."""
     count = 0
+    # Both packages may lie elsewhere, and may come later.
+    own = _folders(
+        tuple(name for name in ("taskrun.workers", "cloudpickle") if name in sys.modules)
+    )
     for filename in filenames:
-        if not filename.startswith(_own_folders()):
+        if not filename.startswith(own):
             break
         count += 1
     return count
 
 
 @cache
-def _own_folders() -> tuple[str, ...]:
+def _folders(packages: tuple[str, ...]) -> tuple[str, ...]:
     folders = [__file__.rpartition(os.sep)[0]]
-    for package in ("taskrun.workers", "cloudpickle"):  # both may lie elsewhere
-        if package in sys.modules:
-            folders += sys.modules[package].__path__
+    for package in packages:
+        folders += sys.modules[package].__path__
     return tuple(folder + os.sep for folder in folders)
 
 

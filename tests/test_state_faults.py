@@ -3,6 +3,7 @@ clients at once.  ``STATE_SOAK=1`` for the long forms."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from state_support import FORK, Live, live, own_runtime
 from taskrun.errors import StateError, StateLost
 from taskrun.manager.protocol import framed
 from taskrun.state.connecting import Connected
-from taskrun.state.remote import Connection
+from taskrun.state.remote import Connection, _readable
 
 __all__ = ["live", "own_runtime"]
 pytestmark = pytest.mark.timeout(300 if os.environ.get("STATE_SOAK") else 90)
@@ -164,6 +165,17 @@ def test_who_waits_when_the_coordinator_goes_is_told(own_runtime: Any) -> None:
     assert "is gone, and the shared state with it" in str(errors[0])
     with pytest.raises(StateLost, match="cannot be reached"):
         state.counter("c").add(1)
+
+
+def test_an_answer_that_came_together_with_another_is_seen(live: Live) -> None:
+    both = Connection(live.service.address, live.service.authkey, ("client", "both"))
+    request = framed(pickle.dumps(("counter.add", "c", None, (1,))))
+    both._socket.sendall(request + request)
+    wait_until(lambda: live.service.store.execute(("counter.get", "c", None, ()), None)[1] == 2)  # type: ignore[arg-type]
+    assert both.receive() == (0, 1)
+    assert asyncio.run(asyncio.wait_for(_readable(both, None), 20))
+    assert both.receive() == (0, 2)
+    both.close()
 
 
 # -- what clients send ----------------------------------------------------------------

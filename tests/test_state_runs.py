@@ -119,6 +119,28 @@ def test_more_calls_may_wait_than_there_are_spare_workers(runs: Runs) -> None:
     assert lines_of(done.out, "total") == ["True"]
 
 
+def test_more_calls_may_wait_for_a_lock_than_there_are_spare_workers(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        lock, c = state.lock("l"), state.counter("c")
+        @task
+        def plain(i=each(range(12))):
+            with lock:
+                time.sleep(0.01)
+                return c.set(c.get() + 1)
+        @task
+        async def coroutine(i=each(range(12))):
+            async with lock:
+                time.sleep(0.01)
+                return c.set(c.get() + 1)
+        @task
+        def total(a=result(plain), b=result(coroutine)): print(c.get(), sorted(a + b)[-1])
+        """,
+        "-j2",
+    ).check()
+    assert lines_of(done.out, "total") == ["24 23"]
+
+
 def test_a_timeout_ends_a_wait(runs: Runs) -> None:
     done = runs.exec(
         """
