@@ -324,6 +324,8 @@ def environment() -> dict[str, str]:
 
 def started(folder: Path) -> Iterator[Runs]:
     """For a fixture: runs in a folder, all ended in the end."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # these tests are a background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     runs = Runs(folder)
     try:
         yield runs
