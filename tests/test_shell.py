@@ -452,6 +452,7 @@ def test_interrupts_at_any_moment_leave_no_process() -> None:
         signal.pthread_kill(main, signal.SIGUSR1)
 
     main = threading.get_ident()
+    others = psutil.Process().children(recursive=True)
     before = signal.signal(signal.SIGUSR1, stop)
     stopped = 0
     try:
@@ -466,7 +467,7 @@ def test_interrupts_at_any_moment_leave_no_process() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert stopped == 50
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= set(others)
 
 
 def test_a_status_that_someone_else_took_is_an_error() -> None:
