@@ -27,7 +27,6 @@ Key: TypeAlias = bytes
 # To a worker, on the call Pipe:
 TASK = "task"  # (TASK, recipe id, name, reference, blob | None, names | None, constants, flags)
 CALL = "call"  # (CALL, call, attempt, recipe id, index, args, units | None)   execute
-NESTED = "nested"  # as CALL, to a worker whose attempt waits: run it in the waiting stack
 NESTED = "nested"  # as CALL: execute it on top of the attempt that waits, or give it back
 DELIVER = "deliver"  # (DELIVER, call | None, {key: Encoded | Failure})   awaited outcomes
 QUIT = "quit"  # (QUIT,)   finish what per_worker made, and exit
@@ -50,6 +49,9 @@ RESUME = "resume"  # (RESUME, call, attempt)   no longer waits (time is up)
 CANCEL = "cancel"  # (CANCEL, call, attempt, key)   a future was cancelled
 PROGRESS = "progress"  # (PROGRESS, call, attempt, done, total)
 GAVE_BACK = "gave back"  # (GAVE_BACK, [(call, attempt), ...])
+YIELDED = "yielded"  # (YIELDED, call, attempt, first, [Encoded, ...])   items of a generator
+OUTPUT = "output"  # (OUTPUT, call, attempt, stream, bytes)   where calls share their process
+RETIRE = "retire"  # (RETIRE, reason)   finishes what it has, and wants no more calls
 
 # From a worker, on the control Pipe:
 PONG = "pong"  # (PONG, token)
@@ -105,10 +107,12 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker can take calls."""
+    """A worker can take calls of a lane, ``slots`` of them at a time."""
 
     worker: WorkerId
     pid: int = 0
+    lane: str = "process"
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,20 @@ class WorkerLost:
     reason: str
     executing: tuple[CallId, int] | None
     last_output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Retiring:
+    """A worker finishes the calls that it has; it is to get no more."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """So many slots there are from now on, on all nodes together."""
+
+    slots: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +157,16 @@ class Finished:
 
     worker: WorkerId
     reports: list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Yielded:
+    """A running generator has produced items, from place ``first`` on."""
+
+    call: CallId
+    attempt: int
+    first: int
+    items: list[Encoded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +255,11 @@ class Tick:
 Event: TypeAlias = (
     WorkerReady
     | WorkerLost
+    | Retiring
+    | Capacity
     | Began
     | Finished
+    | Yielded
     | GaveBack
     | Submitted
     | Fed
@@ -248,9 +279,10 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class StartWorkers:
-    """So many more workers are wanted."""
+    """So many more workers of a lane are wanted."""
 
     count: int
+    lane: str = "process"
 
 
 @dataclass(frozen=True, slots=True)
