@@ -26,6 +26,8 @@ def run(
     resources: Mapping[str, float] | None = None,
     output: str = "line",
     inline: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    listen: str | None = None,
 ) -> Any:
     """Run tasks and give their values.
 
@@ -33,7 +35,9 @@ def run(
     it, ``run("tasks.py", "total")``; without names, what ``taskrun exec`` would run.
     ``jobs`` defaults to the cores.  ``params``: run parameters, by ``name`` or
     ``task.name``; not converted.  ``policy``: ``stop``, ``keep-going`` or ``fail-fast``.
-    ``output``: ``line``, ``group``, ``raw`` or ``quiet``.
+    ``output``: ``line``, ``group``, ``raw`` or ``quiet``.  ``inline``: every call in this
+    process.  ``state``: a file from which shared state is loaded, if it exists, and in which
+    it is kept.  ``listen``: ``"HOST:PORT"``, where clients reach the shared state.
 
     Gives the value of the one task named, or a dict of values by task name.  The value of
     a fan-out is the list of its calls' values, in item order.
@@ -49,6 +53,8 @@ def run(
         resources=dict(resources or {}),
         output=output,
         inline=inline,
+        state=None if state is None else os.fspath(state),
+        listen=listen,
     )
     return _values_of(plan, settings, single)
 

@@ -84,28 +84,6 @@ def test_a_killed_getter_takes_no_item_with_it(live: Live) -> None:
         assert q.get(timeout=20) == "item"
 
 
-def test_a_killed_getter_of_the_standard_library_takes_no_item_with_it(live: Live) -> None:
-    from multiprocessing.managers import SyncManager
-
-    class Run(SyncManager):
-        pass
-
-    Run.register("state_queue")
-
-    def gets() -> None:
-        run = Run(live.service.address, authkey=live.service.authkey)
-        run.connect()
-        run.state_queue("q").get()
-
-    q = live.connect().queue("q")
-    child = FORK.Process(target=gets)
-    child.start()
-    wait_until(lambda: _getters(live) == 1)
-    kill(child)
-    q.put("item")
-    assert q.get(timeout=20) == "item"
-
-
 def _getters(live: Live) -> int:
     queue: Any = live.service.store.objects.get("q")
     return 0 if queue is None else len(queue._getters)

@@ -479,3 +479,48 @@ def test_the_example_comes_out_exactly(runs: Runs) -> None:
         "leaderboard: linus 12, ada 10, margaret 9, grace 9",
         "8 workers added up to 8000",
     ]
+
+
+# -- from Python ----------------------------------------------------------------------
+
+
+def test_a_run_from_python_keeps_state_in_a_file(runs: Runs) -> None:
+    source = """
+        import pathlib, taskrun
+        from taskrun import state, task
+
+        @task
+        def work(): return state.counter("n").add(1)
+
+        for inline in (False, True, False):
+            print(taskrun.run(work, jobs=1, output="quiet", inline=inline,
+                              state=pathlib.Path("kept.db")))
+        for wrong in ({"state": "no/x.db"}, {"state": __file__}, {"listen": "anywhere"}):
+            try:
+                taskrun.run(work, output="quiet", **wrong)
+            except taskrun.TaskrunError as error:
+                print(type(error).__name__, error)
+    """
+    lines = runs.script(source).check().out.splitlines()
+    assert lines[:3] == ["1", "2", "3"]
+    assert len(lines) == 6 and all(line.startswith("UsageError") for line in lines[3:]), lines
+
+
+def test_a_run_from_python_can_be_reached(runs: Runs) -> None:
+    source = """
+        import socket, taskrun
+        from taskrun import state, task
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        @task
+        def work(address):
+            state.dict("d")["a"] = 1
+            with taskrun.connect(address) as outside:
+                return outside.dict("d").copy()
+
+        address = f"127.0.0.1:{port}"
+        print(taskrun.run(work, params={"address": address}, output="quiet", listen=address))
+    """
+    assert runs.script(source).check().out == "{'a': 1}\n"

@@ -8,6 +8,8 @@ back: the item to the front of the queue, the lock is released.
 RLocks, and Conditions on them, belong to the connection, as they do in the standard
 library, where each connection has a thread: they are released when it ends.  A Lock or a
 Semaphore belongs to nobody; who was told that it has it, has it.
+
+Objects that are ours know how to wait for a client themselves: see :func:`waiter`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,11 @@ class Waiter:
         self._gone = gone
         self._owned: dict[int, Any] = {}  # RLocks and Conditions that were ever acquired
         self._undo: Callable[[], object] | None = None
+        self._at_end: list[Callable[[], object]] = []
+
+    def begin(self) -> None:
+        """On the thread that will make the calls."""
+        _served.waiter = self
 
     def __call__(
         self,
@@ -65,11 +72,23 @@ class Waiter:
         for lock in self._owned.values():
             while lock._is_owned():
                 lock.release()
+        for callback in self._at_end:
+            callback()
+
+    # -- for objects that wait by themselves ------------------------------------------
+
+    def undo_by(self, undo: Callable[[], object]) -> None:
+        """What takes this call back, if the client is not told."""
+        self._undo = undo
+
+    def at_end(self, callback: Callable[[], object]) -> None:
+        """Have it called when the connection has ended."""
+        self._at_end.append(callback)
 
     # -- the ways to wait -------------------------------------------------------------
 
-    def _slices(self, attempt: Callable[[float], bool], timeout: float | None) -> bool:
-        """Call ``attempt(seconds)`` until it says True or the time is up."""
+    def slices(self, attempt: Callable[[float], bool], timeout: float | None) -> bool:
+        """Call ``attempt(seconds)`` until it says True or the time is up.  Raises Gone."""
         deadline = None if timeout is None else monotonic() + timeout
         while True:
             left = SLICE if deadline is None else max(0.0, deadline - monotonic())
@@ -96,7 +115,7 @@ class Waiter:
                 return False
             return True
 
-        if not self._slices(attempt, timeout):
+        if not self.slices(attempt, timeout):
             raise queue.Empty
         return got[0]
 
@@ -118,7 +137,7 @@ class Waiter:
                 return False
             return True
 
-        if not self._slices(attempt, timeout):
+        if not self.slices(attempt, timeout):
             raise queue.Full
         return None
 
@@ -132,14 +151,14 @@ class Waiter:
                     value.all_tasks_done.wait_for(lambda: not value.unfinished_tasks, seconds)
                 )
 
-        self._slices(attempt, None)
+        self.slices(attempt, None)
 
     def acquire(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> bool:
         timeout = _patience(*args, **kwds)
         if timeout == 0:
             done = bool(function(*args, **kwds))
         else:
-            done = self._slices(lambda seconds: bool(value.acquire(True, seconds)), timeout)
+            done = self.slices(lambda seconds: bool(value.acquire(True, seconds)), timeout)
         if _belongs_to_its_thread(value):
             self._owned[id(value)] = value
         elif done:
@@ -147,7 +166,7 @@ class Waiter:
         return done
 
     def wait(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
-        return self._slices(value.wait, _timeout(*args, **kwds))
+        return self.slices(value.wait, _timeout(*args, **kwds))
 
     def wait_notified(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
         timeout = _timeout(*args, **kwds)
@@ -167,7 +186,7 @@ class Waiter:
         saved = condition._release_save()
         notified = gone = False
         try:
-            notified = self._slices(lambda seconds: bell.acquire(True, seconds), timeout)
+            notified = self.slices(lambda seconds: bell.acquire(True, seconds), timeout)
         except Gone:
             gone = True
             raise
@@ -211,9 +230,6 @@ def _belongs_to_its_thread(value: Any) -> bool:
 
 def _put_back(value: Any, item: Any) -> None:
     """To the front: it is the one that would have been taken next."""
-    if hasattr(value, "put_back"):
-        value.put_back(item)
-        return
     with value.mutex:
         if type(value) is queue.Queue:
             value.queue.appendleft(item)
@@ -240,8 +256,15 @@ _WAYS: dict[tuple[type, str], _Way] = {
 }  # fmt: skip
 
 
-def waits_like(kind: type, model: type) -> None:
-    """Clients wait for objects of ``kind`` as for those of ``model``, such as queue.Queue or
-    threading.Event.  A queue takes an item back by ``put_back(item)``."""
-    ways = {method: way for (known, method), way in _WAYS.items() if known is model}
-    _WAYS.update({(kind, method): way for method, way in ways.items()})
+class _Served(threading.local):
+    waiter: Waiter | None = None
+
+
+_served = _Served()
+
+
+def waiter() -> Waiter:
+    """That of the connection which this thread serves.  Raises RuntimeError elsewhere."""
+    if _served.waiter is None:
+        raise RuntimeError("this thread serves no connection of a Manager server")
+    return _served.waiter

@@ -52,6 +52,7 @@ class Promoted:
         thread.start()
 
     def run(self, unsent: memoryview | None, reply: calls.Reply | None) -> None:
+        self._waiter.begin()
         try:
             self.socket.setblocking(True)
             self._serve(unsent, reply)

@@ -95,15 +95,19 @@ class LocalClient:
         reply = self.store.execute(request, caller)
         if reply[0] == PARKED:
             try:
-                refuse_deadlock(reply[1])
-                caller.alone = request[0] in LEASED
-                deadline = None if timeout is None else monotonic() + timeout
-                came = context.active().lend(caller, deadline)
+                came = self._block(request, reply[1], caller, timeout)
             except BaseException:
                 self._take_back(request, caller)
                 raise
             reply = (None if came else self.store.withdraw(caller)) or caller.take()
         return concluded(reply)
+
+    def _block(self, request: Request, holder: Any, caller: Caller, timeout: float | None) -> bool:
+        """Wait for the answer to a parked request; False when the time is up."""
+        refuse_deadlock(holder)
+        caller.alone = request[0] in LEASED
+        deadline = None if timeout is None else monotonic() + timeout
+        return context.active().lend(caller, deadline)
 
     def _take_back(self, request: Request, caller: Caller) -> None:
         """Whoever waited is interrupted: what it got meanwhile is not lost."""

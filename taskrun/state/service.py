@@ -102,7 +102,7 @@ class Service:
 
             first = self._socket if self._socket is not None else address
             self._server = Server(
-                Registry(lambda: self.client(_nobody)), first, self.authkey, self.reactor,
+                Registry(lambda: self.store), first, self.authkey, self.reactor,
                 sessions=self._on_session, report=self.report,
             )  # fmt: skip
             self._server.start()
@@ -187,10 +187,6 @@ class Service:
     def report(self) -> None:
         """In an ``except`` block: what should not happen is shown."""
         traceback.print_exc(file=sys.stderr)
-
-
-def _nobody() -> None:
-    """No attempt."""
 
 
 def _nothing() -> None:

@@ -1,32 +1,63 @@
 """The named objects, for clients of the standard library.
 
-    from multiprocessing.managers import DictProxy, SyncManager
+    from multiprocessing.managers import AcquirerProxy, DictProxy, SyncManager
 
     class Run(SyncManager):
         pass
 
     Run.register("state_dict", proxytype=DictProxy)
+    Run.register("state_lock", proxytype=AcquirerProxy)
     run = Run(("127.0.0.1", 5000), authkey=b"...")
     run.connect()
     pages = run.state_dict("pages")      # what state.dict("pages") is in a task
+    with run.state_lock("pages lock"):
+        ...
 
 What they share is a handle, which lives in the coordinator and is called on a thread of
-the connection: there, and never on the loop, values are pickled and unpickled.
+the connection: there, and never on the loop, values are pickled and unpickled.  What a
+connection has acquired is free when it ends.
 """
 
 from __future__ import annotations
 
-import queue
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from taskrun.manager.blocking import waits_like
+from taskrun.manager import blocking
 from taskrun.state import containers, handles
-from taskrun.state.clients import Client
 from taskrun.state.handles import Handle
-from taskrun.state.local import LocalClient
-from taskrun.state.stored import to_stored
+from taskrun.state.local import Caller, LocalClient
+from taskrun.state.store import Store
+from taskrun.state.wire import Owner, Request
+
+
+class Guest(LocalClient):
+    """The client of all connections of the standard library, each on a thread of its own,
+    which it looks after while it waits."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._here = threading.local()
+
+    def owner(self) -> Owner:
+        """The connection that this thread serves."""
+        owner: Owner | None = getattr(self._here, "owner", None)
+        if owner is None:
+            made = owner = self._here.owner = ("client", os.urandom(8).hex())
+            blocking.waiter().at_end(lambda: self.store.owner_ended(made))
+        return owner
+
+    def wait(self, request: Request, timeout: float | None) -> Any:
+        value = super().wait(request, timeout)
+        if request[0] == "queue.get":
+            blocking.waiter().undo_by(lambda: self.store.put_back(request[1], value))
+        return value
+
+    def _block(self, request: Request, holder: Any, caller: Caller, timeout: float | None) -> bool:
+        return blocking.waiter().slices(caller.block, timeout)
 
 
 class Dict(containers.Dict):
@@ -41,17 +72,6 @@ class Dict(containers.Dict):
     def items(self) -> Any:
         return list(self._items())
 
-
-class Queue(handles.Queue):
-    """As handles.Queue; an item whose getter is gone comes back."""
-
-    def put_back(self, item: Any) -> None:
-        assert isinstance(self._bound, LocalClient)
-        self._bound.store.put_back(self.name, to_stored(item))
-
-
-waits_like(Queue, queue.Queue)
-waits_like(handles.Event, threading.Event)
 
 _LIST = (
     "__add__", "__contains__", "__delitem__", "__getitem__", "__iadd__", "__len__", "__reversed__",
@@ -74,11 +94,14 @@ _HANDLES: dict[str, tuple[type[Handle], tuple[str, ...], dict[str, str]]] = {
     "state_set": (containers.Set, _SET, _ITERATES),
     "state_counter": (handles.Counter, ("add", "get", "set"), {}),
     "state_queue": (
-        Queue,
+        handles.Queue,
         ("empty", "full", "get", "get_nowait", "put", "put_many", "put_nowait", "qsize"),
         {},
     ),
     "state_event": (handles.Event, ("clear", "is_set", "set", "wait"), {}),
+    "state_lock": (handles.Lock, ("acquire", "locked", "release"), {}),
+    "state_semaphore": (handles.Semaphore, ("acquire", "locked", "release"), {}),
+    "state_barrier": (handles.Barrier, ("n_waiting", "wait"), {}),
 }
 
 
@@ -86,11 +109,9 @@ class Registry(Mapping[str, Any]):
     """typeid -> (callable, exposed, method_to_typeid, proxytype): what the standard library
     registers, and the named objects.  It is put together when it is first looked at."""
 
-    def __init__(self, make_client: Callable[[], Client]) -> None:
-        self._make_client = make_client
+    def __init__(self, store: Callable[[], Store]) -> None:
+        self._store = store
         self._made: dict[str, Any] | None = None
-        self._shared: dict[tuple[str, str], Handle] = {}
-        self._mutex = threading.Lock()
 
     @property
     def _registry(self) -> dict[str, Any]:
@@ -101,19 +122,9 @@ class Registry(Mapping[str, Any]):
         return self._made
 
     def _named(self) -> Iterator[tuple[str, Any]]:
+        client = Guest(self._store())
         for typeid, (kind, exposed, typeids) in _HANDLES.items():
-            yield typeid, (self._maker(kind), exposed, typeids or None, None)
-
-    def _maker(self, kind: type[Handle]) -> Callable[..., Handle]:
-        def make(name: str, *options: Any) -> Handle:
-            with self._mutex:
-                found = self._shared.get((kind.kind, name))
-                if found is None:
-                    found = kind(name, *options, client=self._make_client())
-                    self._shared[kind.kind, name] = found
-                return found
-
-        return make
+            yield typeid, (partial(kind, client=client), exposed, typeids or None, None)
 
     def __getitem__(self, typeid: str) -> Any:
         return self._registry[typeid]

@@ -97,7 +97,7 @@ class Queue(Hosted):
 
     def __init__(self, name: str, options: tuple[Any, ...], ears: list[Ear]) -> None:
         super().__init__(name, options, ears)
-        self._maxsize: int = options[0] if options else 0
+        self._maxsize = _number(options[0], least=0) if options else 0
         self._items: deque[tuple[int, Stored]] = deque()
         self._last = 0  # number of the last item put in
         self._front = 0  # ... and of the last that was put back
@@ -256,7 +256,7 @@ class Semaphore(Hosted):
         super().__init__(name, options, ears)
         if not options:
             raise StateError(f"there is no semaphore {name!r} yet: say how many permits it has")
-        self._permits: int = options[0]
+        self._permits = _number(options[0], least=1)
         self._held: Counter[Owner] = Counter()
         self._free = self._permits
         self._waits = Waits()
@@ -360,7 +360,7 @@ class Barrier(Hosted):
         super().__init__(name, options, ears)
         if not options:
             raise StateError(f"there is no barrier {name!r} yet: say how many parties it has")
-        self._parties: int = options[0]
+        self._parties = _number(options[0], least=1)
         self._waits = Waits()
 
     def __len__(self) -> int:
@@ -379,6 +379,14 @@ class Barrier(Hosted):
 
     def exported(self) -> Any:
         return {"parties": self._parties, "waiting": len(self._waits)}
+
+
+def _number(option: object, least: int) -> int:
+    if type(option) is not int:
+        raise TypeError(f"it takes a whole number, not {option!r}")
+    if option < least:
+        raise ValueError(f"it takes at least {least}, not {option}")
+    return option
 
 
 def describe(owner: Owner) -> str:

@@ -1,0 +1,257 @@
+"""The named objects, for clients of the standard library, which may be killed."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.managers import (
+    AcquirerProxy,
+    DictProxy,
+    EventProxy,
+    ListProxy,
+    RemoteError,
+    SyncManager,
+)
+from typing import Any
+
+import pytest
+from state_support import FORK, Live, live, own_runtime
+
+__all__ = ["live", "own_runtime"]
+pytestmark = pytest.mark.timeout(90)
+
+
+class Run(SyncManager):
+    """As somebody without taskrun writes it."""
+
+
+Run.register("state_barrier")
+Run.register("state_counter")
+Run.register("state_dict", proxytype=DictProxy)
+Run.register("state_event", proxytype=EventProxy)
+Run.register("state_list", proxytype=ListProxy)
+Run.register("state_lock", proxytype=AcquirerProxy)
+Run.register("state_queue")
+Run.register("state_semaphore", proxytype=AcquirerProxy)
+Run.register("state_set")
+
+
+def stock(live: Live) -> Any:
+    run = Run(live.service.address, authkey=live.service.authkey)
+    run.connect()
+    return run
+
+
+def stock_process(live: Live, function: Callable[[Any], object]) -> Any:
+    child = FORK.Process(target=lambda: function(stock(live)), daemon=True)
+    child.start()
+    return child
+
+
+def kill(child: Any) -> None:
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(20)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def waiting(live: Live, name: str) -> Any:
+    """How many wait for a lock, semaphore, barrier, event, or an item of a queue."""
+    found: Any = live.service.store.objects.get(name)
+    return 0 if found is None else len(found._getters if name == "q" else found._waits)
+
+
+def test_all_kinds_are_reached_by_name(live: Live) -> None:
+    ours, run = live.connect(), stock(live)
+    ours.dict("d")["a"] = {1}
+    assert run.state_dict("d").copy() == {"a": {1}}
+    run.state_list("l").extend([3, 1])
+    assert ours.list("l") == [3, 1]
+    assert run.state_set("s").add("x") is True and run.state_set("s").add("x") is False
+    assert run.state_counter("n").add(2) == 2 == ours.counter("n").get()
+    run.state_queue("q", 1).put([1])
+    with pytest.raises(queue.Full):
+        run.state_queue("q", 1).put_nowait(2)
+    assert ours.queue("q").get(timeout=20) == [1]
+    run.state_event("e").set()
+    assert ours.event("e").wait(20) and run.state_event("e").wait(20)
+
+
+def test_a_lock_is_one_for_both_kinds_of_clients(live: Live) -> None:
+    ours, run = live.connect().lock("l"), stock(live)
+    lock = run.state_lock("l")
+    with lock:
+        assert lock.acquire() and ours.locked()  # its holder may come again
+        lock.release()
+        assert not ours.acquire(blocking=False)
+    with ours:
+        assert not lock.acquire(False) and not lock.acquire(True, 0.05)
+        with pytest.raises(RuntimeError, match="held by somebody else"):
+            lock.release()
+    assert lock.acquire(True, 20)
+    lock.release()
+
+
+def test_two_threads_of_a_client_are_two_holders(live: Live) -> None:
+    run = stock(live)
+    got: list[bool] = []
+    with run.state_lock("l"):
+        thread = threading.Thread(target=lambda: got.append(run.state_lock("l").acquire(False)))
+        thread.start()
+        thread.join(20)
+    assert got == [False]
+
+
+def test_a_semaphore_has_its_permits_for_both_kinds_of_clients(live: Live) -> None:
+    ours, permits = live.connect().semaphore("s", 2), stock(live).state_semaphore("s", 2)
+    assert permits.acquire() and ours.acquire()
+    assert not permits.acquire(False) and not permits.acquire(True, 0.05)
+    ours.release()
+    with pytest.raises(RuntimeError, match="not held here"):
+        ours.release()
+    assert permits.acquire(True, 20)
+    permits.release()
+    permits.release()
+    assert live.connect().value("s")["free"] == 2
+
+
+def test_a_barrier_is_for_both_kinds_of_clients(live: Live) -> None:
+    places: list[int] = []
+    barrier = stock(live).state_barrier("b", 2)
+    thread = threading.Thread(target=lambda: places.append(barrier.wait(20)))
+    thread.start()
+    wait_until(lambda: waiting(live, "b") == 1)
+    assert live.connect().barrier("b", 2).wait(20) == 1
+    thread.join(20)
+    assert places == [0] and barrier.n_waiting() == 0
+    with pytest.raises(TimeoutError):
+        barrier.wait(0.05)
+
+
+@pytest.mark.parametrize(
+    ("typeid", "option", "method"),
+    [
+        ("state_semaphore", 0, "acquire"),
+        ("state_barrier", -1, "n_waiting"),
+        ("state_queue", "many", "qsize"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    live: Live, typeid: str, option: object, method: str
+) -> None:
+    proxy = getattr(stock(live), typeid)("x", option)
+    with pytest.raises((ValueError, TypeError), match="it takes"):
+        proxy._callmethod(method)
+    assert "x" not in live.service.store.objects
+
+
+def test_other_options_for_one_name_are_an_error(live: Live) -> None:
+    run = stock(live)
+    assert run.state_semaphore("s", 2).acquire()
+    with pytest.raises(Exception, match="was made with 2, and is now asked for with 3"):
+        run.state_semaphore("s", 3).acquire()
+
+
+def test_a_name_that_is_none_is_told(live: Live) -> None:
+    with pytest.raises(RemoteError, match="the name of a shared object is a str"):
+        stock(live).state_lock(7)
+
+
+# -- clients that die -----------------------------------------------------------------
+
+
+def test_what_a_killed_client_held_is_free(live: Live) -> None:
+    ready = FORK.Event()
+
+    def holds(run: Any) -> None:
+        held = run.state_lock("l"), run.state_semaphore("s", 1)
+        for one in held:
+            one.acquire()
+        ready.set()
+        time.sleep(60)
+
+    child = stock_process(live, holds)
+    assert ready.wait(20)
+    ours = live.connect()
+    assert not ours.lock("l").acquire(blocking=False)
+    kill(child)
+    assert ours.lock("l").acquire(timeout=20)
+    assert ours.semaphore("s", 1).acquire(timeout=20)
+
+
+def test_what_a_client_held_that_left_is_free(live: Live) -> None:
+    child = stock_process(live, lambda run: run.state_lock("l").acquire())
+    child.join(20)
+    assert live.connect().lock("l").acquire(timeout=20)
+
+
+def test_a_killed_client_that_waits_for_a_lock_never_gets_it(live: Live) -> None:
+    ours = live.connect()
+    ours.lock("l").acquire()
+    child = stock_process(live, lambda run: run.state_lock("l").acquire())
+    wait_until(lambda: waiting(live, "l") == 1)
+    kill(child)
+    wait_until(lambda: waiting(live, "l") == 0)
+    ours.lock("l").release()
+    assert not ours.lock("l").locked()
+
+
+def test_a_killed_client_that_gets_a_lock_does_not_keep_it(live: Live) -> None:
+    ours = live.connect()
+    ours.lock("l").acquire()
+    child = stock_process(live, lambda run: run.state_lock("l").acquire())
+    wait_until(lambda: waiting(live, "l") == 1)
+    kill(child)
+    ours.lock("l").release()  # most likely it is given to the dead one
+    assert ours.lock("l").acquire(timeout=20)
+
+
+def test_a_killed_getter_takes_no_item_with_it(live: Live) -> None:
+    q = live.connect().queue("q")
+    child = stock_process(live, lambda run: run.state_queue("q").get())
+    wait_until(lambda: waiting(live, "q") == 1)
+    kill(child)
+    q.put("item")
+    assert q.get(timeout=20) == "item"
+
+
+def test_a_killed_party_has_not_come_to_the_barrier(live: Live) -> None:
+    ours = live.connect().barrier("b", 2)
+    child = stock_process(live, lambda run: run.state_barrier("b", 2).wait())
+    wait_until(lambda: waiting(live, "b") == 1)
+    kill(child)
+    wait_until(lambda: waiting(live, "b") == 0)
+    with pytest.raises(TimeoutError):
+        ours.wait(0.05)
+
+
+def test_one_who_waits_long_keeps_his_place(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    # While it waits, its connection is looked after in slices; it stays in the line.
+    monkeypatch.setattr("taskrun.manager.blocking.SLICE", 0.01)
+    ours = live.connect()
+    order: list[str] = []
+
+    def take(client: Any, name: str) -> None:
+        with client.state_lock("l") if name == "stock" else client.lock("l"):
+            order.append(name)
+
+    ours.lock("l").acquire()
+    threads = []
+    for number, (client, name) in enumerate([(stock(live), "stock"), (live.connect(), "ours")]):
+        threads.append(threading.Thread(target=take, args=(client, name)))
+        threads[-1].start()
+        wait_until(lambda number=number: waiting(live, "l") == number + 1)
+    time.sleep(0.1)  # many slices
+    ours.lock("l").release()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["stock", "ours"]
