@@ -46,6 +46,7 @@ class InlineEngine:
     ) -> None:
         """``state`` gives a client of the run's shared state.  ``on_ctrl_c`` is called where
         a KeyboardInterrupt has ended a call."""
+        self.name = f"w{WORKER}"
         self.ready = False
         self.assigned: dict[int, Any] = {}
         self.escalations: dict[int, Timer] = {}
@@ -86,7 +87,7 @@ class InlineEngine:
         self._context = WorkerContext(
             self._executor,
             self,
-            worker=f"w{WORKER}",
+            worker=self.name,
             node="local",
             set_by_user={task: frozenset(values) for task, values in self._constants.items()},
         )

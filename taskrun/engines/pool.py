@@ -11,7 +11,6 @@ with the one attempt that it was in.  Nothing else of it is lost, and nothing co
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,29 +20,19 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import messages as m
-from taskrun import sessions
 from taskrun.engines.links import Link
-from taskrun.engines.nursery import Nursery, how_it_ended
+from taskrun.engines.local import Launch, Local
 from taskrun.engines.records import Records
-from taskrun.errors import RunError, WireError
+from taskrun.errors import WireError
 from taskrun.model import Failure
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor
-from taskrun.workers.settings import (
-    EXITED,
-    FORKSERVER,
-    STARTED,
-    UP,
-    Birth,
-    Settings,
-    environment_additions,
-)
+from taskrun.workers.settings import FORKSERVER, Settings, environment_additions
 
 LONG: Final = 0.5  # seconds after which a call is known to run, whether anybody asked or not
 UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
-HANGING: Final = 0.5  # seconds between the end of a worker's Pipe and its own
-FEW: Final = 5  # workers in a row, or templates, that may end before they are of any use
+FEW: Final = 5  # workers in a row that may end before they are of any use
 
 
 class PoolEngine:
@@ -81,12 +70,8 @@ class PoolEngine:
         self._looking = False
         self._asking = False
         self._unflushed: list[Link] = []
-        self._nursery: Nursery | None = None
-        self._wanted: list[int] = []  # workers, while there is nobody to start them
         self._closing = False
         self._failed_starts = 0
-        self._failed_templates = 0
-        self._complained = False
         self._stack_callbacks: dict[int, Callable[[str], None]] = {}
         self._tokens = count(1)
         self._performers: dict[type, Callable[[Any], None]] = {
@@ -106,8 +91,8 @@ class PoolEngine:
         self._observer = observer
         self._post_to = post
         self._records = Records(self._post, observer, self._recipe_ids, self._constants)
-        self._settings = self._make_settings()
-        self._start_template()
+        self._local = Local(self, reactor, self._make_settings(), self._launch())
+        self._local.open()
 
     def perform(self, command: m.Command) -> None:
         """See ``engines.base``."""
@@ -116,29 +101,26 @@ class PoolEngine:
     def kill(self) -> None:
         """See ``engines.base``."""
         for link in self._links.values():
-            self._signal(link, signal.SIGKILL)
+            link.signal(signal.SIGKILL)
 
     def close(self, deadline: float) -> None:
         """See ``engines.base``.  QUIT for the idle, TERM for the busy, KILL for the rest."""
-        nursery = self._nursery
-        if nursery is None:
+        if self._closing:
             return
         self._closing = True
-        if nursery.abandon(min(deadline, monotonic() + 1.0)):
-            self._nursery = None
-            return
+        local = self._local
+        local.abandon(min(deadline, monotonic() + 1.0))
         for link in self._links.values():
             if link.assigned or not link.ready:
-                self._signal(link, signal.SIGTERM)
+                link.signal(signal.SIGTERM)
             else:
                 link.queue((m.QUIT,))
                 link.flush()
         left = max(0.0, deadline - monotonic())
-        self._run_until(lambda: not self._links or self._nursery is None, deadline - left / 4)
-        nursery.quit(min(self._grace, left / 8))
-        if not self._run_until(lambda: self._nursery is None, deadline):
-            nursery.kill()
-            self._nursery = None
+        self._run_until(lambda: not self._links or local.is_gone, deadline - left / 4)
+        local.quit(min(self._grace, left / 8))
+        if not self._run_until(lambda: local.is_gone, deadline):
+            local.kill()
         for link in list(self._links.values()):
             self._let_go(link)
 
@@ -154,7 +136,7 @@ class PoolEngine:
         if not self._asking:
             self._asking = True
             self._later(LONG, self._ask_for_the_long)
-        self._start_wanted([next(self._worker_ids) for _ in range(command.count)])
+        self._local.start([next(self._worker_ids) for _ in range(command.count)])
 
     def _stop_worker(self, command: m.StopWorker) -> None:
         link = self._links.get(command.worker)
@@ -166,7 +148,7 @@ class PoolEngine:
 
     def _force_to_stop(self, link: Link, number: signal.Signals) -> None:
         if link.id in self._links:
-            self._signal(link, number)
+            link.signal(number)
             self._later(self._grace, lambda: self._force_to_stop(link, signal.SIGKILL))
 
     def _assign(self, command: m.Assign) -> None:
@@ -221,13 +203,14 @@ class PoolEngine:
         if link.id not in self._links or command.call not in link.assigned:
             return
         after: signal.Signals | None = None
-        if link.executing == (command.call, command.attempt):
+        attempt = command.call, command.attempt
+        if link.executing == attempt:
             after = signal.SIGTERM if number is None else signal.SIGKILL
             if number is not None:
-                self._signal(link, number)
-        elif link.ledger.executing is None:  # nor does it queue the call: that was refused
+                link.signal(number, attempt)
+        elif link.is_idle:  # nor does it queue the call: that was refused
             link.rejected = "stopped, because it did not say how an interrupted call ended"
-            self._signal(link, signal.SIGKILL)
+            link.signal(signal.SIGKILL)
         self._escalate_later(link, command, after)
 
     # -- sending ----------------------------------------------------------------------
@@ -259,54 +242,49 @@ class PoolEngine:
             report = (record[1], record[2], "error", (failure, False), None, -1.0, 0.0, False)
             self._post(m.Finished(link.id, [report]))
 
-    def _signal(self, link: Link, number: int) -> None:
-        if self._nursery is not None:
-            self._nursery.signal(link.id, number)
-
     # -- what workers say -------------------------------------------------------------
 
-    def _on_calls(self, link: Link) -> None:
-        try:
-            for frame in link.reader.read():
-                self._take(link, link.intake.frame(frame))
-        except WireError as error:
-            self._reject(link, error)
-            return
-        if link.reader.at_end:
-            link.stop_listening()
-            self._later(HANGING, lambda: self._end_hanging(link))
+    def add(self, link: Link) -> None:
+        """See ``engines.local.Crew``."""
+        self._links[link.id] = link
 
-    def _take(self, link: Link, records: list[tuple[Any, ...]]) -> None:
-        self._records.take(link, records)
+    def hear(self, link: Link, frame: memoryview) -> bool:
+        """See ``engines.local.Crew``."""
+        try:
+            self._records.take(link, link.intake.frame(frame))
+        except WireError as error:
+            self.reject(link, f"what it sent could not be read: {error}")
+            return False
         if link.ready:
-            self._failed_starts = self._failed_templates = 0
+            self._failed_starts = 0
+            self._local.proven()
         if len(link.assigned) > 1:
             self._expect_more(link)
+        return True
 
-    def _on_control(self, link: Link) -> None:
-        try:
-            records = [r for frame in link.control_reader.read() for r in pickle.loads(frame)]
-        except Exception as error:
-            self._reject(link, error)
-            return
+    def hear_control(self, link: Link, records: list[tuple[Any, ...]]) -> None:
+        """See ``engines.local.Crew``."""
         for record in records:
             if record[0] == m.STACK_IS:
                 self._stack_callbacks.pop(record[1])(record[2])
-        if link.control_reader.at_end:
-            link.stop_listening()
-            self._later(HANGING, lambda: self._end_hanging(link))
 
-    def _reject(self, link: Link, error: Exception) -> None:
-        """Not a worker any more, whatever it is."""
-        link.rejected = f"stopped, because what it sent could not be read: {error}"
+    def reject(self, link: Link, why: str) -> None:
+        """See ``engines.local.Crew``."""
+        link.rejected = link.rejected or f"stopped, because {why}"
         link.stop_listening()
-        self._signal(link, signal.SIGKILL)
+        link.signal(signal.SIGKILL)
 
-    def _end_hanging(self, link: Link) -> None:
-        """It closed its Pipes, and did not end."""
-        if link.id in self._links:
-            link.rejected = link.rejected or "stopped, because it had closed its Pipes"
-            self._signal(link, signal.SIGKILL)
+    def output(self, call: Any, stream: str, data: bytes) -> None:
+        """See ``engines.local.Crew``."""
+        self._observer.output(call, stream, data)
+
+    def notice(self, text: str) -> None:
+        """See ``engines.local.Crew``."""
+        self._observer.notice(text)
+
+    def give_up(self, reason: str) -> None:
+        """See ``engines.local.Crew``."""
+        self._post(m.GiveUp(reason))
 
     # A worker that is busy with many calls sends what has ended every millisecond, but not
     # while a long one runs: what ended just before that waits in the ledger.  It is taken
@@ -344,84 +322,23 @@ class PoolEngine:
         if link.id not in self._links or link.rejected:
             return
         try:
-            records = link.intake.look(link.ledger)
+            records = link.look()
         except WireError:
             return  # caught in the middle of a change; it comes over the Pipe
         if records:
             self._records.take(link, records)
 
-    # -- the template -----------------------------------------------------------------
-
-    def _start_template(self) -> None:
-        self._nursery = Nursery(
-            self._settings, self._reactor, self._open, self._on_message, self._on_template_end
-        )
-
-    def _open(self, worker: int) -> tuple[Birth, list[int]] | None:
-        try:
-            link = Link(worker, self._reactor, self._on_output)
-        except OSError as error:
-            self._start_failed(worker, f"not started: {error.strerror}", "")
-            return None
-        self._links[worker] = link
-        link.listen(lambda: self._on_calls(link), lambda: self._on_control(link))
-        return link.birth, link.handed_over
-
-    def _on_output(self, call: Any, stream: str, data: bytes) -> None:
-        self._observer.output(call, stream, data)
-
-    def _on_message(self, message: tuple[Any, ...]) -> None:
-        kind = message[0]
-        if kind == UP and message[1] is not None and not self._complained:
-            self._complained = True
-            text, traceback = message[1]
-            self._observer.notice(f"in the workers, {text}\n{traceback}".rstrip())
-        elif kind == STARTED:
-            link = self._links.get(message[1])
-            if link is not None:
-                link.pid = message[2]
-        elif kind == EXITED:
-            link = self._links.get(message[1])
-            if link is not None:
-                self._on_exit(link, how_it_ended(message[2]))
-
-    def _on_template_end(self, how: str) -> None:
-        assert self._nursery is not None
-        self._wanted += self._nursery.wanted()
-        self._nursery = None
-        for link in list(self._links.values()):
-            _await_death(link)
-            self._on_exit(link, f"ended with the process that started it, which {_was(how)}")
-        if self._closing:
-            return
-        self._failed_templates += 1
-        if self._failed_templates > FEW:
-            self._post(m.GiveUp(f"the process that starts workers {_was(how)}, again and again; "
-                                "TASKRUN_DEBUG=1 shows what it says"))  # fmt: skip
-            return
-        try:
-            self._start_template()
-        except RunError as error:
-            self._post(m.GiveUp(str(error)))
-            return
-        self._start_wanted([])
-
-    def _start_wanted(self, workers: list[int]) -> None:
-        self._wanted += workers
-        if self._nursery is not None:  # else there is another one soon
-            wanted, self._wanted = self._wanted, []
-            self._nursery.start(wanted)
-
     # -- the end of a worker ----------------------------------------------------------
 
-    def _on_exit(self, link: Link, how: str) -> None:
-        """A worker has ended: first all that it had ended, then itself."""
+    def ended(self, link: Link, how: str) -> None:
+        """See ``engines.local.Crew``: first all that it had ended, then itself."""
         try:
-            self._take_the_last(link)
+            for records in link.read_the_last():
+                self._records.take(link, records)
         except WireError as error:
             link.rejected = link.rejected or f"stopped, because what it sent was garbled: {error}"
         executing = link.executing
-        link.outputs.read_the_last(link.ledger.executing)
+        link.read_the_last_output()
         reason = link.rejected or how
         if executing is not None:
             self._observer.output_ended(link.assigned[executing[0]])
@@ -429,28 +346,20 @@ class PoolEngine:
                 reason = f"{how} in the middle of the call"
         last_output = link.last_output
         expected = self._closing or link.stopping
-        self._observer.worker_changed(f"w{link.id}", f"{'ended' if expected else 'lost'}, {reason}")
+        self._observer.worker_changed(link.name, f"{'ended' if expected else 'lost'}, {reason}")
         self._let_go(link)
         if not link.ready:
-            self._start_failed(link.id, reason, last_output)
+            self.not_started(link.id, reason, last_output)
         elif link.assigned or not link.stopping:
             self._post(m.WorkerLost(link.id, reason, executing, last_output))
-
-    def _take_the_last(self, link: Link) -> None:
-        reader = link.reader
-        while not link.rejected:
-            for frame in reader.read():
-                self._records.take(link, link.intake.frame(frame))
-            if reader.drained:
-                break
-        self._records.take(link, link.intake.look(link.ledger))
 
     def _let_go(self, link: Link) -> None:
         del self._links[link.id]
         self._unsent.discard(link)
         link.close()
 
-    def _start_failed(self, worker: int, reason: str, last_output: str) -> None:
+    def not_started(self, worker: int, reason: str, last_output: str = "") -> None:
+        """See ``engines.local.Crew``."""
         self._failed_starts += 1
         if self._failed_starts > FEW:
             said = f"; the last said:\n{last_output.rstrip()}" if last_output else ""
@@ -473,6 +382,10 @@ class PoolEngine:
     def _run_until(self, predicate: Callable[[], bool], deadline: float) -> bool:
         return self._reactor.run_until(predicate, deadline)
 
+    def _launch(self) -> Launch | None:
+        """How a template is started; None: the usual way."""
+        return None
+
     def _make_settings(self) -> Settings:
         try:
             cwd = os.getcwd()
@@ -492,14 +405,3 @@ class PoolEngine:
             coordinator=os.getpid(),
             state=None if self._state is None else self._state(),
         )
-
-
-def _await_death(link: Link) -> None:
-    """Its parent is gone, and so is it in a moment: end what is left of its session."""
-    if link.pid is not None:
-        sessions.signal_session(link.pid, signal.SIGKILL)
-    link.await_end(1.0)
-
-
-def _was(how: str) -> str:
-    return how if how.startswith("exited") else f"was {how}"

@@ -19,6 +19,7 @@ class Source(Protocol):
     """A worker, as far as its records are concerned."""
 
     id: int
+    name: str
     ready: bool
     assigned: dict[int, Any]
     escalations: dict[int, Timer]
@@ -114,7 +115,7 @@ class Records:
 
     def _ready(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         source.ready = True
-        self._observer.worker_changed(f"w{source.id}", f"started, pid {record[1]}")
+        self._observer.worker_changed(source.name, f"started, pid {record[1]}")
         return m.WorkerReady(source.id, record[1])
 
     def _began(self, source: Source, record: tuple[Any, ...]) -> m.Event:

@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from taskrun.engines.nursery import Nursery, launch_fresh
+from taskrun.engines.local import Launch
+from taskrun.engines.nursery import launch_fresh
 from taskrun.engines.pool import PoolEngine
 from taskrun.pooling import remote
 from taskrun.workers import template
@@ -34,10 +35,9 @@ class PoolWorkers(PoolEngine):
     @property
     def settled(self) -> bool:
         """Whether no worker is about to start."""
-        nursery = self._nursery
-        if nursery is None:
+        if self._local.is_gone:
             return True
-        return not nursery.busy and all(link.ready for link in self._links.values())
+        return not self._local.busy and all(link.ready for link in self._links.values())
 
     def pids(self) -> dict[int, int]:
         """The pids of the workers that have started, by number."""
@@ -47,11 +47,8 @@ class PoolWorkers(PoolEngine):
         made = super()._make_settings()
         return made._replace(environment={}, pool=self._starter.told)
 
-    def _start_template(self) -> None:
-        self._nursery = Nursery(
-            self._settings, self._reactor, self._open, self._on_message, self._on_template_end,
-            self._starter.launch,
-        )  # fmt: skip
+    def _launch(self) -> Launch:
+        return self._starter.launch
 
 
 class Starter:
