@@ -57,6 +57,18 @@ def shown(address: Address) -> str:
     return f"unix:{address}"
 
 
+def prepare_unix(path: str) -> None:
+    """See to it that a Unix socket can be made at ``path``, in a folder that is this user's
+    alone; one that nobody listens on any more is removed.  Raises UsageError."""
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UsageError(f"unix:{path}: a socket's path has at most {_LONGEST_PATH} bytes")
+    make_private(os.path.dirname(path) or os.curdir)
+    if os.path.exists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise UsageError(f"unix:{path} is there already, and is no socket")
+    if os.path.exists(path) and _is_live(path):
+        raise UsageError(f"unix:{path}: somebody listens there already")
+
+
 # -- this user's runs -----------------------------------------------------------------
 
 

@@ -62,11 +62,16 @@ def _read(path: str) -> bytes:
         raise UsageError(f"the authkey file {path} cannot be read: {error.strerror}") from None
 
 
-def _checked(key: bytes, source: str) -> bytes:
+def check_length(key: bytes, what: str) -> None:
+    """Raises UsageError for a key that could be guessed."""
+    if not key:
+        raise UsageError(f"{what} is empty, and needs at least {SHORTEST} bytes")
     if len(key) < SHORTEST:
-        raise UsageError(
-            f"the authkey in {source} has {len(key)} bytes, and needs at least {SHORTEST}"
-        )
+        raise UsageError(f"{what} has {len(key)} bytes, and needs at least {SHORTEST}")
+
+
+def _checked(key: bytes, source: str) -> bytes:
+    check_length(key, f"the authkey in {source}")
     return key
 
 

@@ -52,6 +52,16 @@ class WireError(RunError):
     """Raised when the other end of a Pipe sends what cannot be a frame or a record."""
 
 
+class DialError(RunError):
+    """Raised when a coordinator cannot be reached, or one of the two does not trust the
+    other.  ``retry`` says whether it may go better later; a wrong key stays wrong."""
+
+    def __init__(self, message: str, *, retry: bool) -> None:
+        super().__init__(message)
+        self.retry = retry
+        self.exit_status = 3 if retry else 2
+
+
 # -- raised where shared state is used -------------------------------------------------
 
 

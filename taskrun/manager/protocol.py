@@ -202,6 +202,11 @@ class ServerHandshake:
         """What to send first."""
         return self._question.greeting
 
+    @property
+    def question(self) -> bytes:
+        """The message of our challenge: random, and never used twice."""
+        return self._question.message
+
     def receive(self, message: bytes) -> bytes:
         """What to send next, perhaps nothing.  Raises ProtocolError."""
         if not self._proved:

@@ -1,0 +1,341 @@
+"""Dialling a coordinator, on a reactor or while the caller waits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+from taskrun.addresses import Address, shown
+from taskrun.authkey import check_length
+from taskrun.errors import DialError, WireError
+from taskrun.manager.protocol import ProtocolError
+from taskrun.reactor import Reactor
+from taskrun.transport import proof
+from taskrun.transport.gate import acknowledge, prepare
+from taskrun.transport.peer import Peer
+from taskrun.transport.proof import Asking
+from taskrun.wire import Decoder, header
+
+DIAL_TIMEOUT: Final = 10.0  # seconds
+_READ: Final = 256 * 1024
+_JOINED: Final = 64 * 1024  # shorter parts are copied into one write
+
+OnOpen = Callable[[socket.socket, bytes], object]
+OnFailure = Callable[[DialError], object]
+
+
+def dial(
+    address: Address,
+    key: bytes,
+    reactor: Reactor,
+    role: bytes,
+    on_peer: Callable[[Peer], object],
+    on_failure: OnFailure,
+    *,
+    timeout: float = DIAL_TIMEOUT,
+) -> Dialling:
+    """Connect, prove the key, and hand over a Peer; all on the reactor.
+
+    Of ``on_peer`` and ``on_failure`` one is called, once, later, at the latest after
+    ``timeout`` seconds; none of them after ``close()`` of what this returns.
+    Raises UsageError for a key that is too short.
+    """
+    check_length(key, "the authkey")
+
+    def on_open(connection: socket.socket, rest: bytes) -> None:
+        on_peer(Peer(reactor, connection, shown(address), role, rest))
+
+    return Dialling(address, key, reactor, role, on_open, on_failure, timeout)
+
+
+class Dialling:
+    """An attempt to connect: to the first of the host's addresses that answers."""
+
+    def __init__(
+        self,
+        address: Address,
+        key: bytes,
+        reactor: Reactor,
+        role: bytes,
+        on_open: OnOpen,
+        on_failure: OnFailure,
+        timeout: float,
+    ) -> None:
+        self.address = address
+        self._key = key
+        self._reactor = reactor
+        self._role = role
+        self._on_open = on_open
+        self._on_failure = on_failure
+        self._socket: socket.socket | None = None
+        self._asking: Asking | None = None
+        self._last: OSError | None = None
+        self._over = False
+        self._targets: deque[tuple[int, Any]] = deque()
+        self._timer = reactor.call_at(monotonic() + timeout, self._on_timeout)
+        reactor.call_soon(self._look_up)
+
+    # -- where to ---------------------------------------------------------------------
+
+    def _look_up(self) -> None:
+        if isinstance(self.address, str):
+            self._targets.append((socket.AF_UNIX, self.address))
+            self._try_next()
+            return
+        try:
+            self._targets.extend(_targets(self.address, socket.AI_NUMERICHOST))
+            self._try_next()
+        except OSError:  # it is a name: the system may take its time to find it
+            threading.Thread(target=self._ask_for_name, name="look up", daemon=True).start()
+
+    def _ask_for_name(self) -> None:
+        """On a thread of its own."""
+        try:
+            found = _targets(self.address, 0)
+        except OSError as error:
+            failure = error
+            self._reactor.post(lambda: self._on_nowhere(failure))
+            return
+        self._reactor.post(lambda: self._on_found(found))
+
+    def _on_found(self, found: list[tuple[int, Any]]) -> None:
+        if not self._over:
+            self._targets.extend(found)
+            self._try_next()
+
+    def _on_nowhere(self, error: OSError) -> None:
+        self._fail(f"cannot be found: {error.strerror or error}", retry=True)
+
+    # -- the connection ---------------------------------------------------------------
+
+    def _try_next(self) -> None:
+        if self._over:
+            return
+        if not self._targets:
+            assert self._last is not None
+            self._fail(f"cannot be reached: {self._last.strerror or self._last}", retry=True)
+            return
+        family, target = self._targets.popleft()
+        self._socket = made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            prepare(made)
+            begun = made.connect_ex(target)
+            if begun not in (0, errno.EINPROGRESS):
+                raise OSError(begun, os.strerror(begun))
+        except OSError as error:
+            self._on_unreachable(error)
+            return
+        self._reactor.add_writer(made.fileno(), self._on_connected)
+
+    def _on_unreachable(self, error: OSError) -> None:
+        self._last = error
+        self._drop()
+        self._try_next()
+
+    def _on_connected(self) -> None:
+        assert self._socket is not None
+        self._reactor.remove_writer(self._socket.fileno())
+        failed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failed:
+            self._on_unreachable(OSError(failed, os.strerror(failed)))
+            return
+        self._reactor.add_reader(self._socket.fileno(), self._on_readable)
+        self._ask(proof.PLAIN)
+
+    def _ask(self, binding: bytes) -> None:
+        self._asking = Asking(self._key, self._role, binding)
+        self._send()
+
+    def _on_readable(self) -> None:
+        assert self._socket is not None and self._asking is not None
+        try:
+            acknowledge(self._socket)
+            data = self._socket.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._fail(f"broke the connection: {error.strerror or error}", retry=True)
+            return
+        if not data:
+            self._fail("closed the connection before it had proved its key", retry=True)
+            return
+        try:
+            self._asking.feed(data)
+        except ProtocolError as error:
+            self._refuse(error)
+            return
+        self._send()
+        if self._asking.done:
+            self._open()
+
+    def _send(self) -> None:
+        assert self._socket is not None and self._asking is not None
+        data = self._asking.take_outgoing()
+        try:
+            if data and self._socket.send(data) < len(data):
+                self._fail("takes nothing", retry=True)
+        except OSError as error:
+            self._fail(f"broke the connection: {error.strerror or error}", retry=True)
+
+    def _open(self) -> None:
+        if self._over:
+            return
+        assert self._socket is not None and self._asking is not None
+        opened, self._socket = self._socket, None
+        self._reactor.remove_reader(opened.fileno())
+        self._over = True
+        self._timer.cancel()
+        self._on_open(opened, self._asking.rest())
+
+    # -- failing ----------------------------------------------------------------------
+
+    def _on_timeout(self) -> None:
+        reached = "does not answer" if self._asking is not None else "cannot be reached in time"
+        self._fail(reached, retry=True)
+
+    def _refuse(self, error: ProtocolError) -> None:
+        if isinstance(error, proof.SpeaksTls):
+            host = shown(tuple(self.address[:2]))
+            self._fail(f"speaks TLS: write tls://{host}", retry=False)
+        else:
+            self._fail(_TEXTS.get(type(error), "does not speak taskrun's protocol")
+                       .format(error), retry=False)  # fmt: skip
+
+    def _fail(self, what: str, *, retry: bool) -> None:
+        if not self._over:
+            self.close()
+            self._on_failure(DialError(f"{shown(self.address)} {what}", retry=retry))
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._reactor.remove_reader(self._socket.fileno())
+            self._reactor.remove_writer(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+
+    def close(self) -> None:
+        """Give up; nothing is called any more."""
+        self._over = True
+        self._timer.cancel()
+        self._drop()
+
+
+_TEXTS: dict[type, str] = {
+    proof.WrongKey: "does not have our authkey, or does not accept it: both sides need the same",
+    proof.Foreign: "is not a coordinator of taskrun",
+}
+
+
+def _targets(address: Address, flags: int) -> list[tuple[int, Any]]:
+    host, port = address[:2]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return [(family, target) for family, _, _, _, target in found]
+
+
+# -- while the caller waits -----------------------------------------------------------
+
+
+def open_socket(
+    address: Address, key: bytes, role: bytes, timeout: float
+) -> tuple[socket.socket, bytes]:
+    """A connection past the handshake, and what was received after that; it blocks.
+    Raises DialError."""
+    reactor = Reactor()
+    opened: list[tuple[socket.socket, bytes]] = []
+    failed: list[DialError] = []
+    dialling = Dialling(
+        address, key, reactor, role,
+        lambda connection, rest: opened.append((connection, rest)), failed.append, timeout,
+    )  # fmt: skip
+    try:
+        reactor.run_until(lambda: bool(opened or failed))
+    finally:
+        dialling.close()
+        reactor.close()
+    if failed:
+        raise failed[0]
+    opened[0][0].setblocking(True)
+    return opened[0]
+
+
+def dial_blocking(address: Address, key: bytes, role: bytes, timeout: float = DIAL_TIMEOUT) -> Wire:
+    """Connect and prove the key.  Raises DialError, and UsageError for a key that is too
+    short."""
+    check_length(key, "the authkey")
+    connection, rest = open_socket(address, key, role, timeout)
+    return Wire(connection, shown(address), rest)
+
+
+class Wire:
+    """A connection for code that waits: frames in and out.  Not for use after a fork."""
+
+    def __init__(self, connection: socket.socket, name: str, rest: bytes = b"") -> None:
+        self.name = name
+        self._socket = connection
+        self._pid = os.getpid()
+        self._decoder = Decoder()
+        self._frames: deque[memoryview] = deque(self._decoder.feed(rest) if rest else ())
+
+    def fileno(self) -> int:
+        """To wait for it together with others; but see :meth:`ready`."""
+        return self._socket.fileno()
+
+    def ready(self, timeout: float | None = 0) -> bool:
+        """Whether :meth:`recv` would find something, within ``timeout`` seconds."""
+        if self._frames:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+    def send(self, *parts: bytes | memoryview) -> None:
+        """Send one frame made of the parts.  Raises OSError where the other end is gone."""
+        self._check_process()
+        start = header(sum(len(part) for part in parts))
+        if sum(len(part) for part in parts) < _JOINED:
+            self._socket.sendall(b"".join((start, *parts)))
+            return
+        self._socket.sendall(start)
+        for part in parts:
+            self._socket.sendall(part)
+
+    def recv(self, timeout: float | None = None) -> memoryview:
+        """The next frame.  Raises EOFError where the other end is gone, TimeoutError when
+        the time is up (what has come by then is kept), WireError for what is no frame."""
+        self._check_process()
+        deadline = None if timeout is None else monotonic() + timeout
+        while not self._frames:
+            left = None if deadline is None else max(0.0, deadline - monotonic())
+            if not self.ready(left):
+                raise TimeoutError(f"nothing from {self.name} in time")
+            data = self._read()
+            if not data:
+                raise EOFError(f"{self.name} closed the connection")
+            self._frames.extend(self._decoder.feed(data))
+        return self._frames.popleft()
+
+    def _read(self) -> bytes:
+        try:
+            return self._socket.recv(_READ)
+        except ConnectionError:
+            return b""
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise WireError(f"the connection to {self.name} belongs to the parent process")
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,288 @@
+"""The door of a coordinator: whoever connects comes in with a proof of the authkey.
+
+Until a peer has proved that it has the key, it has so many seconds in all, however it uses
+them, and only so many may be at it at a time; beyond that the oldest goes that has taken a
+second or more, or the new ones wait.  Taking a connection in never waits for its handshake.
+
+A door is plain or does TLS; that is said where it is made, and never negotiated.  Who comes
+with the other form is told what to write instead, and so is whoever listens.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from taskrun.addresses import Address, shown
+from taskrun.manager.listening import Listener
+from taskrun.manager.protocol import ProtocolError
+from taskrun.reactor import Reactor
+from taskrun.transport import proof
+from taskrun.transport.proof import Answering
+
+HANDSHAKE_TIMEOUT: Final = 10.0  # seconds
+MOST_GREETING: Final = 256  # peers in the handshake at a time
+_OLD_GREETING: Final = 1.0  # seconds; an honest peer is through in milliseconds
+_READ: Final = 16 * 1024
+_CREDENTIALS: Final = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A connection that is let in.  ``role`` is what its dialling side says it is, None for
+    a client of the standard library; ``rest`` is what it has sent after that."""
+
+    socket: socket.socket
+    name: str
+    role: bytes | None
+    rest: bytes
+
+
+class Gate:
+    """Listens, and lets in whoever has the key.
+
+    ``notice`` gets a line for whatever an honest user would want to know; ``report`` is
+    called in an ``except`` block for what should not happen.  ``stock``: clients of the
+    standard library may come, too, where there is no TLS.
+    """
+
+    def __init__(
+        self,
+        authkey: bytes,
+        reactor: Reactor,
+        on_admitted: Callable[[Admitted], object],
+        *,
+        stock: bool,
+        notice: Callable[[str], object],
+        report: Callable[[], object],
+        allow_md5: bool = True,
+        timeout: float = HANDSHAKE_TIMEOUT,
+        most_greeting: int = MOST_GREETING,
+    ) -> None:
+        self.authkey = authkey
+        self.reactor = reactor
+        self.stock = stock
+        self.allow_md5 = allow_md5
+        self.notice = notice
+        self.report = report
+        self.listeners: list[Listener] = []
+        self._on_admitted = on_admitted
+        self._timeout = timeout
+        self._most_greeting = most_greeting
+        self._greeting: dict[Greeting, float] = {}  # in order of arrival; when it began
+        self._timing = False
+
+    def add(self, address: Address | socket.socket) -> Listener:
+        """A listener there, that is not started yet.  Raises OSError."""
+        listener = Listener(address)
+        self.listeners.append(listener)
+        return listener
+
+    def start(self, listener: Listener) -> None:
+        """Let them come."""
+
+        def on_connection(connection: socket.socket) -> None:
+            self._on_connection(connection, listener)
+
+        listener.start(self.reactor, on_connection, self._has_room)
+
+    def stop_listening(self) -> None:
+        """Take no more connections; those in the handshake go on."""
+        for listener in self.listeners:
+            listener.close()
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self.stop_listening()
+        for greeting in list(self._greeting):
+            greeting.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the descriptors are the parent's."""
+        for listener in self.listeners:
+            listener.forget()
+        for greeting in self._greeting:
+            greeting.socket.close()
+
+    # -- who is at it -----------------------------------------------------------------
+
+    def _has_room(self) -> bool:
+        if len(self._greeting) < self._most_greeting:
+            return True
+        oldest, began = next(iter(self._greeting.items()))
+        if monotonic() - began < _OLD_GREETING:
+            return False
+        oldest.close()
+        return True
+
+    def _on_connection(self, connection: socket.socket, listener: Listener) -> None:
+        try:
+            greeting = Greeting(self, connection, listener)
+            self._greeting[greeting] = monotonic()
+            self._time_greetings()
+            greeting.start()
+        except Exception as error:
+            if not isinstance(error, OSError):  # that is a peer who left at once
+                self.report()
+            for other in [one for one in self._greeting if one.socket is connection]:
+                del self._greeting[other]
+            connection.close()
+
+    def _time_greetings(self) -> None:
+        """One timer, for the oldest, does for all."""
+        if self._greeting and not self._timing:
+            self._timing = True
+            oldest = next(iter(self._greeting.values()))
+            self.reactor.call_at(oldest + self._timeout, self._end_greetings)
+
+    def _end_greetings(self) -> None:
+        self._timing = False
+        latest = monotonic() - self._timeout
+        for greeting, began in list(self._greeting.items()):
+            if began > latest:
+                break
+            greeting.give_up()
+        self._time_greetings()
+
+    def left(self, greeting: Greeting) -> None:
+        """It is through with it, in one way or the other."""
+        full = len(self._greeting) >= self._most_greeting
+        self._greeting.pop(greeting, None)
+        if full:
+            for listener in self.listeners:
+                listener.resume()
+
+    def admit(self, admitted: Admitted) -> None:
+        """The peer has the key, and knows that we have it."""
+        try:
+            self._on_admitted(admitted)
+        except Exception:
+            self.report()
+            admitted.socket.close()
+
+
+class Greeting:
+    """One connection, until it is let in or turned away."""
+
+    __slots__ = ("_answering", "_gate", "_listener", "name", "socket")
+
+    def __init__(self, gate: Gate, connection: socket.socket, listener: Listener) -> None:
+        self._gate = gate
+        self._listener = listener
+        self.socket = connection
+        self.name = name_of(connection)
+        self._answering: Answering | None = None
+
+    def start(self) -> None:
+        """Begin.  Raises OSError where it is gone already."""
+        prepare(self.socket)
+        if self.socket.family == socket.AF_UNIX and not _is_ours(self.socket):
+            self.turn_away("it belongs to another user")
+            return
+        self._gate.reactor.add_reader(self.socket.fileno(), self._on_readable)
+        self._ask(proof.PLAIN)
+
+    def _ask(self, binding: bytes) -> None:
+        gate = self._gate
+        self._answering = Answering(
+            gate.authkey, binding, stock=gate.stock and binding == proof.PLAIN,
+            allow_md5=gate.allow_md5,
+        )  # fmt: skip
+        self._send(self._answering.take_outgoing())
+
+    def _on_readable(self) -> None:
+        try:
+            acknowledge(self.socket)
+            data = self.socket.recv(_READ)
+            if data:
+                self._feed(data)
+            else:
+                self.close()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+        except Exception:
+            self._gate.report()
+            self.close()
+
+    def _feed(self, data: bytes) -> None:
+        assert self._answering is not None
+        try:
+            self._answering.feed(data)
+            self._send(self._answering.take_outgoing())
+        except ProtocolError as error:
+            self.turn_away(str(error), error.last_words)
+            return
+        if self._answering.done:
+            self._detach()
+            self._gate.admit(
+                Admitted(self.socket, self.name, self._answering.role, self._answering.rest())
+            )
+
+    def _send(self, data: bytes) -> None:
+        # There is room for these few bytes, unless the peer does not read at all.
+        if data and self.socket.send(data) < len(data):
+            raise ConnectionAbortedError
+
+    # -- leaving ----------------------------------------------------------------------
+
+    def turn_away(self, why: str, last_words: bytes = b"") -> None:
+        """End it, and tell both sides why."""
+        address = shown(self._listener.address)
+        self._gate.notice(f"turned away {self.name} at {address}: {why}")
+        try:
+            self._send(last_words)
+        except OSError:
+            pass  # it does not listen
+        self.close()
+
+    def give_up(self) -> None:
+        """Its time is over."""
+        self.close()
+
+    def _detach(self) -> None:
+        self._gate.reactor.remove_reader(self.socket.fileno())
+        self._gate.left(self)
+
+    def close(self) -> None:
+        if self.socket.fileno() >= 0:
+            self._detach()
+            self.socket.close()
+
+
+def prepare(connection: socket.socket) -> None:
+    """What we want of each connection."""
+    connection.setblocking(False)
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A machine that has lost its power says nothing; its connection ends all the same.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def acknowledge(connection: socket.socket) -> None:
+    """A client that sends two small messages in a row waits for the first to be
+    acknowledged; the system delays that by 40 ms, unless told otherwise again and again."""
+    if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_QUICKACK"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def name_of(connection: socket.socket) -> str:
+    """Who is at the other end, as messages say it."""
+    if connection.family != socket.AF_UNIX:
+        return shown(connection.getpeername()[:2])
+    found = connection.getpeername() or connection.getsockname()
+    return shown(os.fsdecode(found))
+
+
+def _is_ours(connection: socket.socket) -> bool:
+    """Whether the process at the other end of a Unix socket is this user's, or root's."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True  # the folder of the socket lets in nobody else
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return _CREDENTIALS.unpack(found)[1] in (os.geteuid(), 0)

@@ -1,0 +1,103 @@
+"""Listening for peers of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
+
+from taskrun.addresses import Address, prepare_unix, shown
+from taskrun.authkey import check_length
+from taskrun.errors import UsageError
+from taskrun.reactor import Reactor
+from taskrun.transport.gate import HANDSHAKE_TIMEOUT, MOST_GREETING, Admitted, Gate
+from taskrun.transport.peer import Peer
+
+
+def _no_notice(text: str) -> None:
+    """Nobody wants to know."""
+
+
+def _print_traceback() -> None:
+    traceback.print_exc(file=sys.stderr)
+
+
+def listen(
+    address: Address,
+    key: bytes,
+    reactor: Reactor,
+    on_peer: Callable[[Peer], object],
+    *,
+    notice: Callable[[str], object] = _no_notice,
+    report: Callable[[], object] = _print_traceback,
+    timeout: float = HANDSHAKE_TIMEOUT,
+    most_greeting: int = MOST_GREETING,
+) -> Listener:
+    """Listen at ``address``; whoever proves the key becomes a Peer.
+
+    ``notice`` gets a line for each peer that is turned away; ``report`` is called in an
+    ``except`` block where ``on_peer`` raises.  ``timeout``: seconds for the handshake as a
+    whole.  Raises UsageError for an address or a key that cannot be used.
+    """
+    check_length(key, "the authkey")
+
+    def on_admitted(admitted: Admitted) -> None:
+        on_peer(peer_of(reactor, admitted))
+
+    gate = Gate(
+        key, reactor, on_admitted, stock=False, notice=notice, report=report,
+        timeout=timeout, most_greeting=most_greeting,
+    )  # fmt: skip
+    return Listener(gate, address)
+
+
+def peer_of(reactor: Reactor, admitted: Admitted) -> Peer:
+    """The Peer of a connection that was let in with a role of our own."""
+    assert admitted.role is not None
+    return Peer(reactor, admitted.socket, admitted.name, admitted.role, admitted.rest)
+
+
+class Listener:
+    """A listening address; ``address`` is the one that was found where the port was 0."""
+
+    def __init__(self, gate: Gate, address: Address) -> None:
+        self._gate = gate
+        self.address = open_door(gate, address)
+        _listeners.add(self)
+
+    def close(self) -> None:
+        """Listen no more, and let go of those that have not proved the key yet."""
+        self._gate.close()
+        _listeners.discard(self)
+
+    def _leave_to_parent(self) -> None:
+        self._gate.leave_to_parent()
+
+
+def open_door(gate: Gate, address: Address) -> Address:
+    """Have a gate listen there, from now on; the address with its port.  Raises
+    UsageError."""
+    try:
+        if isinstance(address, str):
+            prepare_unix(address)
+        listener = gate.add(address)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {shown(address)}: {error.strerror}") from None
+    if isinstance(address, str):
+        os.chmod(address, 0o600)
+    gate.start(listener)
+    return listener.address
+
+
+_listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for listener in list(_listeners):
+        listener._leave_to_parent()
+    _listeners.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,237 @@
+"""A connection whose other end has proved the authkey: whole messages in and out."""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+from taskrun.errors import WireError
+from taskrun.reactor import Reactor
+from taskrun.wire import Decoder, header
+
+OnFrame = Callable[[memoryview], object]
+OnEnd = Callable[[str], object]
+
+_READ: Final = 256 * 1024
+_CHUNK: Final = 64 * 1024  # bytes that are joined into one write; longer parts are not copied
+_AT_ONCE: Final = 1024 * 1024  # bytes written in one turn of the loop: others wait, too
+_PATIENCE: Final = 5.0  # seconds for the other end to take the last words
+
+
+class Peer:
+    """Frames over one connection, on a reactor; everything on the reactor's thread.
+
+    ``name`` says who is at the other end, as messages say it.  ``hello`` is what the
+    dialling side proved the key for: its role, such as ``b"node"``.  Frames are those of a
+    Pipe (see ``taskrun.wire``).  What is sent in one turn of the loop goes out together.
+    """
+
+    def __init__(
+        self, reactor: Reactor, connection: socket.socket, name: str, hello: bytes, rest: bytes
+    ) -> None:
+        """``rest``: what has been received already."""
+        self.name = name
+        self.hello = hello
+        self.unsent = 0  # bytes that wait
+        self.on_drained: Callable[[], object] | None = None
+        """Called whenever everything is written of what had to wait for the other end."""
+        self._reactor = reactor
+        self._socket = connection
+        self._decoder = Decoder()
+        self._rest = rest
+        self._on_frame: OnFrame = _ignore
+        self._on_end: OnEnd = _ignore
+        self._queue: deque[memoryview] = deque()
+        self._scheduled = self._blocked = self._finishing = self._listening = False
+        self.closed = False
+        _peers.add(self)
+
+    def __repr__(self) -> str:
+        return f"<{self.hello.decode(errors='replace')} at {self.name}>"
+
+    # -- receiving --------------------------------------------------------------------
+
+    def listen(self, on_frame: OnFrame, on_end: OnEnd) -> None:
+        """Begin to receive.  ``on_frame`` gets each frame; its memory stays as it is.
+        ``on_end`` is called once, with the reason, when the other end is gone or sends what
+        is no frame; not after :meth:`close`."""
+        self._on_frame = on_frame
+        self._on_end = on_end
+        rest, self._rest = self._rest, b""
+        if rest:
+            self._reactor.call_soon(lambda: self._take(rest))
+        self.resume()
+
+    def pause(self) -> None:
+        """Receive no more for now: the other end has to wait."""
+        if self._listening:
+            self._listening = False
+            self._reactor.remove_reader(self._socket.fileno())
+
+    def resume(self) -> None:
+        """Receive again."""
+        if not self._listening and not self.closed:
+            self._listening = True
+            self._reactor.add_reader(self._socket.fileno(), self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            # With TLS this takes the whole of a record: what it left would not be seen.
+            data = self._socket.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(_reason(error))
+            return
+        if data:
+            self._take(data)
+        else:
+            self._end("the other end closed the connection")
+
+    def _take(self, data: bytes) -> None:
+        if self._finishing or self.closed:
+            return
+        try:
+            frames = self._decoder.feed(data)
+        except WireError as error:
+            self._end(str(error))
+            return
+        for frame in frames:
+            if self.closed:
+                return
+            self._on_frame(frame)
+
+    # -- sending ----------------------------------------------------------------------
+
+    def send(self, *parts: bytes | memoryview) -> None:
+        """Send one frame made of the parts, as soon as there is room.  They must not be
+        changed meanwhile.  Does nothing once the connection has ended."""
+        if self.closed or self._finishing:
+            return
+        size = sum(len(part) for part in parts)
+        start = header(size)
+        self._queue.append(memoryview(start))
+        self._queue.extend(memoryview(part) for part in parts if part)
+        self.unsent += len(start) + size
+        if not self._scheduled and not self._blocked:
+            self._scheduled = True
+            self._reactor.call_soon(self._on_turn)
+
+    def _on_turn(self) -> None:
+        self._scheduled = False
+        if not self._blocked and not self.closed:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            self._end(_reason(error))
+            return
+        if bool(self._queue) != self._blocked:
+            self._blocked = not self._blocked
+            self._watch_for_room()
+
+    def _watch_for_room(self) -> None:
+        if self._blocked:
+            self._reactor.add_writer(self._socket.fileno(), self._flush)
+            return
+        self._reactor.remove_writer(self._socket.fileno())
+        if self._finishing:
+            self._say_goodbye()
+        elif self.on_drained is not None:
+            self.on_drained()
+
+    def _write(self) -> None:
+        """Write until there is no room, or enough is written for this turn."""
+        written = 0
+        while self._queue and written < _AT_ONCE:
+            chunk = self._next_chunk()
+            try:
+                sent = self._socket.send(chunk)
+            except (BlockingIOError, InterruptedError):
+                # The same bytes have to come first next time: TLS insists.
+                self._queue.appendleft(chunk)
+                return
+            written += sent
+            self.unsent -= sent
+            if sent < len(chunk):
+                self._queue.appendleft(chunk[sent:])
+
+    def _next_chunk(self) -> memoryview:
+        """The first buffer of the queue, joined with those after it while it is short."""
+        first = self._queue.popleft()
+        if not self._queue or len(first) + len(self._queue[0]) > _CHUNK:
+            return first
+        pieces, size = [first], len(first)
+        while self._queue and size + len(self._queue[0]) <= _CHUNK:
+            pieces.append(self._queue.popleft())
+            size += len(pieces[-1])
+        return memoryview(b"".join(pieces))
+
+    # -- leaving ----------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Send what waits, then close; nothing more is received.  A last message that says
+        why arrives, if the other end takes it within seconds."""
+        if self.closed or self._finishing:
+            return
+        self._finishing = True
+        self._on_end = _ignore
+        self._reactor.call_at(monotonic() + _PATIENCE, self.close)
+        self.resume()
+        if not self._queue:
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        # To close with bytes unread would reset the connection, and lose what was sent.
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()  # it is gone already
+
+    def _end(self, reason: str) -> None:
+        if not self.closed:
+            self.close()
+            self._on_end(reason)
+
+    def close(self) -> None:
+        """End the connection now; what waits is lost."""
+        if self.closed:
+            return
+        self.closed = True
+        self._reactor.remove_reader(self._socket.fileno())
+        self._reactor.remove_writer(self._socket.fileno())
+        self._queue.clear()
+        self.unsent = 0
+        self._socket.close()
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the connection is the parent's."""
+        self.closed = True
+        self._socket.close()
+
+
+def _ignore(_: object) -> None:
+    """Nobody listens."""
+
+
+def _reason(error: OSError) -> str:
+    return f"the connection broke: {error.strerror or error}"
+
+
+_peers: weakref.WeakSet[Peer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for peer in list(_peers):
+        peer._leave_to_parent()
+    _peers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
