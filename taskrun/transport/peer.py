@@ -94,7 +94,7 @@ class Peer:
             self._end("the other end closed the connection")
 
     def _take(self, data: bytes) -> None:
-        if self._finishing or self.closed:
+        if self._finishing:
             return
         try:
             frames = self._decoder.feed(data)
@@ -102,7 +102,7 @@ class Peer:
             self._end(str(error))
             return
         for frame in frames:
-            if self.closed:
+            if self.closed or self._finishing:
                 return
             self._on_frame(frame)
 
@@ -133,19 +133,16 @@ class Peer:
         except OSError as error:
             self._end(_reason(error))
             return
-        if bool(self._queue) != self._blocked:
-            self._blocked = not self._blocked
-            self._watch_for_room()
-
-    def _watch_for_room(self) -> None:
-        if self._blocked:
+        if self._queue and not self._blocked:
+            self._blocked = True
             self._reactor.add_writer(self._socket.fileno(), self._flush)
-            return
-        self._reactor.remove_writer(self._socket.fileno())
-        if self._finishing:
+        elif self._blocked and not self._queue:
+            self._blocked = False
+            self._reactor.remove_writer(self._socket.fileno())
+            if self.on_drained is not None:
+                self.on_drained()
+        if self._finishing and not self._queue:
             self._say_goodbye()
-        elif self.on_drained is not None:
-            self.on_drained()
 
     def _write(self) -> None:
         """Write until there is no room, or enough is written for this turn."""
