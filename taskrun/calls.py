@@ -44,7 +44,7 @@ class Call:
         "children",  # {key: Call} submitted by this one, until it ends
         "dependants",  # calls that take this one's value
         "ending",  # why the running attempt was interrupted: "timeout", "cancelled", or None
-        "expansions",  # fan-outs that wait for this call's items: (family, prefix)
+        "expansions",  # the graph.Expansions that wait for this call's items
         "failure",  # the last attempt's Failure
         "family",  # the graph.Family of a static call; None: submitted
         "generation",  # the attempt of the parent that last asked for this child
@@ -65,7 +65,7 @@ class Call:
         "users",  # how many may still ask for the value
         "value",
         "wall",  # wall clock at the current attempt's begin, as its worker saw it
-        "watchers",  # workers whose running attempt waits for this call
+        "watchers",  # the workforce.Waits of running attempts that wait for this call
         "worker",
     )
 
@@ -90,10 +90,10 @@ class Call:
         self.needs = 0
         self.users = 0
         self.dependants: list[Call] | None = None
-        self.expansions: list[tuple[Any, tuple[int, ...]]] | None = None
+        self.expansions: list[Any] | None = None
         self.children: dict[bytes, Call] | None = None
         self.inputs: dict[bytes, Call] | None = None
-        self.watchers: list[int] | None = None
+        self.watchers: list[Any] | None = None
         self.blob: bytes | None = None
         self.value: Encoded = None
         self.items: list[Encoded] | None = None

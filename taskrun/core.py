@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from taskrun import messages as m
@@ -32,12 +32,18 @@ from taskrun.calls import (
     WAITING,
     Call,
 )
+from taskrun.claims import Claims, Impossible
+from taskrun.crowd import Crowd
 from taskrun.errors import RunError
 from taskrun.graph import Graph
-from taskrun.model import Encoded, Failure, Plan, Recipe
-from taskrun.placement import Placement, Timers, Worker
+from taskrun.limits import Keys, Limits
+from taskrun.model import LANES, Encoded, Failure, Plan, Recipe
+from taskrun.placement import Placement
 from taskrun.resources import Resources
+from taskrun.timers import Timers
+from taskrun.workforce import Home, Wait, Worker
 
+PROCESS = "process"
 SPARE_FACTOR = 4  # workers a slot, when calls lend theirs
 RESTARTS = 10  # idle workers that may die, beside one a slot ...
 RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up
@@ -51,7 +57,11 @@ class Scheduler:
     whose values are kept.  ``open_feed``: calls will come by ``Fed``.  ``keep``: whether
     calls are remembered when they have ended.  ``standing``: so many workers are wanted even
     while there is nothing to do.  ``most_calls``: how many a worker executes before another
-    takes its place.  ``seed`` makes the jitter of retries repeatable.
+    takes its place.  ``lanes``: those that have workers of their own, and how many at most;
+    the calls of the others are executed as those of the lane ``process``.  ``engine``: these
+    go to workers that come by themselves and execute many at a time.  ``limit_keys`` gives
+    the value of each of a call's limits' keys.  ``seed`` makes the jitter of retries
+    repeatable.
     """
 
     def __init__(
@@ -69,6 +79,9 @@ class Scheduler:
         keep: bool = True,
         standing: int = 0,
         most_calls: int | None = None,
+        lanes: Mapping[str, int] | None = None,
+        engine: bool = False,
+        limit_keys: Callable[[Call], Keys] | None = None,
         seed: int | None = None,
     ) -> None:
         self.policy = policy
@@ -82,24 +95,33 @@ class Scheduler:
         self.resources = Resources({"cpu": slots, **(resources or {})})
         self.graph = Graph(plan, self._new_call, recipe_ids, wanted)
         self._timers = Timers()
+        self._out: list[m.Command] = []
+        self._workers: dict[int, Worker] = {}
+        self._limits = Limits(self._timers, limit_keys or _no_keys, self._consider_again)
+        self._claims = Claims(self.resources, self._limits, self._workers)
         self.placement = Placement(
-            slots, max(1, slots * spare_factor), ahead, self.resources, self._timers
+            slots, spare_factor, ahead, self._claims, self._timers, self._workers, self._out
         )
         self.placement.standing = standing
         self.placement.most_calls = most_calls
-        self._out = self.placement.out
-        self._ready = self.placement.ready
+        self._homes = self._make_homes(lanes or {}, engine)
+        self._ready = {lane: home.ready for lane, home in self._homes.items()}
+        self._busy_homes = list(dict.fromkeys(self._homes.values()))
         self._random = random.Random(seed)
         self._live = 0  # calls that have not ended
         self._feeding = open_feed
         self._ordinals: dict[int, int] = {}
         self._idle_deaths: deque[float] = deque()
+        self._yielded: dict[int, int] = {}  # how many items the current attempts have delivered
         self._now = 0.0
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.WorkerReady: self.on_worker_ready,
             m.WorkerLost: self.on_worker_lost,
+            m.Retiring: self.on_retiring,
+            m.Capacity: self.on_capacity,
             m.Began: self.on_began,
             m.Finished: self.on_finished,
+            m.Yielded: self.on_yielded,
             m.GaveBack: self.on_gave_back,
             m.Submitted: self.on_submitted,
             m.Fed: self.on_fed,
@@ -111,6 +133,16 @@ class Scheduler:
             m.GiveUp: self.on_give_up,
             m.Tick: self.on_tick,
         }
+
+    def _make_homes(self, lanes: Mapping[str, int], engine: bool) -> dict[str, Home]:
+        """Who gives each lane's calls to workers."""
+        process: Home = self.placement
+        if engine:
+            process = Crowd(PROCESS, 0, self._claims, self._workers, self._out)
+        homes = dict.fromkeys(LANES, process)
+        for lane, most in lanes.items():
+            homes[lane] = Crowd(lane, most, self._claims, self._workers, self._out)
+        return homes
 
     # -- the one door -----------------------------------------------------------------
 
@@ -142,14 +174,32 @@ class Scheduler:
         while not self.over and (action := self._timers.due(self._now)) is not None:
             action()
             self._follow()
-        while not self.over and (blocked := self.placement.schedule(self._now)) is not None:
-            self._fail_blocked(blocked)
+        while not self.over and not self._schedule():
             self._follow()
         if not self.over and not self._live and not self._feeding:
             self._finish()
         out = self._out[:]
         self._out.clear()
         return out
+
+    def _schedule(self) -> bool:
+        """Assign what can be assigned; False where a call cannot start, and was failed."""
+        homes = self._busy_homes
+        try:
+            for home in homes:
+                home.schedule(self._now)
+            if any(home.ready.count for home in homes) or self._limits.parked_count:
+                self._look_for_deadlock()
+        except Impossible as impossible:
+            self._fail_blocked(impossible)
+            return False
+        return True
+
+    def _look_for_deadlock(self) -> None:
+        if all(home.is_idle() for home in self._busy_homes):
+            ready = [call for home in self._busy_homes for call in home.ready]
+            if stuck := self._claims.deadlocked(ready):
+                raise Impossible(stuck)
 
     def _finish(self) -> None:
         self.over = True
@@ -158,10 +208,21 @@ class Scheduler:
     # -- workers ----------------------------------------------------------------------
 
     def on_worker_ready(self, event: m.WorkerReady) -> None:
-        self.placement.join(event.worker, event.pid, self._now)
+        self._homes[event.lane].join(event.worker, event.pid, event.slots, self._now)
+
+    def on_retiring(self, event: m.Retiring) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is not None:
+            worker.home.retire(worker)
+
+    def on_capacity(self, event: m.Capacity) -> None:
+        self.placement.slots = event.slots
+        self.resources.capacity["cpu"] = event.slots
 
     def on_worker_lost(self, event: m.WorkerLost) -> None:
-        worker = self.placement.leave(event.worker)
+        known = self._workers.get(event.worker)
+        home = known.home if known is not None else self._homes[event.lane]
+        worker = home.leave(event.worker)
         if worker is None:
             return
         if not worker.calls and self._die_too_often():
@@ -169,7 +230,9 @@ class Scheduler:
             return
         executing = self._current(*event.executing) if event.executing else None
         begun = [
-            call for call in worker.calls.values() if call is executing or call.began is not None
+            call
+            for call in worker.calls.values()
+            if home.begins_at_once or call is executing or call.began is not None
         ]
         for call in begun:
             del worker.calls[call.id]
@@ -227,7 +290,7 @@ class Scheduler:
         self._out.append(m.Interrupt(call.worker, call.id, call.attempt, reason))
 
     def on_gave_back(self, event: m.GaveBack) -> None:
-        worker = self.placement.workers.get(event.worker)
+        worker = self._workers.get(event.worker)
         if worker is None:
             return
         back = []
@@ -237,7 +300,7 @@ class Scheduler:
                 back.append(call)
         worker.given -= len(back)
         self._requeue(back)
-        self.placement.heard(worker, self._now)
+        worker.home.heard(worker, self._now)
 
     def _requeue(self, calls: list[Call]) -> None:
         """They were assigned, but never begun: no attempt is counted."""
@@ -252,14 +315,20 @@ class Scheduler:
                 call.state = READY
                 call.worker = call.began = None
                 ready.append(call)
-        self._ready.put_back(ready)
+        self._consider_again(ready)
+
+    def _consider_again(self, calls: list[Call]) -> None:
+        """They are next in their queues."""
+        for call in reversed(calls):
+            self._ready[call.recipe.lane].put_back([call])
 
     # -- how attempts end -------------------------------------------------------------
 
     def on_finished(self, event: m.Finished) -> None:
-        worker = self.placement.workers.get(event.worker)
+        worker = self._workers.get(event.worker)
         find = self._find
         queue = None
+        ready = self.placement.ready
         for id, attempt, kind, payload, items, wall, seconds, _ in event.reports:
             call = find(id)
             if (
@@ -272,25 +341,42 @@ class Scheduler:
             call.seconds = seconds
             call.wall = wall
             if queue is None or queue.recipe is not call.recipe:
-                queue = self._ready.queue(call.recipe)
+                ready = self._ready[call.recipe.lane]
+                queue = ready.queue(call.recipe)
             if queue.learn(seconds):
-                self._ready.move_up(queue)
+                ready.move_up(queue)
             if worker is not None:
                 worker.calls.pop(id, None)
                 if worker.waits:
-                    self.placement.end_wait(worker, call)
+                    worker.end_wait(call)
             if kind == "value" and call.ending is None:
                 self._succeeded(call, payload, items)
             else:
                 self._ended_otherwise(call, kind, payload, items)
         if worker is not None:
-            self.placement.heard(worker, self._now)
+            worker.home.heard(worker, self._now)
             self._follow()
-            self.placement.top_up(worker, self._now)
+            worker.home.top_up(worker, self._now)
+
+    def on_yielded(self, event: m.Yielded) -> None:
+        call = self._current(event.call, event.attempt)
+        if call is not None and call.state is RUNNING:
+            self._take_items(call, event.first, event.items)
+            self._yielded[call.id] = event.first + len(event.items)
+            self.graph.streamed(call)
+
+    def _take_items(self, call: Call, first: int, items: list[Encoded]) -> None:
+        """Items of a generator from place ``first`` on.  Those that an earlier attempt has
+        delivered stay as they are."""
+        call.items = known = call.items or []
+        known += items[max(0, len(known) - first) :]
 
     def _succeeded(self, call: Call, value: Encoded, items: list[Encoded] | None) -> None:
         call.value = value
-        call.items = items
+        if call.items is None:
+            call.items = items
+        else:
+            self._take_items(call, self._yielded.pop(call.id, 0), items or [])
         self._attempt_ended(call, "value", None, None)
         if call.units is not None:
             self._put_down(call)
@@ -332,6 +418,7 @@ class Scheduler:
             self._attempt_failed(call, failure, "timeout", retryable=retryable)
             return
         self._attempt_ended(call, "cancelled", None, None)
+        self._yielded.pop(call.id, None)
         self._put_down(call)
         self._end_cancelled(call)
 
@@ -361,6 +448,7 @@ class Scheduler:
     ) -> None:
         """``asked``: the task itself asked to be tried again, after so many seconds."""
         call.failure = failure
+        self._yielded.pop(call.id, None)
         self._put_down(call)
         retries = call.recipe.retries
         allowed = retries if retries is not None else (0 if asked is None else call.attempt)
@@ -393,7 +481,7 @@ class Scheduler:
 
     def _queue_again(self, call: Call) -> None:
         call.state = READY
-        self._ready.add(call)
+        self._ready[call.recipe.lane].add(call)
 
     def _attempt_ended(
         self, call: Call, outcome: str, failure: Failure | None, again: float | None
@@ -405,10 +493,9 @@ class Scheduler:
         )
 
     def _put_down(self, call: Call) -> None:
-        """The attempt is over: the resources that it held are free."""
+        """The attempt is over: what it held is free."""
         if call.units is not None:
-            self.resources.give_back(call.recipe.resources, call.units)
-            call.units = None
+            self._claims.put_down(call, call.recipe.resources)
 
     # -- calls that make calls, and wait for them -------------------------------------
 
@@ -490,12 +577,12 @@ class Scheduler:
             self.graph.ready.append(call)
 
     def on_waiting(self, event: m.Waiting) -> None:
-        worker = self.placement.workers.get(event.worker)
+        worker = self._workers.get(event.worker)
         call = self._current(event.call, event.attempt)
         if worker is None or call is None or call.worker != event.worker:
             return
         self._has_begun(call)
-        wait = self.placement.wait(worker, call, event.any_of)
+        wait = worker.home.wait(worker, call, event.any_of)
         wait.hosts = m.OUTSIDE in event.keys
         wait.outside = wait.hosts or m.OUTSIDE_ALONE in event.keys
         for key in event.keys:
@@ -505,12 +592,14 @@ class Scheduler:
             if child is None:
                 self._refuse_stranger(worker, call, key)
                 continue
-            self.placement.watch(worker, wait, child)
+            wait.watch(child)
         for child in [child for child in wait.pending.values() if child.state in FINAL]:
-            self._deliver(worker, child)
+            self._deliver(wait, child)
         if not wait.pending and not wait.outside:
             wait.over = True
-        self.placement.go_on(worker)
+        if call.recipe.limits:
+            self._limits.consider_again(call)
+        worker.home.go_on(wait)
 
     def _refuse_stranger(self, worker: Worker, call: Call, key: bytes) -> None:
         failure = Failure(
@@ -519,22 +608,18 @@ class Scheduler:
         self._out.append(m.Deliver(worker.id, {key: failure}, call.id))
 
     def on_resumed(self, event: m.Resumed) -> None:
-        worker = self.placement.workers.get(event.worker)
+        worker = self._workers.get(event.worker)
         call = self._current(event.call, event.attempt)
-        if worker is not None and worker.waits and worker.waits[-1].call is call:
-            self.placement.resume(worker)
+        if worker is not None and call is not None:
+            worker.home.resumed(worker, call)
 
-    def _tell(self, worker: Worker, child: Call) -> None:
-        """``child`` has ended: the attempts in ``worker`` that wait for it can go on."""
-        self._deliver(worker, child)
-        self.placement.go_on(worker)
-
-    def _deliver(self, worker: Worker, child: Call) -> None:
-        for wait in self.placement.ended_by(worker, child):
-            if child.state is not OK:
-                _note_refused(child)
-            outcome = child.value if child.state is OK else child.ended_as()
-            self._out.append(m.Deliver(worker.id, {child.key: outcome}, wait.call.id))
+    def _deliver(self, wait: Wait, child: Call) -> None:
+        """``child`` has ended, and a waiting attempt is told."""
+        wait.ended(child)
+        if child.state is not OK:
+            _note_refused(child)
+        outcome = child.value if child.state is OK else child.ended_as()
+        self._out.append(m.Deliver(wait.worker.id, {child.key: outcome}, wait.call.id))
 
     def on_cancel_child(self, event: m.CancelChild) -> None:
         parent = self._current(event.parent, event.attempt)
@@ -550,7 +635,7 @@ class Scheduler:
             failure = Failure("error", "ResultError", said)
             self._attempt_failed(call, failure, "error", retryable=False)
             return
-        call.value, call.items = payload, items
+        call.value = (payload, items)
         self._attempt_ended(call, "value", None, None)
         self._put_down(call)
         self.graph.let_inputs_go(call)
@@ -564,9 +649,11 @@ class Scheduler:
     def _link(self, call: Call) -> None:
         """All futures in a held value have ended well: put their values in."""
         values = {key: child.value for key, child in (call.inputs or {}).items()}
-        call.value = _linked(call.value, values)
-        if call.items is not None:
-            call.items = [_linked(item, values) if item[1] else item[0] for item in call.items]
+        payload, items = call.value
+        call.value = _linked(payload, values)
+        if items is not None:
+            linked = [_linked(item, values) if item[1] else item[0] for item in items]
+            self._take_items(call, self._yielded.pop(call.id, 0), linked)
         self._end(call, OK)
 
     # -- how calls end ----------------------------------------------------------------
@@ -618,8 +705,9 @@ class Scheduler:
             del self._open[call.id]
         if call.watchers is not None:
             watchers, call.watchers = call.watchers, None
-            for id in watchers:
-                self._tell(self.placement.workers[id], call)
+            for wait in watchers:
+                self._deliver(wait, call)
+                wait.worker.home.go_on(wait)
         if call.children is not None:
             self._let_children_go(call)
         if state is FAILED and not call.tolerated:
@@ -675,7 +763,7 @@ class Scheduler:
                 self._end(call, CANCELLED)
             else:
                 call.state = READY
-                self._ready.add(call)
+                self._ready[call.recipe.lane].add(call)
 
     def _doom(self, call: Call, cause: Call) -> None:
         """An input of ``call`` is not coming."""
@@ -684,20 +772,33 @@ class Scheduler:
             self._end(call, CANCELLED if cause.state is CANCELLED else SKIPPED)
         elif call.state is HELD:
             call.cause = cause.cause or cause
-            call.value = call.items = None
+            call.value = None
             call.failure = cause.ended_as()
             _note_refused(cause)
             self._end(call, cause.state)
 
-    def _fail_blocked(self, call: Call) -> None:
-        needs = ", ".join(f"{name}={amount:g}" for name, amount in call.recipe.resources.items())
-        call.failure = Failure(
-            "blocked",
-            "CallBlocked",
-            f"{call.title} needs {needs}, which calls hold that wait for it: "
-            f"they would wait for ever",
-        )
+    def _fail_blocked(self, impossible: Impossible) -> None:
+        call = impossible.call
+        self._take_out(call)
+        if impossible.why is not None:
+            error = impossible.why
+            said = f"the key of a limit of {call.title} cannot be had: {error}"
+            call.failure = Failure("error", type(error).__name__, said)
+        else:
+            needs = [f"{name}={amount:g}" for name, amount in call.recipe.resources.items()]
+            needs += [str(bound) for bound in call.recipe.limits]
+            call.failure = Failure(
+                "blocked",
+                "CallBlocked",
+                f"{call.title} needs {', '.join(needs)}, which calls hold that wait for it: "
+                f"they would wait for ever",
+            )
         self._end(call, FAILED)
+
+    def _take_out(self, call: Call) -> None:
+        """A ready call is not going to start."""
+        if not (call.recipe.limits and self._limits.give_up(call)):
+            self._ready[call.recipe.lane].discard(call)
 
     # -- cancelling and stopping ------------------------------------------------------
 
@@ -719,7 +820,7 @@ class Scheduler:
             self._interrupt(call, "cancelled")
             return
         if call.state is READY:
-            self._ready.discard(call)
+            self._take_out(call)
         self._end(call, CANCELLED)
 
     def on_stop(self, event: m.Stop) -> None:
@@ -738,20 +839,16 @@ class Scheduler:
         """Start nothing more but teardown; take back what has not begun."""
         first, self.stopping = not self.stopping, self.stopping or reason
         self._feeding = False
-        for worker in self.placement.workers.values():
+        for worker in list(self._workers.values()):
             if interrupt:
                 for call in worker.calls.values():
                     if not call.ending and not call.teardown:
                         self._interrupt(call, "cancelled")
-            elif len(worker.calls) - len(worker.waits) > 1:
+            elif worker.home is self.placement and worker.running > 1:
                 self.placement.reclaim(worker, len(worker.calls))
         if not first:
             return
-        for call in self._ready.clear():
-            if call.teardown:
-                self._ready.add(call)
-            else:
-                self._end(call, CANCELLED)
+        self._clear_ready()
         for call in self.calls if self._keep else list(self._open.values()):
             if call.teardown:
                 continue
@@ -760,9 +857,42 @@ class Scheduler:
             elif call.state is WAITING and call.family is None:
                 self._end(call, CANCELLED)
 
+    def _clear_ready(self) -> None:
+        """Nothing that is ready starts, but teardown."""
+        ready = [call for home in self._busy_homes for call in home.ready.clear()]
+        for call in [*self._limits.clear(), *ready]:
+            if call.teardown:
+                self._ready[call.recipe.lane].add(call)
+            else:
+                self._end(call, CANCELLED)
+
+    def worker(self, id: int) -> Worker | None:
+        """A worker that is here."""
+        return self._workers.get(id)
+
+    def parked_at(self, call: Call) -> str | None:
+        """The limit that keeps a ready call, for people."""
+        return self._limits.why(call)
+
+    def wait_of(self, call: Call) -> Wait | None:
+        """For what a running call waits, if it does."""
+        worker = self._workers.get(call.worker or 0)
+        return worker.waits.get(call.id) if worker is not None else None
+
+    def running(self) -> int:
+        """How many calls run that do not wait, one a worker where they come one by one."""
+        one_by_one = self.placement.running()
+        return one_by_one + sum(
+            worker.running for worker in self._workers.values() if worker.home is not self.placement
+        )
+
     def release(self, call: Call) -> None:
         """Whoever fed a call has taken its value."""
         self.graph.release(call)
+
+
+def _no_keys(call: Call) -> Keys:
+    raise LookupError("nobody here can tell the keys of its limits")
 
 
 def _was(reason: str) -> str:

@@ -68,7 +68,7 @@ class Display(Observer):
             self._reactor.call_at(time.monotonic() + self._progress.interval, self._tick)
 
     def _running(self) -> int:
-        return int(self._run.core.placement.running()) if self._run is not None else 0
+        return int(self._run.core.running()) if self._run is not None else 0
 
     def _stop(self, reason: str) -> None:
         if self._run is not None and self._run.status is None:

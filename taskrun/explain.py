@@ -44,6 +44,8 @@ def _why(scheduler: Scheduler, call: Call) -> str:
 
 
 def _why_ready(scheduler: Scheduler, call: Call) -> str:
+    if (limit := scheduler.parked_at(call)) is not None:
+        return f"is ready and waits until {limit} lets it pass"
     lacking = scheduler.resources.lacking(call.recipe.resources)
     if lacking:
         return f"is ready and waits until enough {', '.join(lacking)} is free"
@@ -54,10 +56,9 @@ def _why_ready(scheduler: Scheduler, call: Call) -> str:
 
 
 def _what_runs(scheduler: Scheduler, call: Call) -> str:
-    worker = scheduler.placement.workers.get(call.worker or 0)
-    waits = [wait for wait in worker.waits if wait.call is call] if worker else []
-    if waits and waits[-1].pending:
-        return f"runs and waits for {_names(waits[-1].pending.values())}"
+    wait = scheduler.wait_of(call)
+    if wait is not None and wait.pending:
+        return f"runs and waits for {_names(wait.pending.values())}"
     return f"runs in worker {call.worker}, attempt {call.attempt}"
 
 

@@ -9,7 +9,7 @@ the product.  A call's index has one position per axis.
 How many positions an axis has may depend on a call that has not ended yet.  So a family
 *expands* prefix by prefix: where the next axis's size is not known, the expansion waits
 for the call that will tell; where that call fails, one placeholder stands for all the
-calls that there will never be.
+calls that there will never be.  A generator's items are expanded as they come.
 
 The graph only keeps the books.  What follows from the end of a call it leaves in
 ``ready`` (all inputs are there), ``doomed`` (an input is not coming) and ``created``,
@@ -43,6 +43,17 @@ class Axis:
         self.key = key
         self.source = source
         self.items = items or []
+
+
+class Expansion:
+    """A fan-out that waits for the items of a call: those before ``done`` are expanded."""
+
+    __slots__ = ("done", "family", "prefix")
+
+    def __init__(self, family: Family, prefix: Index, done: int) -> None:
+        self.family = family
+        self.prefix = prefix
+        self.done = done
 
 
 class Family:
@@ -171,12 +182,20 @@ class CallWire(Wire):
 
     def fetch(self, index: Any) -> Encoded:
         call = self.call(index)
+        if self.item is not None and call.items is not None:
+            place = index[self.item] if type(index) is tuple else index
+            if place < len(call.items):
+                return call.items[place]
         if call.state != OK:
             return call.ended_as()  # only for always= tasks
-        if self.item is None:
-            return call.value
-        assert call.items is not None
-        return call.items[index[self.item] if type(index) is tuple else index]
+        return call.value
+
+    def has_come(self, call: Call, index: Any) -> bool:
+        """Whether it takes an item, and that is there, however ``call`` is or ends."""
+        if self.item is None or call.items is None:
+            return False
+        place: int = index[self.item] if type(index) is tuple else index
+        return place < len(call.items)
 
     def hold(self, call: Call) -> None:
         self.call(call.index).users += 1
@@ -237,7 +256,7 @@ class Graph:
         self.doomed: list[tuple[Call, Call]] = []
         self.created: list[Call] = []
         self.families: dict[str, Family] = {}
-        self._triggered: list[tuple[int, int, Family, Index]] = []
+        self._triggered: list[tuple[int, int, Family, Index, int]] = []
         self._ticket = 0
         self._axes: dict[object, Axis] = {}
         for order, task in enumerate(plan.tasks):
@@ -340,20 +359,21 @@ class Graph:
 
     # -- expansion --------------------------------------------------------------------
 
-    def _trigger(self, family: Family, prefix: Index) -> None:
+    def _trigger(self, family: Family, prefix: Index, done: int = 0) -> None:
         # In the order of the graph, so that what an expansion looks up is there already.
         family.pending += 1
         family.open += 1
         self._ticket += 1
-        heapq.heappush(self._triggered, (family.order, self._ticket, family, prefix))
+        heapq.heappush(self._triggered, (family.order, self._ticket, family, prefix, done))
 
     def _expand_triggered(self) -> None:
         while self._triggered:
-            _, _, family, prefix = heapq.heappop(self._triggered)
-            self._expand(family, prefix)
+            _, _, family, prefix, done = heapq.heappop(self._triggered)
+            self._expand(family, prefix, done)
             self._expanded(family)
 
-    def _expand(self, family: Family, prefix: Index) -> None:
+    def _expand(self, family: Family, prefix: Index, done: int = 0) -> None:
+        """Expand what is known beyond ``prefix``, from item ``done`` of its axis on."""
         level = len(prefix)
         if level == len(family.axes):
             self._create(family, prefix or None)
@@ -364,23 +384,31 @@ class Graph:
         else:
             places = family.places
             source = axis.source.at(tuple(prefix[places[each.key]] for each in axis.source.axes))
+            count = len(source.items or ())
             if source.state not in FINAL:
                 if source.expansions is None:
                     source.expansions = []
-                source.expansions.append((family, prefix))
+                source.expansions.append(Expansion(family, prefix, count))
                 family.pending += 1
                 family.open += 1
-                return
-            if source.state != OK:
-                self._placeholder(family, prefix, source)
-                return
-            count = len(source.items or ())
+        self._expand_items(family, prefix, done, count)
+        if axis.source is not None and source.state in FINAL and source.state != OK:
+            self._placeholder(family, prefix, source)
+
+    def _expand_items(self, family: Family, prefix: Index, first: int, end: int) -> None:
         if len(family.axes) == 1:
-            for position in range(count):
+            for position in range(first, end):
                 self._create(family, position)
             return
-        for position in range(count):
+        for position in range(first, end):
             self._expand(family, (*prefix, position))
+
+    def streamed(self, call: Call) -> None:
+        """More items of a running generator are there."""
+        count = len(call.items or ())
+        for expansion in sorted(call.expansions or (), key=lambda each: each.family.order):
+            first, expansion.done = expansion.done, count
+            self._expand_items(expansion.family, expansion.prefix, first, count)
 
     def _expanded(self, family: Family) -> None:
         """One expansion of ``family`` is over, well or not."""
@@ -398,6 +426,8 @@ class Graph:
             wire.hold(call)
             if type(wire) is CallWire:
                 used = wire.call(call.index)
+                if wire.has_come(used, index):
+                    continue
                 if used.state not in FINAL:
                     call.needs += 1
                     if used.dependants is None:
@@ -444,10 +474,10 @@ class Graph:
                 self._input_ended(dependant, call)
         if call.expansions is not None:
             expansions, call.expansions = call.expansions, None
-            for family, prefix in expansions:
-                family.pending -= 1
-                family.open -= 1
-                self._trigger(family, prefix)
+            for waiting in expansions:
+                waiting.family.pending -= 1
+                waiting.family.open -= 1
+                self._trigger(waiting.family, waiting.prefix, waiting.done)
         family_of = call.family
         if family_of is not None:
             if call.state != OK and family_of.first_bad is None:

@@ -124,6 +124,7 @@ class WorkerLost:
     reason: str
     executing: tuple[CallId, int] | None
     last_output: str = ""
+    lane: str = "process"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from taskrun.context import active
 
@@ -72,6 +72,41 @@ class Parameter:
 Source: TypeAlias = Each | Result | PerWorker | Parameter
 
 
+# -- limits ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limit:
+    """At most ``count`` calls at once; with ``per``, at most so many starts in ``per``
+    seconds.  ``key(...)``: a limit of its own for each value that it gives.
+
+    ``identity`` says which limit it is, in every process.
+    """
+
+    count: int
+    per: float | None = None
+    key: Callable[..., Any] | None = None
+    identity: str = ""
+
+    @property
+    def bound(self) -> Bound:
+        """What the scheduler needs to know of it."""
+        return Bound(self.identity, self.count, self.per, self.key is not None)
+
+
+class Bound(NamedTuple):
+    """A limit, without its key function."""
+
+    identity: str
+    most: int
+    per: float | None
+    keyed: bool
+
+    def __str__(self) -> str:
+        per = "at once" if self.per is None else f"per {self.per:g} s"
+        return f"limit({self.most}) {per}"
+
+
 # -- tasks ----------------------------------------------------------------------------
 
 
@@ -87,7 +122,7 @@ class Options:
     backoff: float = 0.0
     timeout: float | None = None
     lane: str = "process"
-    limits: tuple[Any, ...] = ()
+    limits: tuple[Limit, ...] = ()
     priority: float = 0
     resources: dict[str, float] = field(default_factory=dict)
     always: bool = False
@@ -258,6 +293,7 @@ class Recipe:
     resources: dict[str, float] = field(default_factory=dict)
     always: bool = False
     lane: str = "process"
+    limits: tuple[Bound, ...] = ()
 
 
 # -- what crosses a Pipe --------------------------------------------------------------

@@ -14,102 +14,53 @@ cycle, so something can always go on.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from taskrun import messages as m
-from taskrun.calls import FINAL, HELD, READY, RUNNING, WAITING, Call
+from taskrun.calls import HELD, READY, RUNNING, WAITING, Call
+from taskrun.claims import Claims
 from taskrun.model import Recipe
 from taskrun.ready import Queue, ReadyCalls
-from taskrun.resources import Resources
+from taskrun.timers import Timers
+from taskrun.workforce import DEFAULT_CPU, Wait, Worker
 
 BATCH_SECONDS = 0.004  # how much work a worker is given in advance
 BATCH_CALLS = 256  # ... and at most so many calls
 LONG = 0.05  # calls longer than this are not sent in advance: a round trip is < 1 % of them
 SILENT = 0.002  # a worker silent for so long gives calls back when another is idle
 OVERDUE = 0.1  # ... and says in any case what it is doing: people want to know
-DEFAULT_CPU = 1.0
 SEARCH = 10_000  # calls looked at to find one that a waiting worker can run itself
 
 
-class Timers:
-    """Actions to be done at a time; the time is told, never asked for."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._ticket = 0
-
-    def at(self, when: float, action: Callable[[], None]) -> None:
-        self._ticket += 1
-        heapq.heappush(self._heap, (when, self._ticket, action))
-
-    def next(self) -> float | None:
-        return self._heap[0][0] if self._heap else None
-
-    def due(self, now: float) -> Callable[[], None] | None:
-        """Take out an action that is due, if there is one."""
-        if self._heap and self._heap[0][0] <= now:
-            return heapq.heappop(self._heap)[2]
-        return None
-
-
-class Wait:
-    """A running attempt that waits for calls it submitted, or for something *outside* that
-    is no call: then it says itself when it goes on.  One that *hosts* lets its worker execute
-    any call meanwhile, if need be."""
-
-    __slots__ = ("any_of", "call", "hosts", "outside", "over", "pending")
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.any_of = False
-        self.outside = self.hosts = False
-        self.pending: dict[bytes, Call] = {}
-        self.over = False  # what it waits for is there
-
-
-class Worker:
-    """What the scheduler knows of a worker.
-
-    ``calls``: assigned and not ended, in order; the first may have begun.  ``waits``: the
-    attempts in it that wait, innermost last.  ``lent``: nothing in it runs just now.
-    ``cpu``: what its running call takes of the slots.  ``heard``: when it last reported.
-    ``checked``: an overdue check is pending.  ``given``: how many calls it was given, without
-    those that came back.
-    """
-
-    __slots__ = ("calls", "checked", "cpu", "given", "heard", "id", "lent", "pid", "waits")
-
-    def __init__(self, id: int, pid: int, now: float) -> None:
-        self.id = id
-        self.pid = pid
-        self.calls: dict[int, Call] = {}
-        self.waits: list[Wait] = []
-        self.lent = False
-        self.cpu = 0.0
-        self.heard = now
-        self.checked = False
-        self.given = 0
-
-
 class Placement:
-    """The workers, the ready calls, and who gets what."""
+    """The workers that execute one call at a time, the ready calls, and who gets what."""
+
+    begins_at_once = False
 
     def __init__(
-        self, slots: int, most_workers: int, ahead: bool, resources: Resources, timers: Timers
+        self,
+        slots: int,
+        spare_factor: int,
+        ahead: bool,
+        claims: Claims,
+        timers: Timers,
+        everyone: dict[int, Worker],
+        out: list[m.Command],
     ) -> None:
-        """``ahead``: whether workers are given calls in advance."""
+        """``ahead``: whether workers are given calls in advance.  ``everyone``: the workers of
+        all lanes; ``out`` takes the commands."""
         self.slots = slots
-        self.resources = resources
         self.ready = ReadyCalls()
         self.workers: dict[int, Worker] = {}
         self.busy_cpu = 0.0
-        self.out: list[m.Command] = []
+        self.out = out
         self.standing = 0  # so many workers are wanted even while there is nothing to do
         self.most_calls: int | None = None  # that a worker executes before it is replaced
-        self._most_workers = most_workers
+        self._spare_factor = spare_factor
         self._gives_ahead = ahead
+        self._claims = claims
+        self._everyone = everyone
         self._timers = timers
         self._idle: dict[int, Worker] = {}
         # Those with calls in advance that were not asked to give back, longest silent first.
@@ -120,10 +71,15 @@ class Placement:
 
     # -- workers come, report and go --------------------------------------------------
 
-    def join(self, id: int, pid: int, now: float) -> None:
+    @property
+    def _most_workers(self) -> int:
+        return max(1, self.slots * self._spare_factor)
+
+    def join(self, id: int, pid: int, slots: int, now: float) -> None:
         """A worker can take calls."""
         self._starting = max(0, self._starting - 1)
-        self.workers[id] = self._idle[id] = Worker(id, pid, now)
+        worker = Worker(id, pid, self, slots, now)
+        self._everyone[id] = self.workers[id] = self._idle[id] = worker
 
     def leave(self, id: int) -> Worker | None:
         """A worker is gone; None if it never was ready."""
@@ -131,12 +87,19 @@ class Placement:
         if worker is None:
             self._starting = max(0, self._starting - 1)
             return None
+        del self._everyone[id]
         self._idle.pop(id, None)
         self._ahead.pop(id, None)
         self._occupy(worker, 0.0)
-        for wait in worker.waits:
-            self._unwatch(worker, wait)
+        for wait in worker.waits.values():
+            wait.unwatch()
         return worker
+
+    def retire(self, worker: Worker) -> None:
+        """A worker finishes what it has, and is to get no more."""
+        worker.retiring = True
+        self.reclaim(worker, len(worker.calls))
+        self.heard(worker, worker.heard)
 
     def heard(self, worker: Worker, now: float) -> None:
         """A worker reported something: does it still have work?"""
@@ -151,13 +114,16 @@ class Placement:
             return
         self._occupy(worker, 0.0)
         worker.lent = waits > 0
-        if not waits and self.most_calls is not None and worker.given >= self.most_calls:
+        if not waits and self._has_done_enough(worker):
             self.leave(worker.id)
             self.out.append(m.StopWorker(worker.id))
             return
         if not waits:
             self._idle[worker.id] = worker
-        self.go_on(worker)  # perhaps a nested call ended, and the one below it can go on
+        self._go_on(worker)  # perhaps a nested call ended, and the one below it can go on
+
+    def _has_done_enough(self, worker: Worker) -> bool:
+        return worker.retiring or (self.most_calls is not None and worker.given >= self.most_calls)
 
     def _occupy(self, worker: Worker, cpu: float) -> None:
         """What runs in ``worker`` takes so much of the slots."""
@@ -170,12 +136,11 @@ class Placement:
 
     def wait(self, worker: Worker, call: Call, any_of: bool) -> Wait:
         """A running attempt waits: its slot is free."""
-        wait = worker.waits[-1] if worker.waits else None
-        if wait is None or wait.call is not call:
-            wait = Wait(call)
-            worker.waits.append(wait)
+        wait = worker.waits.get(call.id)
+        if wait is None:
+            wait = worker.waits[call.id] = Wait(worker, call)
         elif wait.over:
-            self._unwatch(worker, wait)  # it went on before a nested call could begin
+            wait.unwatch()  # it went on before a nested call could begin
             wait.over = False
         wait.any_of = any_of
         self._ahead.pop(worker.id, None)
@@ -186,56 +151,44 @@ class Placement:
             self._occupy(worker, 0.0)
         return wait
 
-    def go_on(self, worker: Worker) -> None:
+    def go_on(self, wait: Wait) -> None:
+        """A waiting attempt goes on, if it can."""
+        self._go_on(wait.worker)
+
+    def _go_on(self, worker: Worker) -> None:
         """The innermost waiting attempt goes on, if what it waits for is there and no
         nested call is on top of it."""
-        if worker.lent and worker.waits[-1].over:
-            self.resume(worker)
+        if worker.lent and worker.innermost.over:
+            self._resume(worker, worker.innermost)
 
-    def resume(self, worker: Worker) -> None:
+    def resumed(self, worker: Worker, call: Call) -> None:
+        """A waiting attempt went on by itself."""
+        if worker.waits and worker.innermost.call is call:
+            self._resume(worker, worker.innermost)
+
+    def _resume(self, worker: Worker, wait: Wait) -> None:
         """The innermost waiting attempt of a lent worker goes on.
 
         It does not wait for its slot to come back: for a moment one call more than slots
         may run, until the spare worker that took the slot has ended its call.
         """
-        wait = worker.waits.pop()
-        self._unwatch(worker, wait)
+        worker.end_wait(wait.call)
         worker.lent = False
         self._occupy(worker, _cpu(wait.call.recipe))
 
-    def end_wait(self, worker: Worker, call: Call) -> None:
-        """``call`` waits no more, if it did: it has ended, or went on by itself."""
-        for wait in [wait for wait in worker.waits if wait.call is call]:
-            worker.waits.remove(wait)
-            self._unwatch(worker, wait)
-
-    def _unwatch(self, worker: Worker, wait: Wait) -> None:
-        for child in wait.pending.values():
-            if child.watchers and worker.id in child.watchers:
-                child.watchers.remove(worker.id)
-        wait.pending.clear()
-
     # -- deciding ---------------------------------------------------------------------
 
-    def schedule(self, now: float) -> Call | None:
-        """Assign what can be assigned.
-
-        Gives a call that can never start, because the calls that wait for it hold what it
-        needs: fail it and come again.
-        """
+    def schedule(self, now: float) -> None:
+        """Assign what can be assigned.  Raises claims.Impossible."""
         self._now = now
         if self.standing:
             self._replace_the_gone()
-        blocked = self._dispatch() if self.ready.count else None
-        if blocked is None and self.ready.count:
+        if self.ready.count:
+            self._dispatch()
+        if self.ready.count:
             self._want_workers()
-            blocked = self._deadlocked()
-        if blocked is not None:
-            self.ready.discard(blocked)
-            return blocked
         if self._idle and self._ahead and self.busy_cpu + DEFAULT_CPU <= self.slots:
             self._feed_the_idle()
-        return None
 
     def _replace_the_gone(self) -> None:
         missing = self.standing - len(self.workers) - self._starting
@@ -243,7 +196,7 @@ class Placement:
             self._starting += missing
             self.out.append(m.StartWorkers(missing))
 
-    def _dispatch(self) -> Call | None:
+    def _dispatch(self) -> None:
         """Give ready calls to idle workers, best first."""
         passed_over: list[Queue] = []
         awaited: set[str] = set()  # what better calls wait for: lesser ones leave it alone
@@ -253,61 +206,28 @@ class Placement:
                 break  # nothing overtakes: a call that needs many slots gets its turn
             if not queue.plain:
                 call, needs = queue.first, queue.recipe.resources
-                lacking = self.resources.lacking(needs)
-                if lacking and self._held_by_ancestors(call, lacking):
-                    return call
+                lacking = self._claims.lacking(call, needs)
                 # A submitted call overtakes: who waits for it may hold what is awaited.
                 if lacking or (call.parent is None and not awaited.isdisjoint(needs)):
                     awaited.update(lacking)
                     passed_over.append(queue)
                     continue
+                if queue.recipe.limits and not self._admit(call):
+                    continue
             _, worker = self._idle.popitem()
             self._assign(worker, queue, self._left_to(worker, self._share(queue)), cpu)
-        return None
 
-    def _held_by_ancestors(self, call: Call, lacking: list[str]) -> bool:
-        """Whether ``call`` can never start, because those that wait for it hold what it
-        needs."""
-        needs, capacity = call.recipe.resources, self.resources.capacity
-        return any(capacity[name] - self._held_above(call, name) < needs[name] for name in lacking)
+    def _admit(self, call: Call) -> bool:
+        """Whether its limits let ``call`` pass; otherwise it is parked, and ready no more."""
+        self.ready.discard(call)
+        if not self._claims.admit(call, self._now):
+            return False
+        self.ready.put_back([call])
+        return True
 
-    def _held_above(self, call: Call, name: str) -> float:
-        """How much of a resource those hold that wait for ``call``, its parent and so on."""
-        held = 0.0
-        while (parent := call.parent) is not None and self._waits_for(parent, call):
-            if parent.units and name in parent.units:
-                held += parent.recipe.resources[name]
-            call = parent
-        return held
-
-    def _waits_for(self, parent: Call, child: Call) -> bool:
-        """Whether ``parent`` cannot go on before ``child`` has ended."""
-        if parent.state is HELD:
-            return parent.inputs is not None and parent.inputs.get(child.key) is child
-        worker = None if parent.worker is None else self.workers.get(parent.worker)
-        for wait in worker.waits if worker else ():
-            if wait.call is parent and wait.pending.get(child.key) is child:
-                return not wait.any_of or len(wait.pending) == 1
-        return False
-
-    def _deadlocked(self) -> Call | None:
-        """A ready call that can never start, because calls that wait hold what it lacks,
-        and nothing runs that could change it."""
-        if self.busy_cpu or self._starting:
-            return None
-        workers = self.workers.values()
-        if any(len(worker.calls) > len(worker.waits) for worker in workers):
-            return None
-        if any(wait.outside for worker in workers for wait in worker.waits):
-            return None  # it may go on at any time
-        stuck = [call for call in self.ready if self.resources.lacking(call.recipe.resources)]
-        return min(stuck, key=self._innocence, default=None)
-
-    def _innocence(self, call: Call) -> tuple[bool, bool, int]:
-        """Least of a call whose ancestors hold what it lacks; it keeps others from going on."""
-        lacking = self.resources.lacking(call.recipe.resources)
-        held = any(self._held_above(call, name) for name in lacking)
-        return (not held, call.parent is None, call.id)
+    def is_idle(self) -> bool:
+        """Whether nothing runs here and nothing is about to: what is ready cannot start."""
+        return not (self.busy_cpu or self._starting)
 
     def _share(self, queue: Queue) -> int:
         """How many calls a worker may be given at once, so that all get some."""
@@ -327,7 +247,7 @@ class Placement:
 
     def top_up(self, worker: Worker, now: float) -> None:
         """A worker that is at work may get more calls in advance."""
-        if not self.ready.count or not worker.calls or worker.waits:
+        if not self.ready.count or not worker.calls or worker.waits or worker.retiring:
             return
         if self.busy_cpu > self.slots:
             return  # a call was resumed beyond the slots: somebody has to run dry
@@ -358,7 +278,7 @@ class Placement:
             worker.calls[call.id] = call
         worker.given += len(calls)
         if not self.ready.queue(calls[0].recipe).plain:
-            calls[0].units = self.resources.take(calls[0].recipe.resources)
+            self._claims.take(calls[0], calls[0].recipe.resources)
         self._occupy(worker, cpu)
         worker.heard = self._now
 
@@ -385,13 +305,13 @@ class Placement:
         for worker in reversed(self.workers.values()):
             if not self.ready.count or self.busy_cpu >= self.slots:
                 return
-            if not worker.lent or worker.waits[-1].over:
+            if not worker.lent or worker.innermost.over:
                 continue
-            wait = worker.waits[-1]
+            wait = worker.innermost
             call = self._ready_below(wait.pending.values())
             if call is None and wait.hosts:
-                call = next((call for call in self.ready if self._fits(call.recipe)), None)
-            if call is not None:
+                call = next((call for call in self.ready if self._fits(call)), None)
+            if call is not None and (not call.recipe.limits or self._admit(call)):
                 self._assign_nested(worker, call)
 
     def _ready_below(self, calls: Iterable[Call]) -> Call | None:
@@ -403,19 +323,22 @@ class Placement:
             if call.id in seen:
                 continue
             seen.add(call.id)
-            if call.state is READY and self._fits(call.recipe):
+            if call.state is READY and self._fits(call):
                 return call
             if call.state in (WAITING, HELD) and call.inputs:
                 stack.extend(call.inputs.values())
-            elif call.state is RUNNING and call.worker in self.workers:
-                for wait in self.workers[call.worker].waits:
-                    if wait.call is call:
-                        stack.extend(wait.pending.values())
+            elif call.state is RUNNING and (worker := self.workers.get(call.worker or 0)):
+                wait = worker.waits.get(call.id)
+                stack.extend(wait.pending.values() if wait else ())
         return None
 
-    def _fits(self, recipe: Recipe) -> bool:
-        cpu = _cpu(recipe)
-        return self.busy_cpu + cpu <= self.slots and not self.resources.lacking(recipe.resources)
+    def _fits(self, call: Call) -> bool:
+        recipe = call.recipe
+        if self.busy_cpu + _cpu(recipe) > self.slots or self._claims.limits.keeps_out(
+            call, self._now
+        ):
+            return False
+        return not self._claims.resources.lacking(recipe.resources)
 
     def _assign_nested(self, worker: Worker, call: Call) -> None:
         self.ready.discard(call)
@@ -468,23 +391,6 @@ class Placement:
     def running(self) -> int:
         """How many workers are at work."""
         return len(self.workers) - len(self._idle)
-
-    def ended_by(self, worker: Worker, child: Call) -> list[Wait]:
-        """The waits in ``worker`` that were for ``child``, now that it has ended."""
-        waits = [wait for wait in worker.waits if wait.pending.get(child.key) is child]
-        for wait in waits:
-            del wait.pending[child.key]
-            wait.over = wait.any_of or not wait.pending
-        return waits
-
-    def watch(self, worker: Worker, wait: Wait, child: Call) -> None:
-        """``wait`` is for ``child``, among others."""
-        if child.key in wait.pending:
-            return
-        wait.pending[child.key] = child
-        if child.state not in FINAL:
-            child.watchers = child.watchers or []
-            child.watchers.append(worker.id)
 
 
 def _cpu(recipe: Recipe) -> float:

@@ -29,7 +29,9 @@ class Queue:
         self.mean: float | None = None  # seconds, moving average of recent attempts
         self.ticket = ticket
         self.key: tuple[float, float, int] | None = None  # as it stands in the heap
-        self.plain = all(name == "cpu" and amount == 1 for name, amount in recipe.resources.items())
+        self.plain = not recipe.limits and all(
+            name == "cpu" and amount == 1 for name, amount in recipe.resources.items()
+        )
 
     @property
     def first(self) -> Call:
@@ -89,9 +91,9 @@ class ReadyCalls:
                 self._enter(queue)
 
     def discard(self, call: Call) -> None:
-        """Take one out, wherever it stands."""
-        del self.queue(call.recipe).calls[call.id]
-        self.count -= 1
+        """Take one out, wherever it stands, if it is here."""
+        if self.queue(call.recipe).calls.pop(call.id, None) is not None:
+            self.count -= 1
 
     def best(self, without: Iterable[Queue] = ()) -> Queue | None:
         """The queue to serve next, leaving out some; None when there is none."""

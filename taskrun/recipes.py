@@ -44,6 +44,7 @@ def make_recipe(
         resources=options.resources,
         always=options.always,
         lane=options.lane,
+        limits=tuple([limit.bound for limit in options.limits]),
     )
 
 

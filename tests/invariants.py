@@ -8,6 +8,7 @@ from taskrun import messages as m
 from taskrun.calls import FINAL, OK, READY, RUNNING, WAITING, Call
 from taskrun.core import Scheduler
 from taskrun.graph import CallWire, WholeWire
+from taskrun.workforce import Worker
 
 ROUNDING = 1e-6
 
@@ -78,6 +79,8 @@ class Auditor:
         started = [c.calls[0] for c in commands if isinstance(c, m.Assign)]
         if any(call.recipe.resources.get("cpu", 1.0) for call in started):
             assert placement.busy_cpu <= placement.slots + ROUNDING, "slots are over-committed"
+        for worker in self.scheduler._workers.values():
+            assert worker.home is placement or worker.running <= worker.slots
 
     def _attempt_ended(self, end: m.AttemptEnded) -> None:
         before = self.attempts.setdefault(end.call.id, [])
@@ -99,12 +102,17 @@ class Auditor:
         self._audit_calls()
         self._audit_workers()
         self._audit_resources()
+        self._audit_limits()
 
     def _audit_calls(self) -> None:
-        scheduler, ready = self.scheduler, self.scheduler.placement.ready
-        queued = list(ready)
-        assert ready.count == len(queued)
-        assert {call.id for call in queued} == self._in_state(READY)
+        scheduler = self.scheduler
+        queued = []
+        for home in scheduler._busy_homes:
+            assert home.ready.count == len(list(home.ready))
+            queued += home.ready
+        parked = scheduler._limits.parked()
+        assert {call.id for call in (*queued, *parked)} == self._in_state(READY)
+        assert len(queued) + len(parked) == len(self._in_state(READY))
         assert scheduler._live == len(scheduler.calls) - len(self.ended)
         for call in scheduler.calls:
             assert call.needs >= 0 or call.placeholder
@@ -115,22 +123,27 @@ class Auditor:
     def _audit_workers(self) -> None:
         placement = self.scheduler.placement
         assigned: set[int] = set()
-        for worker in placement.workers.values():
+        for worker in self.scheduler._workers.values():
             for call in worker.calls.values():
                 assert call.state == RUNNING and call.worker == worker.id, repr(call)
                 assert call.id not in assigned
                 assigned.add(call.id)
-            waits = len(worker.waits)
-            assert worker.lent == (0 < waits == len(worker.calls))
-            for wait in worker.waits:
+            for wait in worker.waits.values():
                 assert wait.call.id in worker.calls, f"worker {worker.id} waits for nobody"
-            if worker.id in placement._idle:
-                assert not worker.calls and not worker.waits and not worker.cpu
-            else:
-                assert worker.calls, f"worker {worker.id} is neither idle nor at work"
+                for child in wait.pending.values():
+                    assert child.state in FINAL or wait in (child.watchers or ())
+            if worker.home is placement:
+                self._audit_one_by_one(worker)
         assert assigned == self._in_state(RUNNING)
         total = sum(worker.cpu for worker in placement.workers.values())
         assert abs(placement.busy_cpu - total) < ROUNDING
+
+    def _audit_one_by_one(self, worker: Worker) -> None:
+        assert worker.lent == (0 < len(worker.waits) == len(worker.calls))
+        if worker.id in self.scheduler.placement._idle:
+            assert not worker.calls and not worker.waits and not worker.cpu
+        else:
+            assert worker.calls, f"worker {worker.id} is neither idle nor at work"
 
     def _audit_resources(self) -> None:
         resources = self.scheduler.resources
@@ -146,6 +159,17 @@ class Auditor:
             if name != "memory":
                 _units_are_shared_out_once(name, needs)
 
+    def _audit_limits(self) -> None:
+        inside: dict[str, int] = {}
+        for call in self.scheduler.calls:
+            if call.units is not None:
+                for bound in call.recipe.limits:
+                    inside[bound.identity] = inside.get(bound.identity, 0) + 1
+        for (identity, _), gate in self.scheduler._limits._gates.items():
+            if gate.bound.per is None and not gate.bound.keyed:
+                said = f"{identity}: {sorted(gate.inside)}"
+                assert len(gate.inside) == inside.get(identity, 0) <= gate.bound.most, said
+
     def _in_state(self, state: str) -> set[int]:
         return {call.id for call in self.scheduler.calls if call.state == state}
 
@@ -158,6 +182,8 @@ def _inputs_have_ended(call: Call) -> None:
     for wire in call.family.wires:
         if isinstance(wire, CallWire):
             used = wire.call(call.index)
+            if wire.has_come(used, call.index):
+                continue
             assert used.state == OK or (call.recipe.always and used.state in FINAL), repr(call)
         elif isinstance(wire, WholeWire):
             assert wire.source.closed, f"{call!r} has begun before {wire.source.name} ended"

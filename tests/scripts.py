@@ -43,6 +43,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Yield:
+    """A generator delivers items."""
+
+    items: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
     """Returns; the call's name, where no value is said."""
 
@@ -81,7 +88,9 @@ class Dies:
     """Takes its worker with it."""
 
 
-Step: TypeAlias = Run | Submit | WaitFor | Cancel | Value | Held | Error | Again | Skipped | Dies
+Step: TypeAlias = (
+    Run | Submit | WaitFor | Cancel | Yield | Value | Held | Error | Again | Skipped | Dies
+)
 Script: TypeAlias = Sequence[Step]
 Behaviour: TypeAlias = "Script | Callable[[Call], Script]"
 

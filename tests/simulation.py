@@ -15,6 +15,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from invariants import Auditor
@@ -33,6 +34,7 @@ from scripts import (
     Submit,
     Value,
     WaitFor,
+    Yield,
 )
 
 from taskrun import messages as m
@@ -68,6 +70,7 @@ class Frame:
     got: dict[bytes, Any] = field(default_factory=dict)
     deaf: bool = False
     interrupted: bool = False
+    yielded: int = 0
 
     @property
     def satisfied(self) -> bool:
@@ -193,6 +196,10 @@ class FakeWorker:
                 key = step.key.encode()
                 new = (key, self.sim.recipe(step.task), key, keys_of(step.needs))
                 self.report(m.Submitted(frame.call.id, frame.attempt, [new]))
+            elif isinstance(step, Yield):
+                first, frame.yielded = frame.yielded, frame.yielded + len(step.items)
+                items = list(step.items)
+                self.report(m.Yielded(frame.call.id, frame.attempt, first, items))
             elif isinstance(step, Cancel):
                 self.report(m.CancelChild(frame.call.id, frame.attempt, step.key.encode()))
             elif isinstance(step, Dies):
@@ -272,7 +279,8 @@ class FakeWorker:
 
     def flush(self) -> None:
         if self.ended:
-            reports, self.ended = self.ended, []
+            reports = self.ended[:]
+            self.ended.clear()
             self.report(m.Finished(self.id, reports))
 
     def report(self, event: m.Event) -> None:
@@ -285,6 +293,52 @@ CANCELLED = Failure("cancelled", "CallCancelled", "was interrupted")
 
 
 # -- the simulation -------------------------------------------------------------------
+
+
+class Strand(FakeWorker):
+    """One call among many in a worker."""
+
+    def __init__(self, crowd: FakeCrowd) -> None:
+        super().__init__(crowd.sim, crowd.id)
+        self.ended = crowd.ended
+
+    def flush(self) -> None:
+        self.sim.workers[self.id].flush()
+
+    def killed_over(self, frame: Frame) -> None:
+        """It does not end: it is abandoned."""
+        if frame in self.stack:
+            self.finish(frame, "error", (CANCELLED, False))
+
+
+class FakeCrowd(FakeWorker):
+    """Begins every call when it comes; each has a thread, a coroutine or a greenlet."""
+
+    def __init__(self, sim: Simulation, id: int) -> None:
+        super().__init__(sim, id)
+        self.strands: dict[int, Strand] = {}
+
+    def assign(self, calls: list[tuple[Call, int]], nested: bool) -> None:
+        assert not nested
+        for call, attempt in calls:
+            strand = self.strands[call.id] = Strand(self)
+            strand.revoked = self.revoked
+            strand.assign([(call, attempt)], False)
+
+    def deliver(self, call: int | None, outcomes: dict[bytes, Any]) -> None:
+        if call in self.strands:
+            self.strands[call].deliver(call, outcomes)
+
+    def interrupt(self, id: int, attempt: int) -> None:
+        strand = self.strands.get(id)
+        if strand is not None and any(frame.attempt == attempt for frame in strand.stack):
+            strand.interrupt(id, attempt)
+        else:
+            self.revoked.add((id, attempt))
+
+    def kill(self) -> None:
+        for strand in self.strands.values():
+            strand.alive = False
 
 
 class Simulation:
@@ -315,6 +369,7 @@ class Simulation:
         self.start = start
         self.now = 0.0
         self.workers: dict[int, FakeWorker] = {}
+        self.lane_of: dict[int, str] = {}
         self.history: list[tuple[float, Any]] = []
         self.arguments: dict[tuple[int, int], Any] = {}
         self.recipes = itertools.count()
@@ -440,10 +495,13 @@ class Simulation:
     def _kill(self, worker: FakeWorker) -> None:
         """What had ended is in its ledger."""
         worker.alive = False
+        if isinstance(worker, FakeCrowd):
+            worker.kill()
         worker.flush()
         top = worker.stack[-1] if worker.stack else None
         executing = (top.call.id, top.attempt) if top is not None else None
-        worker.report(m.WorkerLost(worker.id, "killed by SIGKILL", executing))
+        lane = self.lane_of[worker.id]
+        worker.report(m.WorkerLost(worker.id, "killed by SIGKILL", executing, lane=lane))
 
     # -- what workers ask -------------------------------------------------------------
 
@@ -477,9 +535,9 @@ class Simulation:
 
     def _obey(self, command: m.Command) -> None:
         match command:
-            case m.StartWorkers(count):
+            case m.StartWorkers(count, lane):
                 for _ in range(count):
-                    self.after(self.start, self._new_worker)
+                    self.after(self.start, partial(self.new_worker, lane))
             case m.Assign(id, calls, nested):
                 sent = [(call, call.attempt) for call in calls]
                 self._tell(id, "calls", lambda worker: worker.assign(sent, nested))
@@ -490,10 +548,15 @@ class Simulation:
             case m.Deliver(id, outcomes, waiting):
                 self._tell(id, "calls", lambda worker: worker.deliver(waiting, outcomes))
 
-    def _new_worker(self) -> None:
-        worker = FakeWorker(self, next(self._worker_ids))
-        self.workers[worker.id] = worker
-        worker.report(m.WorkerReady(worker.id))
+    def new_worker(self, lane: str = "process", slots: int = 1) -> FakeWorker:
+        """A worker is there; one of a lane of its own has room for three calls."""
+        id = next(self._worker_ids)
+        alone = lane == "process" and slots == 1
+        worker = FakeWorker(self, id) if alone else FakeCrowd(self, id)
+        self.workers[id] = worker
+        self.lane_of[id] = lane
+        worker.report(m.WorkerReady(id, lane=lane, slots=slots if alone or slots > 1 else 3))
+        return worker
 
     def _tell(self, id: int, channel: str, action: Callable[[FakeWorker], None]) -> None:
         worker = self.workers[id]

@@ -29,6 +29,7 @@ from scripts import (
     Submit,
     Value,
     WaitFor,
+    Yield,
     a_task,
 )
 from simulation import Simulation
@@ -36,7 +37,7 @@ from simulation import Simulation
 from taskrun import messages as m
 from taskrun.api import each, result
 from taskrun.calls import FINAL, Call
-from taskrun.model import Task
+from taskrun.model import Limit, Task
 
 POLICIES = ("stop", "keep-going", "keep-going", "keep-going", "fail-fast")
 OFFERED = {"gpu": 2.0, "memory": 8.0}
@@ -58,7 +59,12 @@ class World:
         self.trouble = trouble
         chance = random.Random(seed)
         self._axes: dict[str, int] = {}
-        self.dynamic = [a_task(f"d{n}", None, **_options(chance)) for n in range(3)]
+        self._limits = (
+            Limit(2, identity="two"), Limit(1, key=abs, identity="one each"),
+            Limit(2, per=0.02, identity="two per 20 ms"),
+            Limit(1, per=0.5, key=abs, identity="one each per half second"),
+        )  # fmt: skip
+        self.dynamic = [a_task(f"d{n}", None, **self._options(chance)) for n in range(3)]
         self.static = self._tasks(chance)
 
     def simulation(self, **options: Any) -> Simulation:
@@ -72,6 +78,10 @@ class World:
             "flushes": chance.choice((1.0, 0.3, 0.0)),
             "spare_factor": chance.choice((1, 2, 4)),
             "resources": OFFERED,
+            "lanes": chance.choice(({}, {"async": 1}, {"async": 2, "thread": 1})),
+            "limit_keys": lambda call: tuple(
+                [bound.keyed and call.id % 3 for bound in call.recipe.limits]
+            ),
         }
         return Simulation(self.static, does, **{**how, **options})
 
@@ -90,7 +100,7 @@ class World:
                 if axes + brings <= (3 if len(wide) < 10 else 1):
                     sources[name], axes = source, axes + brings
             after = tuple(chance.sample(tasks, min(len(tasks), chance.choice((0, 0, 0, 1)))))
-            task = a_task(f"t{number}", sources, after=after, **_options(chance))
+            task = a_task(f"t{number}", sources, after=after, **self._options(chance))
             self._axes[task.name] = axes
             tasks.append(task)
         return tasks
@@ -107,6 +117,10 @@ class World:
         flat = self._axes[of.name] > 0 and chance.random() < 0.3
         return each(of, flat=flat), max(1, self._axes[of.name] + flat)
 
+    def _options(self, chance: random.Random) -> dict[str, Any]:
+        limits = chance.sample(self._limits, chance.choice((0, 0, 0, 1, 2)))
+        return {**_options(chance), "limits": tuple(limits)}
+
     # -- what attempts do -------------------------------------------------------------
 
     def script(self, call: Call) -> Script:
@@ -114,6 +128,9 @@ class World:
         steps: list[Step] = [Run(chance.choice(SECONDS), deaf=chance.random() < 0.1)]
         made: list[str] = []
         depth = _depth(call)
+        while chance.random() < 0.1:
+            steps.append(Yield(tuple(range(chance.randint(1, 3)))))
+            steps.append(Run(chance.choice(SECONDS)))
         if chance.random() < 0.35 and depth < 5:
             made = self._submits(chance, steps)
         steps.append(self._outcome(chance, made))

@@ -439,6 +439,7 @@ def _facts(task: Task, blob: bytes | None) -> dict[str, Any]:
         "resources": options.resources,
         "always": options.always,
         "lane": options.lane,
+        "limits": tuple([limit.bound for limit in options.limits]),
     }
 
 

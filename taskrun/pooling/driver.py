@@ -300,7 +300,7 @@ class Driver:
             last = None
         pid = None
         if last is not None and last.worker is not None:
-            worker = self._core.placement.workers.get(last.worker)
+            worker = self._core.worker(last.worker)
             pid = None if worker is None else worker.pid
         if call.failure is not None and self.error is None:
             self.error = self._initializer_failed(call)
