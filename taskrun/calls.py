@@ -94,7 +94,7 @@ class Call:
         self.children: dict[bytes, Call] | None = None
         self.inputs: dict[bytes, Call] | None = None
         self.watchers: list[Any] | None = None
-        self.blob: bytes | None = None
+        self.blob: Any = None  # a pickle: bytes, or blobs.Shared
         self.value: Encoded = None
         self.items: list[Encoded] | None = None
         self.failure: Failure | None = None

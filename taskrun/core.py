@@ -536,7 +536,7 @@ class Scheduler:
             self._admit(call)
         self._feeding = self._feeding and not event.last
 
-    def _submitted(self, recipe: Recipe, parent: Call | None, key: bytes, blob: bytes) -> Call:
+    def _submitted(self, recipe: Recipe, parent: Call | None, key: bytes, blob: Any) -> Call:
         ordinal = self._ordinals.get(recipe.id, 0)
         self._ordinals[recipe.id] = ordinal + 1
         call = self._new_call(recipe, ordinal, None, parent, key)

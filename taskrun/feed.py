@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from taskrun import messages as m
+from taskrun.blobs import Portable
 from taskrun.calls import OK
 from taskrun.errors import UsageError
 from taskrun.model import Task
@@ -32,7 +33,7 @@ class Feed:
         self._run = run
         self._lines = lines
         self._recipe = make_recipe(task, next(run.recipe_ids), names=None, flags=m.RENDER)
-        self._read: deque[bytes] = deque()
+        self._read: deque[Portable] = deque()
         self._room = threading.Semaphore(max(1000, 64 * run.settings.jobs))
         self._posted = False
 

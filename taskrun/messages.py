@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from taskrun.blobs import Portable
 from taskrun.model import Encoded, Failure, Recipe
 
 CallId: TypeAlias = int
@@ -185,7 +186,7 @@ class Submitted:
 
     parent: CallId
     attempt: int
-    calls: list[tuple[Key, Recipe, bytes, tuple[Key, ...]]]
+    calls: list[tuple[Key, Recipe, Portable, tuple[Key, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ class Fed:
     """New calls from outside the run's graph (``taskrun map``): pickled (args, kwargs)."""
 
     recipe: Recipe
-    arguments: list[bytes]
+    arguments: list[Portable]
     last: bool = False
 
 

@@ -303,7 +303,8 @@ Encoded: TypeAlias = Any
 
 None, bool, int, float or a short str   itself
 bytes                                   a pickle
-(bytes | None, {key: Encoded})          a pickle that holds futures, by key, and their
+blobs.Shared                            a pickle whose large parts are in files
+(pickle | None, {key: Encoded})         a pickle that holds futures, by key, and their
                                         values; None: the value *is* the one future's
 Failure                                 an exception kept in a value's place
 list                                    the values of a fan-out, each encoded

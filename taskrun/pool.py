@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pickle import HIGHEST_PROTOCOL, dumps
 from typing import Any, Final, NamedTuple
 
-from taskrun.model import Failure
+from taskrun.blobs import THRESHOLD, Portable, Seen
+from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver, Job
 from taskrun.pooling.functions import Recipes, dumps_call, is_stateless
 from taskrun.pooling.looping import Loop
@@ -160,12 +161,12 @@ class Pool:
             if is_stateless(func):
                 recipe = self._recipes.recipe(Apply, func, timeout, retries)
                 if len(args) == 1 and type(args[0]) in _SCALARS and not kwds:
-                    blob = dumps((args, kwds), HIGHEST_PROTOCOL)
+                    blob = _dumps_scalar(args)
                 else:
-                    blob = dumps_call(args, kwds)
+                    blob = dumps_call((args, kwds))
             else:
                 recipe = self._recipes.any(timeout, retries)
-                blob = dumps_call((func, args, kwds), {})
+                blob = dumps_call(((func, args, kwds), {}))
         except Exception as error:
             result.failed(error)
             self._loop.nudge()
@@ -248,8 +249,13 @@ class Pool:
             result.start()
             self._loop.nudge()
         try:
-            recipe = self._recipes.recipe(kind, func, timeout, retries) if chunks else None
-            blobs = [(dumps_call((chunk,), {}), len(chunk)) for chunk in _chunked(sized, chunksize)]
+            recipe, before = self._recipes.for_items(kind, func, timeout, retries)
+            result.held = before
+            seen: Seen = {}  # whoever changes what he maps over while it is taken: his fault
+            blobs = [
+                (dumps_call(((*before, chunk), {}), seen), len(chunk))
+                for chunk in _chunked(sized, chunksize)
+            ]
         except Exception as error:
             # As in the standard library: the result tells it.
             blobs = []
@@ -257,7 +263,6 @@ class Pool:
                 result.part_ended(result.chunk(number, 0), (error, True))
             self._loop.nudge()
         for number, (blob, count) in enumerate(blobs):
-            assert recipe is not None
             self._driver.submit(recipe, blob, result.chunk(number, count))
         return result
 
@@ -314,17 +319,18 @@ class Pool:
             self, self._driver, chunked=chunksize > 1, window=window,
             buffered=buffersize is not None,
         )  # fmt: skip
-        caller = Apply if chunksize == 1 else Map
-        recipe = None
-        items: Iterable[Any]
+        items: Iterable[tuple[Any, ...]]
         try:
-            if caller is Apply and not is_stateless(func):
-                recipe = self._recipes.any(timeout, retries)
-                items = (((func, (item,), {}),) for item in iterable)
+            if chunksize > 1:
+                recipe, before = self._recipes.for_items(Map, func, timeout, retries)
+                made.held = before
+                items = ((*before, chunk) for chunk in _chunked(iterable, chunksize))
+            elif is_stateless(func):
+                recipe = self._recipes.recipe(Apply, func, timeout, retries)
+                items = zip(iterable)
             else:
-                recipe = self._recipes.recipe(caller, func, timeout, retries)
-                items = zip(iterable) if chunksize == 1 else zip(_chunked(iterable, chunksize))
-                items = zip(items)
+                recipe = self._recipes.any(timeout, retries)
+                items = ((func, (item,), {}) for item in iterable)
         except Exception as error:
             made.fed(0, error)
             return made
@@ -408,20 +414,25 @@ def _chunked(iterable: Iterable[Any], size: int) -> Iterable[tuple[Any, ...]]:
         yield chunk
 
 
-def _feed(driver: Driver, recipe: Any, items: Iterable[Any], made: IMapIterator) -> None:
+def _dumps_scalar(args: tuple[Any, ...]) -> Portable:
+    blob = dumps((args, {}), HIGHEST_PROTOCOL)
+    return blob if len(blob) < THRESHOLD else dumps_call((args, {}))
+
+
+def _feed(
+    driver: Driver, recipe: Recipe, items: Iterable[tuple[Any, ...]], made: IMapIterator
+) -> None:
     """Submit the calls of an imap, as far ahead as it may."""
     count, error = 0, None
     try:
         source = iter(items)
         while made.await_room():
             try:
-                (args,) = next(source)
+                args = next(source)
             except StopIteration:
                 break
-            if type(args[0]) in _SCALARS:
-                blob = dumps((args, {}), HIGHEST_PROTOCOL)
-            else:
-                blob = dumps_call(args, {})
+            plain = type(args[0]) in _SCALARS
+            blob = _dumps_scalar(args) if plain else dumps_call((args, {}))
             driver.submit(recipe, blob, made.item(count))
             count += 1
     except BaseException as raised:

@@ -1,9 +1,10 @@
 """Values, arguments and exceptions as they travel between processes.
 
 What is small and plain travels as itself, all else as a pickle that only workers open
-(see ``model.Encoded``).  The C pickler comes first, because it is several times faster;
-cloudpickle takes over for what has no importable name: lambdas, local classes, and all
-that lives in a ``__main__`` which the other side does not have.
+(see ``model.Encoded``), its large parts in files that they map (see ``blobs``).  The C
+pickler comes first, because it is several times faster; cloudpickle takes over for what
+has no importable name: lambdas, local classes, and all that lives in a ``__main__`` which
+the other side does not have.
 
 Futures inside a value travel as links.  ``encode`` gives their keys beside the value; the
 run waits for those calls and sends what became of them along, by key; ``decode`` puts each
@@ -23,7 +24,8 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-from taskrun import errors
+from taskrun import blobs, errors
+from taskrun.blobs import Draft, Portable, Shared
 from taskrun.context import Future, pickling
 from taskrun.failures import class_name, decode_failure, encode_failure, guarded
 from taskrun.model import Encoded, Failure
@@ -68,6 +70,8 @@ def encode(obj: Any) -> Held:
             return obj, ()
     elif kind is Future and obj.key:
         return None, (obj.key,)
+    elif kind is Shared:  # it was pickled already
+        return obj, ()
     return _pickled(obj, _unpicklable_result)
 
 
@@ -108,6 +112,8 @@ def decode(encoded: Encoded) -> Any:
         kind = type(encoded)
     if kind is bytes:
         return pickle.loads(encoded)
+    if kind is Shared:
+        return blobs.loads(encoded)
     if kind is tuple:
         return _loads(*encoded)
     if kind is list:
@@ -119,7 +125,7 @@ def decode(encoded: Encoded) -> Any:
 
 def dumps_arguments(
     args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[bytes, tuple[bytes, ...]]:
+) -> tuple[Portable, tuple[bytes, ...]]:
     """A submitted call's arguments as a pickle, and the keys of the futures in them.
 
     Raises ArgumentError, which names the argument, when they cannot be pickled.
@@ -128,14 +134,14 @@ def dumps_arguments(
 
 
 def loads_arguments(
-    blob: bytes, links: dict[bytes, Encoded]
+    blob: Portable, links: dict[bytes, Encoded]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The (args, kwargs) of :func:`dumps_arguments`, futures replaced by their values."""
     args, kwargs = _loads(blob, links)
     return args, kwargs
 
 
-def _pickled(obj: Any, complain: Callable[[Any], Exception]) -> tuple[bytes, tuple[bytes, ...]]:
+def _pickled(obj: Any, complain: Callable[[Any], Exception]) -> tuple[Portable, tuple[bytes, ...]]:
     outer = pickling.keys
     keys: list[bytes] = []
     pickling.keys = keys
@@ -148,26 +154,28 @@ def _pickled(obj: Any, complain: Callable[[Any], Exception]) -> tuple[bytes, tup
     return data, tuple(dict.fromkeys(keys)) if keys else ()
 
 
-def _dumps(obj: Any) -> bytes:
+def _dumps(obj: Any) -> Portable:
+    draft = Draft()
     try:
-        data = pickle.dumps(obj, PROTOCOL)
+        data = pickle.dumps(obj, PROTOCOL, buffer_callback=draft.keep)
     except (RecursionError, MemoryError):
         raise  # the other pickler needs more of both
     except Exception:
         data = _MAIN
     if _MAIN not in data:
-        return data
+        return blobs.sealed(data, draft)
     import cloudpickle  # slow to import, seldom needed
 
     if pickling.keys:
         pickling.keys.clear()
-    by_value: bytes = cloudpickle.dumps(obj, PROTOCOL)
-    return by_value
+    draft = Draft()
+    cloudpickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
+    return draft.sealed()
 
 
-def _loads(blob: bytes, links: dict[bytes, Encoded]) -> Any:
+def _loads(blob: Portable, links: dict[bytes, Encoded]) -> Any:
     if not links:
-        return pickle.loads(blob)
+        return blobs.loads(blob)
     values: dict[bytes, Any] = {}
 
     def resolve(key: bytes) -> Any:
@@ -178,7 +186,7 @@ def _loads(blob: bytes, links: dict[bytes, Encoded]) -> Any:
     outer = pickling.resolve
     pickling.resolve = resolve
     try:
-        return pickle.loads(blob)
+        return blobs.loads(blob)
     finally:
         pickling.resolve = outer
 

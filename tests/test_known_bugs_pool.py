@@ -366,7 +366,7 @@ if __name__ == "__main__":
     pool = Pool(2, context=multiprocessing.get_context({method!r}))
     pool.map(work, range(10))
     pool.apply_async(time.sleep, (60,))
-    print(*(worker.pid for worker in pool.workers()), flush=True)
+    print(*(worker.pid for worker in pool._pool), flush=True)
     {last}
 """
 

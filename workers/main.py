@@ -20,7 +20,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final, NoReturn
 
-from taskrun import context, sessions
+from taskrun import context, places, sessions
 from taskrun.ledger import Ledger
 from taskrun.messages import (
     CALL,
@@ -38,7 +38,7 @@ from taskrun.workers.execute import Executor, Running
 from taskrun.workers.outbox import Outbox
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import WorkerContext, state_home
-from taskrun.workers.settings import Birth, Preloaded, Settings, apply, preload
+from taskrun.workers.settings import Birth, Preloaded, Settings, apply, place_of, preload
 
 FINISH_SECONDS: Final = 3.0  # for what per_worker() made, when the worker ends
 _FAILED: Final = 70  # exit status of a worker that cannot go on, whatever its calls did
@@ -82,6 +82,7 @@ class Worker:
         self, settings: Settings, birth: Birth, fds: list[int], preloaded: Preloaded
     ) -> None:
         self._settings, self._birth = settings, birth
+        places.settle(place_of(settings, birth.worker))
         self._fd, control, stdout, stderr, ledger_fd = fds
         self._ledger = Ledger(ledger_fd)
         os.close(ledger_fd)

@@ -11,6 +11,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Protocol
 
+from taskrun import blobs
+from taskrun.blobs import Portable
 from taskrun.context import Current, Future, Outside, left_until
 from taskrun.errors import CallError
 from taskrun.messages import (
@@ -396,19 +398,18 @@ def _resolve(future: Future, outcome: Any) -> None:
     future.resolve(value)
 
 
-def _key(running: Running, reference: Reference, blob: bytes) -> bytes:
+def _key(running: Running, reference: Reference, blob: Portable) -> bytes:
     """Identifies a call among its parent's: what it is, and its ordinal among equals."""
-    from hashlib import blake2b  # only those who submit pay for it
-
     named = reference if isinstance(reference, bytes) else "\0".join(reference).encode()
-    same = blake2b(named + b"\0" + blob, digest_size=12)
+    same = blobs.hashed(named + b"\0", blob, 12)
     if running.ordinals is None:
         running.ordinals = {}
     digest = same.digest()
     ordinal = running.ordinals.get(digest, 0)
     running.ordinals[digest] = ordinal + 1
     same.update(b"\0%d" % ordinal)
-    return same.digest()
+    key: bytes = same.digest()
+    return key
 
 
 def _by_value(task: Task) -> bytes:

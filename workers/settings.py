@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, Final, NamedTuple
 
+from taskrun.places import Place
+
 FORK = "fork"  # as forkserver, from a template that is itself a fork of the user's process
 FORKSERVER = "forkserver"
 SPAWN = "spawn"
@@ -40,6 +42,7 @@ class Settings(NamedTuple):
     ``module`` and ``file``: the task file, None where there is none.  ``set_by_user``: task
     name -> the parameters that ``-p`` set.  ``coordinator``: its pid.  ``state``: the address
     of its shared state, and the key.  ``pool``: what the workers of a Pool are told.
+    ``blobs``: where large data go (see ``taskrun.places``); the worker's own number is added.
     """
 
     argv: list[str]
@@ -54,6 +57,7 @@ class Settings(NamedTuple):
     coordinator: int
     state: tuple[Any, bytes] | None = None
     pool: Any = None
+    blobs: Place = Place((), "")
 
 
 class Birth(NamedTuple):
@@ -71,6 +75,12 @@ class Preloaded(NamedTuple):
     """How importing the task file went: ``failure`` is None, or (message, traceback)."""
 
     failure: tuple[str, str] | None
+
+
+def place_of(settings: Settings, worker: int) -> Place:
+    """Where a worker puts large data."""
+    folders, maker = settings.blobs
+    return Place(folders, f"{maker}.w{worker}")
 
 
 def apply(settings: Settings) -> None:

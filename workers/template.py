@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from taskrun import sessions
+from taskrun import places, sessions
 from taskrun.ledger import shared_file
 from taskrun.wire import Decoder, send_frame
 from taskrun.workers import main
@@ -81,6 +81,8 @@ class Template:
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._preloaded = Preloaded(None)
         self._grace: float | None = None  # set: asked to quit
+        self._parent_fd: int | None = None
+        self._orphaned = False
 
     # -- the main flow ----------------------------------------------------------------
 
@@ -99,6 +101,8 @@ class Template:
         while self._grace is None:
             self._turn(None)
         self._end(self._grace)
+        if self._orphaned:
+            self._tidy_up()
 
     def _preload(self) -> None:
         if self._settings.start_method != FORKSERVER:
@@ -153,6 +157,13 @@ class Template:
                 except KeyError:
                     pass  # it was seen by the other descriptor
         self._grace = 0.0
+        self._orphaned = True
+
+    def _tidy_up(self) -> None:
+        """Do what the coordinator cannot any more: remove its large data."""
+        if self._parent_fd is not None:  # it may still be on its way out
+            select.select([self._parent_fd], [], [], _PATIENCE)
+        places.sweep_around(self._settings.blobs)
 
     # -- messages ---------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from itertools import count
 from time import monotonic
 from typing import Any, Final
 
+from taskrun import blobs, places
 from taskrun import messages as m
 from taskrun.engines.links import Link
 from taskrun.engines.local import Launch, Local
@@ -26,13 +27,21 @@ from taskrun.engines.records import Records
 from taskrun.errors import WireError
 from taskrun.model import Failure
 from taskrun.observers import Observer
+from taskrun.places import Place
 from taskrun.reactor import Reactor
-from taskrun.workers.settings import FORKSERVER, Settings, environment_additions
+from taskrun.workers.settings import (
+    FORKSERVER,
+    Settings,
+    environment_additions,
+    place_of,
+)
 
 LONG: Final = 0.5  # seconds after which a call is known to run, whether anybody asked or not
 UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
 FEW: Final = 5  # workers in a row that may end before they are of any use
+
+_engines = count(1)  # of this process
 
 
 class PoolEngine:
@@ -91,7 +100,10 @@ class PoolEngine:
         self._observer = observer
         self._post_to = post
         self._records = Records(self._post, observer, self._recipe_ids, self._constants)
-        self._local = Local(self, reactor, self._make_settings(), self._launch())
+        self._notice = observer.notice
+        self._blobs = self._begin_blobs(self._notice)
+        self._settings = self._make_settings()
+        self._local = Local(self, reactor, self._settings, self._launch())
         self._local.open()
 
     def perform(self, command: m.Command) -> None:
@@ -107,6 +119,7 @@ class PoolEngine:
         """See ``engines.base``.  QUIT for the idle, TERM for the busy, KILL for the rest."""
         if self._closing:
             return
+        places.end(self._notice)
         self._closing = True
         local = self._local
         local.abandon(min(deadline, monotonic() + 1.0))
@@ -357,6 +370,7 @@ class PoolEngine:
         del self._links[link.id]
         self._unsent.discard(link)
         link.close()
+        blobs.forget(place_of(self._settings, link.id))
 
     def not_started(self, worker: int, reason: str, last_output: str = "") -> None:
         """See ``engines.local.Crew``."""
@@ -386,6 +400,11 @@ class PoolEngine:
         """How a template is started; None: the usual way."""
         return None
 
+    def _begin_blobs(self, notice: Callable[[str], object] | None) -> Place:
+        """Where the workers of this engine, which is one of several, put large data."""
+        own = places.begin(notice)
+        return Place(own.folders, f"e{next(_engines)}")
+
     def _make_settings(self) -> Settings:
         try:
             cwd = os.getcwd()
@@ -404,4 +423,5 @@ class PoolEngine:
             node="local",
             coordinator=os.getpid(),
             state=None if self._state is None else self._state(),
+            blobs=self._blobs,
         )

@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 from taskrun import messages as m
+from taskrun.blobs import Portable
 from taskrun.core import Scheduler
 from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Plan, Recipe
@@ -75,7 +76,7 @@ class Driver:
         self._initializer_failed = initializer_failed
         self._jobs: dict[int, Job] = {}
         self._last: m.AttemptEnded | None = None
-        self._inbox: deque[tuple[Recipe, bytes, Job]] = deque()
+        self._inbox: deque[tuple[Recipe, Portable, Job]] = deque()
         self._added: list[Job] = []
         self._posted = False
         self._feeds = 0
@@ -117,7 +118,7 @@ class Driver:
 
     # -- from any thread --------------------------------------------------------------
 
-    def submit(self, recipe: Recipe, blob: bytes, job: Job, *, waits: bool = False) -> None:
+    def submit(self, recipe: Recipe, blob: Portable, job: Job, *, waits: bool = False) -> None:
         """Have a call executed: ``blob`` is its pickled (args, kwargs).
 
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
@@ -212,7 +213,7 @@ class Driver:
         room = self._window - len(self._jobs)
         while inbox and room > 0:
             recipe, self._added = inbox[0][0], []
-            blobs: list[bytes] = []
+            blobs: list[Portable] = []
             while inbox and inbox[0][0] is recipe and len(blobs) < room:
                 _, blob, job = inbox.popleft()
                 if job.call is None:

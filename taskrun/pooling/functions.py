@@ -15,9 +15,11 @@ from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
 
+from taskrun import places
+from taskrun.blobs import Draft, Portable, Seen, Shared
 from taskrun.model import Recipe
 from taskrun.pooling import remote
-from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, Map, Starmap
+from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, Map, MapAny, Starmap
 
 REMEMBERED: Final = 1024  # recipes
 
@@ -47,12 +49,31 @@ class Recipes:
         if named and self._is_found(function):
             blob = pickle.dumps(kind(function), PROTOCOL)
         else:
-            blob = _by_value(kind(function))
+            blob = _in_one(kind(function))
             digest = blake2b(blob, digest_size=16).digest()
             key = (kind, digest, timeout, retries)
             if key in self._known:
                 return self._known[key]
         return self._learn(key, self._made(function, blob, timeout, retries))
+
+    def for_items(
+        self, kind: type[Map], function: Any, timeout: float | None, retries: int
+    ) -> tuple[Recipe, tuple[Any, ...]]:
+        """The recipe for calls with some items each, and the arguments before the items."""
+        if not isinstance(function, _NAMED):
+            # What is large in it is there once, as long as there are calls; not in each call,
+            # nor in each worker for ever.
+            pickled = dumps_call(function)
+            if isinstance(pickled, Shared):
+                return self._apart(kind is Starmap, timeout, retries), (pickled,)
+        return self.recipe(kind, function, timeout, retries), ()
+
+    def _apart(self, star: bool, timeout: float | None, retries: int) -> Recipe:
+        key = (MapAny, star, timeout, retries)
+        if key not in self._known:
+            blob = pickle.dumps(MapAny(star), PROTOCOL)
+            self._learn(key, self._made(ApplyAny, blob, timeout, retries))
+        return self._known[key]
 
     def any(self, timeout: float | None = None, retries: int = 0) -> Recipe:
         """The recipe for calls whose function comes with the arguments."""
@@ -97,25 +118,36 @@ def is_stateless(function: Any) -> bool:
     return isinstance(function, type)
 
 
-def dumps_call(args: Any, kwargs: Any) -> bytes:
-    """(args, kwargs) of one call, pickled.  Raises what the arguments raise."""
-    pair = (args, kwargs)
+def dumps_call(obj: Any, seen: Seen | None = None) -> Portable:
+    """What goes to a worker for one call, pickled; ``seen``: see ``Draft.sealed``.
+
+    Raises what pickling it raises.
+    """
     try:
-        return remote.dumps(pair)
+        return remote.dumps(obj, places.own(), seen)
     except Exception as error:
-        return _rescued(pair, error)
+        return _rescued(obj, error)
 
 
-def _rescued(obj: Any, error: Exception) -> bytes:
+def _rescued(obj: Any, error: Exception) -> Portable:
     """By cloudpickle, which knows more; where that fails, too, the first error is raised."""
+    draft = Draft()
     try:
-        return _by_value(obj)
+        _pickler(draft).dump(obj)
+        return draft.sealed(places.own())
     except Exception:
         raise error from None
 
 
-def _by_value(obj: Any) -> bytes:
+def _pickler(draft: Draft) -> pickle.Pickler:
     import cloudpickle  # slow to import, seldom needed
+
+    made: pickle.Pickler = cloudpickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep)
+    return made
+
+
+def _in_one(obj: Any) -> bytes:
+    import cloudpickle
 
     data: bytes = cloudpickle.dumps(obj, PROTOCOL)
     return data

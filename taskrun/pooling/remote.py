@@ -7,7 +7,6 @@ is pickled here, so that a result which cannot be is the call's own error.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import sys
@@ -15,8 +14,10 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from taskrun import failures
+from taskrun import blobs, failures
+from taskrun.blobs import Draft, Portable, Seen
 from taskrun.errors import LoadError
+from taskrun.places import Place
 
 PROTOCOL: Final = pickle.HIGHEST_PROTOCOL
 PLAIN: Final = frozenset((type(None), bool, float))
@@ -170,6 +171,20 @@ class Map:
         return _pickled(list(map(self.function, items)))
 
 
+class MapAny:
+    """Calls the function that comes with its items, pickled by itself: one that is large."""
+
+    __name__ = "call"
+
+    def __init__(self, star: bool) -> None:
+        self.star = star
+
+    def __call__(self, function: Portable, items: Sequence[Any]) -> Any:
+        _check()
+        found = blobs.loads(function)
+        return _pickled([found(*item) if self.star else found(item) for item in items])
+
+
 class Starmap(Map):
     """Calls a function once for each of some tuples of arguments."""
 
@@ -197,7 +212,7 @@ class _Shown:
         return self._text
 
 
-def _pickled(value: Any) -> bytes:
+def _pickled(value: Any) -> Portable:
     try:
         return dumps(value)
     except Exception as error:
@@ -213,8 +228,9 @@ def _pickled(value: Any) -> bytes:
 _table: Any = None
 
 
-def dumps(obj: Any) -> bytes:
-    """A pickle, with what multiprocessing knows to pickle beside the rest."""
+def dumps(obj: Any, to: Place | None = None, seen: Seen | None = None) -> Portable:
+    """A pickle, with what multiprocessing knows to pickle beside the rest; its large parts
+    go ``to`` a place of blobs, in a worker to the worker's (see ``Draft.sealed``)."""
     global _table
     if _table is None:
         import copyreg
@@ -223,11 +239,11 @@ def dumps(obj: Any) -> bytes:
 
         extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
         _table = ChainMap(extra, copyreg.dispatch_table)
-    file = io.BytesIO()
-    pickler = pickle.Pickler(file, PROTOCOL)
+    draft = Draft()
+    pickler = pickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep)
     pickler.dispatch_table = _table
     pickler.dump(obj)
-    return file.getvalue()
+    return draft.sealed(to, seen)
 
 
 def flush_streams() -> None:

@@ -16,6 +16,8 @@ from multiprocessing import TimeoutError
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
+from taskrun import blobs
+from taskrun.blobs import Shared
 from taskrun.calls import OK
 from taskrun.errors import ResultError
 from taskrun.model import Failure
@@ -64,9 +66,12 @@ def decoded(raw: Raw) -> tuple[bool, Any]:
     """Whether it succeeded, and the value or the exception."""
     value, failed = raw
     if not failed:
-        if type(value) is not bytes:
+        kind = type(value)
+        if kind is not bytes and kind is not Shared:
             return True, value
         try:
+            if kind is Shared:
+                return True, blobs.loads(value)
             return True, pickle.loads(pickle.loads(value))
         except Exception as error:
             error.add_note("It was raised while the result was unpickled.")
@@ -215,7 +220,7 @@ class AsyncResult(Waitable):
 class MapResult(AsyncResult):
     """What ``map_async`` gives: all the values, or the first error."""
 
-    __slots__ = ("_advance", "_chunks", "_left", "_parts")
+    __slots__ = ("_advance", "_chunks", "_left", "_parts", "held")
 
     def __init__(
         self, pool: Any, driver: Driver, callback: Callback, on_error: Callback, chunks: int
@@ -225,6 +230,7 @@ class MapResult(AsyncResult):
         self._parts: list[Any] = [None] * chunks
         self._chunks: list[_Chunk] = []
         self._advance: Callable[[int], None] | None = None
+        self.held: Any = None  # what the calls need as long as there are any
 
     def start(self) -> None:
         """There are no chunks: there is nothing to do."""
@@ -250,6 +256,7 @@ class MapResult(AsyncResult):
             self._driver.loop.call_back(lambda: advance(size))
         if not self._left:
             self._chunks.clear()
+            self.held = None
             failed = self._raw
             self._set(failed or (self._parts, False))
             self._parts = []
@@ -338,7 +345,7 @@ class IMapIterator(Waitable):
         self._length: int | None = None
         self._given = 0
         self._ended = 0
-        self._dropped = False
+        self.held: Any = None  # what the calls need as long as there are any
 
     # -- what users use ---------------------------------------------------------------
 
@@ -392,7 +399,7 @@ class IMapIterator(Waitable):
         if not self._buffered:
             self._room.release()
         if self._ended == self._length:
-            self._pool = None
+            self._pool = self.held = None
         if self.event is not None:
             self.event.set()
 
@@ -414,7 +421,7 @@ class IMapIterator(Waitable):
             count += 1
         self._length = count
         if self._ended == count:
-            self._pool = None
+            self._pool = self.held = None
         if self.event is not None:
             self.event.set()
 

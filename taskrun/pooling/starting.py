@@ -20,6 +20,7 @@ from typing import Any
 from taskrun.engines.local import Launch
 from taskrun.engines.nursery import launch_fresh
 from taskrun.engines.pool import PoolEngine
+from taskrun.places import Place
 from taskrun.pooling import remote
 from taskrun.workers import template
 from taskrun.workers.settings import FORK, Settings
@@ -42,6 +43,9 @@ class PoolWorkers(PoolEngine):
     def pids(self) -> dict[int, int]:
         """The pids of the workers that have started, by number."""
         return {link.id: link.pid for link in list(self._links.values()) if link.pid is not None}
+
+    def _begin_blobs(self, notice: Any) -> Place:
+        return super()._begin_blobs(None)  # trouble is told by Python's warnings
 
     def _make_settings(self) -> Settings:
         made = super()._make_settings()
