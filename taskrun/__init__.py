@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from taskrun.errors import Retry, Skip, TaskrunError
     from taskrun.executor import Executor
     from taskrun.library import run
+    from taskrun.limiting import limit
     from taskrun.pool import Pool
     from taskrun.shell import sh
     from taskrun.state.connecting import connect
@@ -31,6 +32,7 @@ __all__ = [
     "connect",
     "current",
     "each",
+    "limit",
     "per_worker",
     "result",
     "run",
@@ -50,6 +52,7 @@ _HOMES = {
     "connect": "taskrun.state.connecting",
     "current": "taskrun.api",
     "each": "taskrun.api",
+    "limit": "taskrun.limiting",
     "per_worker": "taskrun.api",
     "result": "taskrun.api",
     "run": "taskrun.library",

@@ -20,6 +20,7 @@ from taskrun.model import (
     LANES,
     Each,
     Errors,
+    Limit,
     Options,
     Parameter,
     PerWorker,
@@ -60,7 +61,7 @@ class TaskOptions(TypedDict, total=False):
     backoff: float
     timeout: float
     lane: Literal["process", "thread", "async", "green"]
-    limits: Any
+    limits: Limit | Iterable[Limit]
     priority: float
     resources: dict[str, float | str]
     always: bool
@@ -91,6 +92,7 @@ def task(function: Any = None, /, **options: Any) -> Any:
       each time, with jitter.
     - ``timeout``: seconds an attempt may take.
     - ``lane``: how a worker executes it: ``"process"``, or ``"async"`` for ``async def``.
+    - ``limits``: what :func:`limit` gives: how many calls may run at once, or start in a time.
     - ``priority``: higher runs first.
     - ``resources``: what a call holds while it runs: ``{"gpu": 1, "memory": "4G"}``.  In
       sizes K, M, G, T are powers of 1000; Ki, Mi, Gi, Ti powers of 1024.
@@ -250,8 +252,15 @@ def _lane(option: str, value: Any) -> str:
     return str(value)
 
 
-def _limits(option: str, value: Any) -> Any:
-    raise UsageError(f"{option}= is not available yet; resources= can hold calls back meanwhile")
+def _limits(option: str, value: Any) -> tuple[Limit, ...]:
+    limits = (value,) if isinstance(value, Limit) else value
+    if not isinstance(limits, Iterable):
+        raise TypeError(f"{option} takes limits, not {value!r}: limits=[limit(10)]")
+    limits = tuple(limits)
+    for one in limits:
+        if not isinstance(one, Limit):
+            raise TypeError(f"{option} takes limits, not {one!r}: limits=[limit(10)]")
+    return limits
 
 
 def _resources(option: str, value: Any) -> dict[str, float]:

@@ -23,6 +23,7 @@ from taskrun import messages as m
 from taskrun.core import Scheduler
 from taskrun.engines.base import Engine
 from taskrun.errors import RunError
+from taskrun.limiting import LimitKeys
 from taskrun.loading import Loaded
 from taskrun.model import Plan, Task
 from taskrun.observers import Observer, Observers
@@ -81,6 +82,7 @@ class Run:
             spare_factor=1 if settings.inline else 4,
             ahead=not settings.inline,
             open_feed=open_feed,
+            limit_keys=LimitKeys(plan.tasks),
         )
         self._state = Service(
             reactor,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -241,6 +242,21 @@ def _find(module: str, qualname: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
+    return found
+
+
+def find_task(reference: tuple[str, str] | bytes, blob: bytes | None) -> Task:
+    """The task that a :class:`Recipe` refers to.  Raises LookupError, ImportError, or what
+    unpickling raises."""
+    found: Any = None
+    if isinstance(reference, tuple):
+        found = _find(*reference)
+    elif blob is not None:
+        import cloudpickle  # noqa: F401 - what it pickled needs it
+
+        found = pickle.loads(blob)
+    if not isinstance(found, Task):
+        raise LookupError(f"there is no task {reference!r}")
     return found
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from scripts import Run, Script, Submit, Value, WaitFor, a_task, tries
+import pytest
+from harness import Runs, started
+from scripts import Error, Run, Script, Submit, Value, WaitFor, a_task, tries
 from simulation import Simulation
 
+from taskrun import limit
 from taskrun import messages as m
 from taskrun.api import each
 from taskrun.calls import CANCELLED, FAILED, OK
@@ -70,8 +75,6 @@ def test_a_call_that_its_limit_keeps_back_holds_no_worker() -> None:
 
 
 def test_a_call_that_is_tried_again_passes_its_limits_again() -> None:
-    from scripts import Error
-
     limit = Limit(1, per=1.0, identity="a")
     sim = Simulation(
         [fanned(1, limit, retries=2)], {"t": tries((Error(),), (Error(),), QUICK)}, slots=2
@@ -148,3 +151,95 @@ def test_gates_that_nobody_needs_any_more_are_let_go() -> None:
                      limit_keys=lambda call: (call.index,))  # fmt: skip
     sim.run()
     assert len(sim.scheduler._limits._gates) < 2500
+
+
+# -- in a task file -------------------------------------------------------------------
+
+POLITE = """
+from taskrun import limit
+shared = limit(1)
+
+def host(url): return url.split("/")[0]
+
+def starts(url):
+    return host(url), time.time()
+
+@task(limits=[limit(2, per="1s", key=host)])
+def fetch(url=each(["a/1", "a/2", "a/3", "b/1", "b/2"])): return starts(url)
+
+@task
+def show(fetched=result(fetch)):
+    first = min(at for _, at in fetched)
+    print([(name, round(at - first) >= 1) for name, at in fetched])
+
+@task(limits=shared)
+def one(n=each(range(2))): return alone(n)
+
+@task(limits=[shared])
+def other(n=each(range(2))): return alone(n)
+
+def alone(n):
+    import os
+    os.mkdir("alone")
+    time.sleep(0.05)
+    os.rmdir("alone")
+
+@task(limits=limit(1, key=lambda word, size: word * size))
+def submitted(word, size=2): return alone(word)
+
+@task
+def submits(): return [submitted.submit("x"), submitted.submit("x"), submitted.submit("xx", 1)]
+
+@task(limits=[limit(1, key=host)])
+def broken(n=each([1])): return n
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+def test_a_polite_task_file_is_polite(runs: Runs) -> None:
+    ended = runs.exec(POLITE, "show", "-j", "4")
+    assert ended.status == 0, ended.err
+    a, b = [("a", False), ("a", False), ("a", True)], [("b", False), ("b", False)]
+    assert f"{a + b}" in ended.out
+
+
+def test_a_limit_that_tasks_share_is_one_limit(runs: Runs) -> None:
+    ended = runs.exec(POLITE, "one", "other", "-j", "4")
+    assert ended.status == 0, ended.err
+
+
+def test_submitted_calls_keep_to_their_limits(runs: Runs) -> None:
+    ended = runs.exec(POLITE, "submits", "-j", "4")
+    assert ended.status == 0, ended.err
+
+
+def test_a_key_that_fails_in_a_task_file_is_the_calls_failure(runs: Runs) -> None:
+    ended = runs.exec(POLITE, "broken", "-j", "2")
+    assert ended.status == 1
+    assert "the key of a limit of broken[0] cannot be had" in ended.out + ended.err
+
+
+@pytest.mark.parametrize(
+    ("per", "seconds"), [("1s", 1.0), ("500ms", 0.5), ("2m", 120.0), ("h", 3600.0), (2.5, 2.5)]
+)
+def test_times_can_be_written_with_their_unit(per: Any, seconds: float) -> None:
+    assert limit(1, per=per).per == seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"count": 0}, ValueError, "1 call or more"),
+        ({"count": "3"}, TypeError, "a whole number of calls"),
+        ({"count": 1, "per": "soon"}, ValueError, "a time such as"),
+        ({"count": 1, "per": -1}, ValueError, "more than 0"),
+        ({"count": 1, "key": "host"}, TypeError, "a function"),
+    ],
+)
+def test_what_is_no_limit_is_refused(options: Any, error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        limit(**options)
