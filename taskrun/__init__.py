@@ -51,6 +51,7 @@ _HOMES = {
     "as_completed": "taskrun.context",
     "connect": "taskrun.state.connecting",
     "current": "taskrun.api",
+    "dask_get": "taskrun.dask",  # not in __all__: it is there where dask is
     "each": "taskrun.api",
     "limit": "taskrun.limiting",
     "per_worker": "taskrun.api",

@@ -40,6 +40,7 @@ class CallFuture(concurrent.futures.Future[Any]):
 
     _driver: Driver | None = None
     _job: _FutureJob | None = None
+    held: Any = None  # what the call needs until it ends
 
     def cancel(self) -> bool:
         """End the call; False where it has ended."""
@@ -75,7 +76,7 @@ class _FutureJob:
     def _settle(self) -> None:
         raw, self.raw, self.executor = self.raw, None, None
         future = self.future
-        future._job = None
+        future._job = future.held = None
         if raw is None or not future.set_running_or_notify_cancel():
             return
         success, value = decoded(raw)
@@ -121,6 +122,11 @@ class Executor(concurrent.futures.Executor):
         self._pool = Pool(max_workers, initializer, initargs, max_tasks_per_child, mp_context)
         self._pool._driver.waits_at_exit = True  # as the standard library's
         weakref.finalize(self, _close, self._pool).atexit = False
+
+    @property
+    def workers(self) -> int:
+        """How many calls run at a time."""
+        return self._pool._processes
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> CallFuture:
         """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``."""

@@ -18,6 +18,7 @@ from typing import Any, Final
 from taskrun import places
 from taskrun.blobs import Draft, Portable, Seen, Shared
 from taskrun.model import Recipe
+from taskrun.places import Place
 from taskrun.pooling import remote
 from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, Map, MapAny, Starmap
 
@@ -131,19 +132,23 @@ def dumps_call(obj: Any, seen: Seen | None = None) -> Portable:
 
 def _rescued(obj: Any, error: Exception) -> Portable:
     """By cloudpickle, which knows more; where that fails, too, the first error is raised."""
-    draft = Draft()
     try:
-        _pickler(draft).dump(obj)
-        return draft.sealed(places.own())
+        return dumps_by_value(obj, places.own())
     except Exception:
         raise error from None
 
 
-def _pickler(draft: Draft) -> pickle.Pickler:
+def dumps_by_value(obj: Any, to: Place | None = None) -> Portable:
+    """A pickle with all functions and classes in it that are not found by their names.
+
+    ``to``: where its large parts go; in a worker usually where its results do.  Raises what
+    pickling it raises.
+    """
     import cloudpickle  # slow to import, seldom needed
 
-    made: pickle.Pickler = cloudpickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep)
-    return made
+    draft = Draft()
+    cloudpickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
+    return draft.sealed(to)
 
 
 def _in_one(obj: Any) -> bytes:

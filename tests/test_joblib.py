@@ -1,0 +1,129 @@
+"""joblib on a taskrun Pool."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+joblib = pytest.importorskip("joblib", reason="joblib is not installed")
+
+import taskrun.joblib  # noqa: E402 - it needs joblib, and registers the backend
+from taskrun.errors import WorkerLost  # noqa: E402
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def on_taskrun() -> Iterator[Any]:
+    with joblib.parallel_config(backend="taskrun", n_jobs=2) as config:
+        yield config
+    backend = config["backend"]
+    assert isinstance(backend, taskrun.joblib.TaskrunBackend)
+    backend._close()
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def fail(x: int) -> int:
+    if x == 7:
+        raise ValueError("seven")
+    return x
+
+
+def die(x: int) -> int:
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+def pid_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def run(function: Any, items: Any, **options: Any) -> Any:
+    return joblib.Parallel(**options)(joblib.delayed(function)(item) for item in items)
+
+
+def test_calls_run_in_workers_and_their_values_come_in_order() -> None:
+    assert run(square, range(1000)) == [x * x for x in range(1000)]
+    pids = set(run(pid_after, [0.05] * 8, batch_size=1))
+    assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_the_workers_stay_for_the_next_parallel() -> None:
+    first = set(run(pid_after, [0.05] * 8, batch_size=1))
+    assert set(run(pid_after, [0.05] * 8, batch_size=1)) == first
+
+
+def test_local_functions_and_large_arguments_travel() -> None:
+    data = os.urandom(2_000_000)
+    assert run(lambda n: len(data) + n, range(4)) == [2_000_000 + n for n in range(4)]
+    assert run(len, [data] * 3) == [2_000_000] * 3
+    assert run(bytes, [2_000_000] * 3) == [bytes(2_000_000)] * 3
+
+
+def test_an_error_is_raised_and_the_next_parallel_works() -> None:
+    with pytest.raises(ValueError, match="seven"):
+        run(fail, range(100))
+    assert run(square, range(3)) == [0, 1, 4]
+
+
+def test_a_worker_that_dies_is_an_error_and_the_next_parallel_works() -> None:
+    with pytest.raises(WorkerLost, match="SIGKILL"):
+        run(die, range(5), batch_size=1)
+    assert run(square, range(3)) == [0, 1, 4]
+
+
+def test_a_generator_gives_values_as_they_are_needed() -> None:
+    assert list(run(square, range(20), return_as="generator")) == [x * x for x in range(20)]
+    unordered = run(square, range(20), return_as="generator_unordered")
+    assert sorted(unordered) == [x * x for x in range(20)]
+
+
+def test_a_timeout_ends_the_parallel() -> None:
+    began = time.monotonic()
+    with pytest.raises((TimeoutError, multiprocessing.TimeoutError)):
+        run(time.sleep, [60] * 4, timeout=0.2)
+    assert time.monotonic() - began < 30
+
+
+def test_a_parallel_in_a_call_works() -> None:
+    def inner(x: int) -> int:
+        return sum(joblib.Parallel(n_jobs=2)(joblib.delayed(square)(x) for x in range(x)))
+
+    assert run(inner, [3, 4]) == [5, 14]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 1), (1, 1), (3, 3)])
+def test_the_number_of_jobs(asked: int | None, given: int) -> None:
+    backend = taskrun.joblib.TaskrunBackend()
+    assert backend.effective_n_jobs(asked) == given
+    assert backend.effective_n_jobs(-1) >= 1
+    with pytest.raises(ValueError, match="n_jobs == 0"):
+        backend.effective_n_jobs(0)
+
+
+def test_a_grid_search_finds_what_it_finds_on_loky() -> None:
+    selection = pytest.importorskip("sklearn.model_selection", reason="no scikit-learn")
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    images, digits = load_digits(return_X_y=True)
+    found = {}
+    for backend in ("taskrun", "loky"):
+        search = selection.GridSearchCV(
+            SVC(), {"C": [1, 10], "gamma": [0.001, 0.0005]}, n_jobs=2, cv=3
+        )
+        with joblib.parallel_config(backend=backend):
+            search.fit(images[:600], digits[:600])
+        found[backend] = search.best_params_, list(search.cv_results_["mean_test_score"])
+    assert found["taskrun"] == found["loky"]
