@@ -87,6 +87,7 @@ class Run:
         self._state = Service(
             reactor,
             is_running=self.core.is_running,
+            is_idle=lambda: self._timer_at is None,
             notice=self.observer.notice,
             key_file=settings.authkey_file,
             listen=settings.listen,

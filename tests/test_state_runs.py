@@ -524,3 +524,91 @@ def test_a_run_from_python_can_be_reached(runs: Runs) -> None:
         print(taskrun.run(work, params={"address": address}, output="quiet", listen=address))
     """
     assert runs.script(source).check().out == "{'a': 1}\n"
+
+
+# -- waits that nobody could end ------------------------------------------------------
+
+
+def test_inline_a_wait_that_nobody_can_end_is_an_error(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        @task
+        def consumer(): return state.queue("q").get()
+
+        @task
+        async def awaits(): return await state.queue("q").get_async()
+
+        @task(default=False)
+        def child():
+            with state.semaphore("s", 1): print("never")
+
+        @task
+        def parent():
+            with state.semaphore("s", 1): child.submit().result()
+
+        @task
+        def watcher():
+            for change in state.dict("d").watch(): print(change)
+        """,
+        "--inline", "-k", "--state", "kept.db",
+    )  # fmt: skip
+    assert done.status == 1
+    for what in ("queue.get of 'q'", "semaphore.acquire of 's'", "state.watch of 'd'"):
+        assert f"{what} would wait for ever: nobody else is there" in done.err, what
+    assert done.err.count("StateError: queue.get of 'q'") >= 2
+    assert "never" not in done.out
+
+
+def test_inline_calls_that_wait_are_served_by_those_on_top_of_them(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        @task
+        def consumer(): print("got", state.queue("q").get())
+
+        @task
+        def producer(): state.queue("q").put("it")
+        """,
+        "--inline",
+    )
+    assert "got it" in done.check().out
+
+
+def test_inline_a_thread_or_a_retry_may_end_a_wait(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        import threading
+        from taskrun.state import local
+        local.PATIENCE = 0.2
+
+        @task(retries=1, backoff=1)
+        def again():
+            if current().attempt == 1: raise ValueError
+            state.event("e").set()
+
+        @task
+        def waits_for_the_retry(): print("came", state.event("e").wait())
+
+        @task
+        def waits_for_a_thread():
+            threading.Timer(1, lambda: state.queue("q").put("it")).start()
+            print("got", state.queue("q").get())
+        """,
+        "--inline",
+    )
+    assert "came True" in done.check().out and "got it" in done.out
+
+
+def test_outside_a_run_a_wait_that_nobody_can_end_is_an_error(runs: Runs) -> None:
+    source = """
+        from taskrun import state
+        from taskrun.state import local
+
+        local.PATIENCE = 0.1
+        for wait in (state.queue("q").get, state.event("e").wait, state.barrier("b", 2).wait):
+            try:
+                wait()
+            except Exception as error:
+                print(type(error).__name__, error)
+    """
+    out = runs.script(source).check().out
+    assert out.count("StateError") == out.count("would wait for ever") == 3

@@ -129,6 +129,11 @@ class Server:
 
     # -- connections ------------------------------------------------------------------
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether anybody is connected, but for those that ``sessions`` has taken over."""
+        return bool(self._peers or self._promoted)
+
     def _has_room(self) -> bool:
         if len(self._greeting) < self._most_greeting:
             return True

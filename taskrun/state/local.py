@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import context
+from taskrun.errors import StateError
 from taskrun.state.clients import concluded, refuse_deadlock, settle
 from taskrun.state.store import Store
 from taskrun.state.stored import Stored
@@ -17,6 +18,7 @@ from taskrun.state.waiting import Queue, Wait
 from taskrun.state.wire import LEASED, MISSED, PARKED, Owner, Reply, Request
 
 MOST_CHANGES: Final = 10_000  # kept for one who watches
+PATIENCE: Final = 5.0  # seconds until somebody who waits asks whether there is any hope
 
 
 class Caller:
@@ -69,7 +71,8 @@ class LocalClient:
     """A ``clients.Client`` of a store in this process.
 
     ``wake``: called when somebody's answer has come.  ``attempt`` gives the (call, attempt)
-    that is being executed, if there is one.
+    that is being executed, if there is one.  ``is_deserted`` says whether nobody but the
+    thread that asks could use the store: to wait without a timeout is an error then.
     """
 
     def __init__(
@@ -77,10 +80,12 @@ class LocalClient:
         store: Store,
         wake: Callable[[], object] = lambda: None,
         attempt: Callable[[], tuple[int, int] | None] = lambda: None,
+        is_deserted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.store = store
         self._wake = wake
         self._attempt = attempt
+        self._is_deserted = is_deserted
         self._caller = Caller()
 
     def owner(self) -> Owner:
@@ -106,8 +111,16 @@ class LocalClient:
         """Wait for the answer to a parked request; False when the time is up."""
         refuse_deadlock(holder)
         caller.alone = request[0] in LEASED
-        deadline = None if timeout is None else monotonic() + timeout
-        return context.active().lend(caller, deadline)
+        if timeout is not None:
+            return context.active().lend(caller, monotonic() + timeout)
+        self._lend(request, caller)
+        return True
+
+    def _lend(self, request: Request, caller: Caller) -> None:
+        """Wait until there is an answer.  Raises StateError where there can never be one."""
+        while not context.active().lend(caller, monotonic() + PATIENCE):
+            if self._is_deserted():
+                raise _hopeless(request)
 
     def _take_back(self, request: Request, caller: Caller) -> None:
         """Whoever waited is interrupted: what it got meanwhile is not lost."""
@@ -130,7 +143,10 @@ class LocalClient:
             over = context.active().lend_awaiting(alone=request[0] in LEASED)
             try:
                 refuse_deadlock(reply[1])
-                await asyncio.wait([future], timeout=timeout)
+                if timeout is not None:
+                    await asyncio.wait([future], timeout=timeout)
+                else:
+                    await self._answered(request, future)
             except BaseException:
                 self._take_back(request, caller)
                 raise
@@ -139,16 +155,25 @@ class LocalClient:
             reply = self.store.withdraw(caller) or caller.take()
         return concluded(reply)
 
+    async def _answered(self, request: Request, future: Any) -> None:
+        """As :meth:`_lend`, for coroutines."""
+        import asyncio
+
+        while not (await asyncio.wait([future], timeout=PATIENCE))[0]:
+            # Whether other coroutines of this loop would go on, nobody can tell.
+            if len(asyncio.all_tasks()) == 1 and self._is_deserted():
+                raise _hopeless(request)
+
     def watch(self, request: Request) -> Iterator[Reply]:
         caller = Caller(self._wake)
         concluded(self.store.execute(request, caller))
-        return self._changes(caller)
+        return self._changes(request, caller)
 
-    def _changes(self, caller: Caller) -> Iterator[Reply]:
+    def _changes(self, request: Request, caller: Caller) -> Iterator[Reply]:
         try:
             while True:
                 if not caller.ready():
-                    context.active().lend(caller, None)
+                    self._lend(request, caller)
                 yield caller.take()
         finally:
             self.store.left(caller, ("watcher", id(caller)))
@@ -175,6 +200,15 @@ class LocalClient:
             self.store.left(caller, ("watcher", id(caller)))
 
 
+def _hopeless(request: Request) -> StateError:
+    operation, name = request[:2]
+    return StateError(
+        f"{operation} of {name!r} would wait for ever: nobody else is there who could end it. "
+        "Outside a run, and with --inline, one thing is done at a time: run it without --inline, "
+        "say timeout=, or let a client in by --listen"
+    )
+
+
 def _undo(client: LocalClient, request: Request, reply: Reply) -> None:
     operation, name, options, args = request
     if reply[0] != 0:
@@ -196,7 +230,7 @@ def own_client() -> LocalClient:
     has its own."""
     global _own
     if _own is None or _own[0] != os.getpid():
-        _own = os.getpid(), LocalClient(Store())
+        _own = os.getpid(), LocalClient(Store(), is_deserted=lambda: threading.active_count() == 1)
     return _own[1]
 
 

@@ -31,7 +31,8 @@ class Service:
 
     ``key_file``: where the authkey is, if that is said.  ``listen``: more addresses, of
     loopback.  ``file``: where the state is kept.  ``is_running`` is asked whether an
-    attempt, (call, number), is still the one that counts.
+    attempt, (call, number), is still the one that counts; ``is_idle`` whether the run itself
+    waits for no moment at which something is due.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Service:
         *,
         is_running: Callable[[int, int], bool],
         notice: Callable[[str], object],
+        is_idle: Callable[[], bool] = lambda: False,
         key_file: str | None = None,
         listen: str | None = None,
         file: str | None = None,
@@ -49,6 +51,7 @@ class Service:
         self.sessions: set[Session] = set()
         self.address: str | None = None
         self._is_running = is_running
+        self._is_idle = is_idle
         self._notice = notice
         self._key_file = key_file
         self._more = listen
@@ -151,7 +154,16 @@ class Service:
         """A client for code in this process."""
         from taskrun.state.local import LocalClient
 
-        return LocalClient(self.store, self._wake, attempt)
+        return LocalClient(self.store, self._wake, attempt, self._is_deserted)
+
+    def _is_deserted(self) -> bool:
+        """Whether nobody but the thread that asks could change anything here."""
+        if self.sessions or self._more is not None or not self._is_idle():
+            return False
+        if self._server is not None and self._server.has_clients:
+            return False
+        own = 1 if self._file is None else 2  # the file has a thread that only reads
+        return threading.active_count() == own
 
     def _wake(self) -> None:
         self.reactor.post(_nothing)
