@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from taskrun.manager.administration import Administration
 from taskrun.manager.calls import Reply
 from taskrun.manager.objects import Objects
 from taskrun.reactor import Reactor
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A connection that leaves the loop, and what was being done for it.
+
+    ``received``: what was read and not dealt with.  ``unsent``: of earlier replies.
+    ``reply``: to be sent then.  ``asked``: whether the first request is behind it.
+    ``pid``: the client's process, where that is known.
+    """
+
+    socket: socket.socket
+    received: bytearray
+    unsent: memoryview | None
+    reply: Reply | None
+    asked: bool
+    pid: int | None
 
 
 class Host(Protocol):
@@ -31,17 +49,8 @@ class Host(Protocol):
     def on_closed(self, peer: Any) -> None:
         """The loop serves the peer no more."""
 
-    def promote(
-        self,
-        connection: socket.socket,
-        received: bytearray,
-        unsent: memoryview | None,
-        reply: Reply | None,
-        *,
-        asked: bool,
-        pid: int | None,
-    ) -> None:
-        """Have a connection served by a thread from now on; see ``promoted.Promoted``."""
+    def promote(self, handover: Handover) -> None:
+        """Have a connection served by a thread from now on."""
 
     def on_thread_ended(self, promoted: Any) -> None:
         """A promoted connection has ended.  On any thread."""

@@ -7,18 +7,16 @@ see ``promoted``.
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import struct
 from typing import Any
 
 from taskrun.manager import calls, hosted, pickling, protocol
-from taskrun.manager.hosting import Host
+from taskrun.manager.hosting import Handover, Host
 
 _READ = 64 * 1024
 _READ_GREETING = 512
-_LENGTH = struct.Struct("!i")
 _RETURN_NONE = protocol.framed(pickling.dump_plain(("#RETURN", None)))
 
 
@@ -65,24 +63,19 @@ class Peer:
 
     def on_readable(self) -> None:
         try:
-            authenticated = self._connection.authenticated
-            data = self.socket.recv(_READ if authenticated else _READ_GREETING)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.close()
-            return
-        if not data:
-            self.close()
-            return
-        try:
-            if not authenticated:
-                self._on_greeting(data)
+            known = self._asked or self._connection.authenticated
+            data = self.socket.recv(_READ if known else _READ_GREETING)
+            if not data:
+                self.close()
             elif self._asked:
                 self._on_calls(data)
-            else:
+            elif known:
                 self._connection.frames.feed(data)
                 self._on_first()
+            else:
+                self._on_greeting(data)
+        except (BlockingIOError, InterruptedError):
+            return
         except protocol.ProtocolError as error:
             self._send(error.last_words)
             self.close()
@@ -108,12 +101,8 @@ class Peer:
     def _on_calls(self, data: bytes) -> None:
         frames = self._connection.frames
         # The usual case: one whole request, not long, and nothing before it.
-        if (
-            not frames.pending
-            and len(data) > 3
-            and _LENGTH.unpack_from(data)[0] == len(data) - 4
-            and len(data) <= frames.limit
-        ):
+        size = len(data) - 4
+        if int.from_bytes(data[:4], "big") == size <= frames.limit and not frames.pending:
             self._on_request(data[4:])
             return
         frames.feed(data)
@@ -137,7 +126,7 @@ class Peer:
     def _on_request(self, payload: bytes) -> None:
         server = self.server
         try:
-            request = pickling.load_plain(io.BytesIO(payload))
+            request = pickling.load_plain(payload)
             ident, method, args, _ = request
             entry = server.objects.find(ident)
             if entry is not None and (
@@ -180,7 +169,7 @@ class Peer:
 
     def _on_first_request(self, payload: bytes) -> None:
         try:
-            request = pickling.load_plain(io.BytesIO(payload))
+            request = pickling.load_plain(payload)
         except pickling.NotPlain:
             self.promote(payload)
             return
@@ -271,7 +260,9 @@ class Peer:
             rest[:0] = protocol.framed(payload)
         self._detach()
         self.server.on_closed(self)
-        self.server.promote(self.socket, rest, self._unsent, reply, asked=self._asked, pid=self.pid)
+        self.server.promote(
+            Handover(self.socket, rest, self._unsent, reply, asked=self._asked, pid=self.pid)
+        )
 
     def finish(self) -> None:
         """Close once everything is sent."""

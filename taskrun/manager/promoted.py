@@ -15,7 +15,7 @@ from typing import Any
 
 from taskrun.manager import calls, pickling, protocol
 from taskrun.manager.blocking import Gone, Waiter
-from taskrun.manager.hosting import Host
+from taskrun.manager.hosting import Handover, Host
 
 _READ = 64 * 1024
 _READ_LONG = 1024 * 1024
@@ -25,37 +25,26 @@ _JOINED = 64 * 1024  # a shorter payload is sent in one piece with its length
 class Promoted:
     """Serves one connection on the thread that calls :meth:`run`."""
 
-    def __init__(
-        self,
-        server: Host,
-        connection: socket.socket,
-        received: bytearray,
-        *,
-        asked: bool,
-        pid: int | None,
-    ) -> None:
-        """``received`` is what the loop has read and not dealt with; ``asked`` whether the
-        first request is behind it."""
+    def __init__(self, server: Host, handover: Handover) -> None:
         self.server = server
-        self.socket = connection
-        self._received = received
-        self._asked = asked
-        self._pid = pid
+        self.socket = handover.socket
+        self._received = handover.received
+        self._unsent = handover.unsent
+        self._reply = handover.reply
+        self._asked = handover.asked
+        self._pid = handover.pid
         self._waiter = Waiter(self._is_gone)
         self._in_transit: list[object] = []  # proxies, until the client has its own
 
-    def start(self, unsent: memoryview | None, reply: calls.Reply | None) -> None:
+    def start(self) -> None:
         """Have it served; first send what the loop has not sent."""
-        thread = threading.Thread(
-            target=self.run, args=(unsent, reply), name="manager client", daemon=True
-        )
-        thread.start()
+        threading.Thread(target=self.run, name="manager client", daemon=True).start()
 
-    def run(self, unsent: memoryview | None, reply: calls.Reply | None) -> None:
+    def run(self) -> None:
         self._waiter.begin()
         try:
             self.socket.setblocking(True)
-            self._serve(unsent, reply)
+            self._serve()
         except (OSError, EOFError, Gone):
             pass  # the client is gone, or what it sends is cut off
         except (SystemExit, KeyboardInterrupt):
@@ -70,15 +59,15 @@ class Promoted:
             self.socket.close()
             self.server.on_thread_ended(self)
 
-    def _serve(self, unsent: memoryview | None, reply: calls.Reply | None) -> None:
-        if unsent is not None:
-            self.socket.sendall(unsent)
-        if reply is not None:
-            self._send(reply)
+    def _serve(self) -> None:
+        if self._unsent is not None:
+            self.socket.sendall(self._unsent)
+        if self._reply is not None:
+            self._send(self._reply)
         elif not self._asked:
             self._first()
+        self._unsent = self._reply = None
         while self._asked:
-            reply = None
             self._send(self._execute(self._read()))
 
     def shut(self) -> None:
@@ -102,7 +91,7 @@ class Promoted:
         del request  # it may hold the only reference to something
         self._send(reply)
 
-    def _execute(self, payload: io.BytesIO) -> calls.Reply:
+    def _execute(self, payload: bytes) -> calls.Reply:
         self._in_transit.clear()
         try:
             request, foreign = self._load(payload)
@@ -118,14 +107,13 @@ class Promoted:
             pid=self._pid,
         )
 
-    def _load(self, payload: io.BytesIO) -> tuple[Any, bool]:
+    def _load(self, payload: bytes) -> tuple[Any, bool]:
         """The request, and whether code other than builtins had to be run for it."""
         if not self.server.plain:
             return pickling.load_xml(payload), True
         try:
             return pickling.load_plain(payload), False
         except pickling.NotPlain:
-            payload.seek(0)
             return pickling.Loader(payload, self.server.rebuild_proxy).load(), True
 
     def _mark(self, request: Any) -> None:
@@ -136,7 +124,7 @@ class Promoted:
 
     # -- bytes ------------------------------------------------------------------------
 
-    def _read(self) -> io.BytesIO:
+    def _read(self) -> bytes:
         received = self._received
         while (found := protocol.announced(received)) is None:
             received += self._receive(_READ)
@@ -149,8 +137,7 @@ class Promoted:
         while payload.tell() < size:
             self._acknowledge()
             payload.write(self._receive(min(size - payload.tell(), _READ_LONG)))
-        payload.seek(0)
-        return payload
+        return payload.getvalue()
 
     def _receive(self, size: int) -> bytes:
         data = self.socket.recv(size)

@@ -65,7 +65,7 @@ def header(size: int) -> bytes:
 
 def framed(payload: bytes | memoryview) -> bytes:
     """The payload behind its length."""
-    return b"".join((header(len(payload)), payload))
+    return header(len(payload)) + payload
 
 
 def announced(data: bytes | bytearray) -> tuple[int, int] | None:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from functools import partial
 from multiprocessing import managers, process
@@ -127,7 +126,7 @@ class Proxy(managers.BaseProxy):
         except BaseException:
             self._disconnect()
             raise
-        return Loader(io.BytesIO(payload), partial(_rebuild_carried, self)).load()
+        return Loader(payload, partial(_rebuild_carried, self)).load()
 
     def _proxy(self, exposed: Any, token: Any) -> Any:
         known: Any = managers.SyncManager if self._manager is None else self._manager
@@ -160,10 +159,10 @@ def AutoProxy(
     manager: Any = None,
     authkey: bytes | None = None,
     exposed: Any = None,
-    incref: bool = True,
-    manager_owned: bool = False,
+    **counting: bool,
 ) -> Any:
-    """A proxy with whatever methods the shared object exposes."""
+    """A proxy with whatever methods the shared object exposes.  ``counting``: incref and
+    manager_owned, as of :class:`Proxy`."""
     if authkey is None:
         key = getattr(manager, "_authkey", None) or _keys.get(token.address)
         authkey = process.current_process().authkey if key is None else key
@@ -174,7 +173,7 @@ def AutoProxy(
         finally:
             conn.close()
     kind = _auto_type(f"AutoProxy[{token.typeid}]", tuple(exposed))
-    proxy = kind(token, serializer, manager, authkey, incref=incref, manager_owned=manager_owned)
+    proxy = kind(token, serializer, manager, authkey, **counting)
     proxy._isauto = True
     return proxy
 

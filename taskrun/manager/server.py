@@ -20,7 +20,7 @@ from time import monotonic
 from typing import Any
 
 from taskrun.manager.administration import Administration
-from taskrun.manager.calls import Reply
+from taskrun.manager.hosting import Handover
 from taskrun.manager.listening import Address, Listener
 from taskrun.manager.objects import Objects, Registry
 from taskrun.manager.peer import Peer
@@ -191,25 +191,16 @@ class Server:
 
     # -- connections with a thread ----------------------------------------------------
 
-    def promote(
-        self,
-        connection: socket.socket,
-        received: bytearray,
-        unsent: memoryview | None,
-        reply: Reply | None,
-        *,
-        asked: bool,
-        pid: int | None,
-    ) -> None:
+    def promote(self, handover: Handover) -> None:
         """Have a connection served by a thread from now on."""
-        promoted = Promoted(self, connection, received, asked=asked, pid=pid)
+        promoted = Promoted(self, handover)
         self._promoted.add(promoted)
         try:
-            promoted.start(unsent, reply)
+            promoted.start()
         except RuntimeError:  # the system gives us no more threads
             self.report()
             self._promoted.discard(promoted)
-            connection.close()
+            handover.socket.close()
 
     def on_thread_ended(self, promoted: Promoted) -> None:
         """On any thread."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import socket
 import threading
@@ -33,7 +32,7 @@ _DONE: Final = protocol.framed(pickle.dumps((OK, None)))
 
 def _loaded(payload: bytes) -> Any:
     try:
-        return pickling.load_plain(io.BytesIO(payload))
+        return pickling.load_plain(payload)
     except Exception as error:  # a broken pickle raises anything
         raise protocol.ProtocolError(f"no request: {error}") from None
 
