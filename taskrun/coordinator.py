@@ -146,6 +146,12 @@ class Run:
     def _run(self) -> None:
         try:
             self._state.start()
+            self._run_engine()
+        finally:
+            self._state.close()
+
+    def _run_engine(self) -> None:
+        try:
             self._engine.start(self.reactor, self.post, self.observer)
             self.observer.run_started(self)
             self._perform(self.core.begin(time.monotonic()))
@@ -155,7 +161,6 @@ class Run:
             self.status = error.exit_status
         finally:
             self._engine.close(time.monotonic() + CLOSE_SECONDS)
-            self._state.close()
 
     def post(self, event: m.Event) -> None:
         """Take an event, on the loop's thread."""
