@@ -288,7 +288,7 @@ def execute_map(
     from taskrun.feed import Feed, Results
 
     reactor = Reactor()
-    display = Display(settings, reactor, stdout)
+    display = Display(settings, reactor, stdout, results=True)
     results = Results(display.show_result, keep_order)
     plan = Plan((), frozenset([task.name]), file=loaded.file, module=loaded.module)
     run = Run(plan, settings, [*display.observers, results], reactor, open_feed=True)

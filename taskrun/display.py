@@ -18,8 +18,16 @@ from taskrun.terminal import Target, Terminal
 class Display(Observer):
     """The observers that the settings ask for; keeps them going while the run lasts."""
 
-    def __init__(self, settings: Settings, reactor: Reactor, stdout: Target = None) -> None:
-        """``stdout``: where it goes, unless to this process's own."""
+    def __init__(
+        self,
+        settings: Settings,
+        reactor: Reactor,
+        stdout: Target = None,
+        *,
+        results: bool = False,
+    ) -> None:
+        """``stdout``: where it goes, unless to this process's own.  ``results``: it is for
+        results; what calls print goes to stderr, where it carries their names."""
         self.terminal = Terminal(sys.stdout if stdout is None else stdout, sys.stderr)
         self.terminal.on_broken = lambda reason: reactor.post(lambda: self._stop(reason))
         self._reactor = reactor
@@ -28,6 +36,8 @@ class Display(Observer):
         self._events: Any = None
         # With --json, stdout holds events and nothing else; people read stderr.
         output = make_output("quiet" if settings.json else settings.output, self.terminal)
+        if results:
+            output.stdout = "stderr"
         self.observers: list[Observer] = [self, output]
         if settings.output != "quiet" and not settings.inline:
             self._progress = Progress(self.terminal, running=self._running)

@@ -204,6 +204,8 @@ class Output(Observer):
     overwrite = True
     shows_captured = False
     """Whether a failure's block repeats what the call wrote."""
+    stdout = "stdout"
+    """Where lines of stdout go that are shown with their call's name."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
@@ -229,6 +231,10 @@ class Output(Observer):
 
     def show_retry(self, line: str) -> None:
         self._say(line)
+
+    def place(self, stream: str) -> str:
+        """Where the lines of a stream go."""
+        return self.stdout if stream == "stdout" else stream
 
     # -- what is observed -------------------------------------------------------------
 
@@ -409,15 +415,15 @@ class LineOutput(Output):
         tag = text.encode(self._tag(live.call, stream))
         lines = self._tamed(stream, block)
         tagged = tag + lines[:-1].replace(b"\n", b"\n" + tag) + b"\n"
-        self.terminal.write_lines(stream, tagged)
+        self.terminal.write_lines(self.place(stream), tagged)
 
     def _tag(self, call: Any | None, stream: str) -> str:
         title = "worker" if call is None else text.title_of(call)
         title = text.shorten(title, self.WIDEST_TITLE)
-        if not self.terminal.is_terminal(stream):
+        if not self.terminal.is_terminal(self.place(stream)):
             return f"{title} | "
         self._width = max(self._width, min(len(title), self.WIDEST_PADDING))
-        paint = self.terminal.paint(stream)
+        paint = self.terminal.paint(self.place(stream))
         bar = paint("red", "|") if stream == "stderr" else paint("dim", "|")
         task = title if call is None else call.recipe.name
         return f"{paint.tag(task, title)}{' ' * (self._width - len(title))} {bar} "
@@ -456,7 +462,7 @@ class GroupOutput(Output):
         with self.terminal.lock:
             headed: set[str] = set()
             for stream, block in live.spool.blocks():
-                place = "both" if self.terminal.in_one_place else stream
+                place = "both" if self.terminal.in_one_place else self.place(stream)
                 if place not in headed:
                     headed.add(place)
                     self._write(stream, self._heading(live.call, stream))
@@ -464,7 +470,7 @@ class GroupOutput(Output):
             self._seconds.pop(live.call.id, None)
 
     def _heading(self, call: Any, stream: str) -> bytes:
-        paint = self.terminal.paint(stream)
+        paint = self.terminal.paint(self.place(stream))
         style = {"ok": "green", "failed": "bad"}.get(call.state, "yellow")
         seconds = self._seconds.get(call.id)
         took = f" ({text.duration(seconds)})" if seconds is not None else ""
@@ -472,7 +478,7 @@ class GroupOutput(Output):
         return text.encode(f"--- {title} {paint(style, call.state)}{took}\n")
 
     def _write(self, stream: str, block: bytes) -> None:
-        self.terminal.write_lines(stream, self._tamed(stream, block))
+        self.terminal.write_lines(self.place(stream), self._tamed(stream, block))
 
 
 MODES: dict[str, type[Output]] = {

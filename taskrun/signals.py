@@ -59,12 +59,14 @@ class Signals(AbstractContextManager[None]):
         # One that comes just before the loop begins to wait would not end the waiting.
         self._wakeup_fd = signal.set_wakeup_fd(self._reactor.wakeup_fd, warn_on_full_buffer=False)
         for number in NUMBERS:
-            self._before[number] = signal.signal(number, self._on_signal)
+            # What nohup, or a shell that started us in the background, has us ignore stays so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._before:
+        if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._wakeup_fd)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -188,8 +188,25 @@ def test_a_signal_while_the_file_is_imported_is_quiet(runs: Runs, number: int) -
     running.await_file(runs.folder / "begun")
     stop(running, number)
     ended = running.end()
-    assert ended.status in (SIGNALS[signal.Signals(number)], -number)
+    assert ended.status == SIGNALS[signal.Signals(number)]
     assert "Traceback" not in ended.err
+
+
+@BOTH
+def test_a_signal_that_a_run_was_started_to_ignore_is_ignored(runs: Runs, number: int) -> None:
+    running = runs.start_exec(
+        """
+        @task
+        def work():
+            mark("begun")
+            while not os.path.exists("go on"): time.sleep(0.01)
+        """,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    running.await_file(runs.folder / "begun")
+    running.signal(number)
+    (runs.folder / "go on").touch()
+    assert running.end().status == 0
 
 
 TEARDOWN = """

@@ -165,3 +165,10 @@ def test_bytes_that_are_no_text_arrive_as_they_were(runs: Runs) -> None:
     ended = runs.run("map", "g.py:size", "--keep-order", input=b"\xff\n\xc3\xa9\r\n\n").check()
     assert ended.out.split() == ["ff", "c3a90d"]
     assert os.fsencode(ended.out)
+
+
+@pytest.mark.parametrize("mode", ["line", "group"])
+def test_what_calls_print_does_not_get_between_the_results(runs: Runs, mode: str) -> None:
+    ended = runs.run("map", "f.py:shout", "a", "b", "--keep-order", "--output", mode).check()
+    assert ended.out == "A\nB\n"
+    assert "heard a" in ended.err and "heard b" in ended.err

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from taskrun.workers.outbox import Outbox
 
 TERM_TO_KILL: Final = 0.5  # seconds that an interrupted call's subprocesses have
+REMIND_SECONDS: Final = 0.05  # between two signals for one interrupt
+REMINDERS: Final = 20
 _GONE: Final = 71  # exit status of a worker whose coordinator is gone
 
 
@@ -114,16 +116,29 @@ class Control(threading.Thread):
             return  # it is over, or waits for a nested call and sees to it afterwards
         assert self._main is not None
         signal.pthread_kill(self._main, signal.SIGINT)
+        self._remind(running)
         self._end_subprocesses(others)
+
+    def _remind(self, running: Running, times: int = REMINDERS) -> None:
+        """Signal again until the attempt knows: a signal that comes just before a system call
+        does not end that, and its handler would run only afterwards."""
+
+        def remind() -> None:
+            over = running.done or running is not self._worker.executor.running
+            if not (over or running.raised):
+                assert self._main is not None
+                signal.pthread_kill(self._main, signal.SIGINT)
+                self._remind(running, times - 1)
+
+        if times:
+            _start_timer(REMIND_SECONDS, remind)
 
     def _end_subprocesses(self, others: list[int]) -> None:
         shell = sys.modules.get("taskrun.shell")
         if shell is not None:
             shell.kill_groups()
         if sessions.send(others, signal.SIGTERM):
-            killer = threading.Timer(TERM_TO_KILL, _kill_survivors, [set(others)])
-            killer.daemon = True
-            killer.start()
+            _start_timer(TERM_TO_KILL, _kill_survivors, set(others))
 
     def _ping(self, token: object) -> None:
         self._answer((PONG, token))
@@ -142,6 +157,12 @@ def tell_why(error: BaseException) -> None:
         print("a call closed file descriptors that are its worker's own", file=sys.stderr)
     else:
         sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _start_timer(seconds: float, action: Callable[..., None], *args: Any) -> None:
+    timer = threading.Timer(seconds, action, args)
+    timer.daemon = True
+    timer.start()
 
 
 def _kill_survivors(pids: set[int]) -> None:

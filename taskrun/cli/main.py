@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
     from taskrun.errors import TaskrunError
 
 INTERRUPTED = 130
+TERMINATED = 143
 BROKEN_PIPE = 141
 COMPLETE_VARIABLE = "_TASKRUN_COMPLETE"
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM came while nobody was there to take it in order."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -32,6 +38,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # it may have been closed: >&-
             sys.stdout.flush()
         return status
+    except Terminated:
+        return TERMINATED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -45,6 +53,7 @@ def _run(args: list[str]) -> int:
     from taskrun.cli.group import cli
     from taskrun.errors import TaskrunError
 
+    _take_sigterm()
     if COMPLETE_VARIABLE in os.environ:
         from click.shell_completion import shell_complete
 
@@ -59,6 +68,18 @@ def _run(args: list[str]) -> int:
         return _tell_usage(error)
     except TaskrunError as error:
         return _tell(error)
+
+
+def _take_sigterm() -> None:
+    """Have a SIGTERM end us as a Ctrl-C does, until a run takes both."""
+    import signal
+
+    def terminated(number: int, frame: object) -> None:
+        raise Terminated
+
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def _tell(error: TaskrunError) -> int:
