@@ -332,17 +332,28 @@ def _run(coroutine: Any) -> Any:
     return asyncio.run(coroutine)
 
 
-_standalone: Context = Standalone()
+_elsewhere: Context = Standalone()
 _active: ContextVar[Context] = ContextVar("taskrun_context")
 
 
 def active() -> Context:
     """The context of the code that asks."""
-    return _active.get(_standalone)
+    return _active.get(_elsewhere)
+
+
+def activate_everywhere(context: Context) -> None:
+    """Make a context the one of all code in this process that has no other: also of threads
+    and greenlets, which begin without context variables."""
+    global _elsewhere
+    _elsewhere = context
 
 
 importing = 0
 """Imports of task files that are going on in this process."""
+
+show: Callable[[int, bytes], None] | None = None
+"""Takes what a command of ``sh`` writes to stdout (1) or stderr (2), where calls share their
+process; None: it goes to this process's own."""
 
 state_home: Callable[[], Any] | None = None
 """Gives the client of shared state (``state.clients.Client``) where that is a run's."""

@@ -53,6 +53,7 @@ GAVE_BACK = "gave back"  # (GAVE_BACK, [(call, attempt), ...])
 YIELDED = "yielded"  # (YIELDED, call, attempt, first, [Encoded, ...])   items of a generator
 OUTPUT = "output"  # (OUTPUT, call, attempt, stream, bytes)   where calls share their process
 RETIRE = "retire"  # (RETIRE, reason)   finishes what it has, and wants no more calls
+NOTICE = "notice"  # (NOTICE, text)   something that people should know
 
 # From a worker, on the control Pipe:
 PONG = "pong"  # (PONG, token)

@@ -32,6 +32,7 @@ from taskrun.errors import (
 )
 from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
 from taskrun.values import encode, encode_failure, encode_items
+from taskrun.workers.items import Items, Later
 from taskrun.workers.loops import Loops, standing_still
 from taskrun.workers.recipes import ASYNC, GENERATOR, PLAIN, Home, Known
 
@@ -52,12 +53,13 @@ class Running:
     ``raised``: the task knows.  ``told``: that it began.  ``cancel`` ends its coroutine,
     ``on_end`` is called when that has ended.
     ``resumed``: how often it went on after a nested call.  ``keys``: of the calls that it
-    submitted; ``futures``: those still unknown here.
+    submitted; ``futures``: those still unknown here.  ``items``: what it produced so far,
+    where it is a generator whose items are wanted.
     """
 
     __slots__ = (
         "attempt", "began", "below", "call", "cancel", "done", "futures", "index", "interrupt",
-        "keys", "known", "on_end", "ordinals", "raised", "resumed", "told", "units",
+        "items", "keys", "known", "on_end", "ordinals", "raised", "resumed", "told", "units",
         "user",
     )  # fmt: skip
 
@@ -79,6 +81,7 @@ class Running:
         self.keys: set[bytes] | None = None
         self.futures: dict[bytes, Future] | None = None
         self.ordinals: dict[bytes, int] | None = None
+        self.items: Items | None = None
 
     def enter_user(self) -> None:
         """The task's code runs from here.  Raises Interrupted where it is to end."""
@@ -114,8 +117,11 @@ class Executor:
     """Executes calls in the thread that made it, one at a time, or nested while one waits.
 
     ``on_ctrl_c``: called where a KeyboardInterrupt has ended a call, which then counts as
-    cancelled; without it, that is an exception like any other.
+    cancelled; without it, that is an exception like any other.  ``later``: how items of a
+    generator are sent while it runs; without it, they go with its report.
     """
+
+    running: Running | None = None
 
     def __init__(
         self,
@@ -126,8 +132,8 @@ class Executor:
         *,
         thread_variables: frozenset[str] = frozenset(),
         on_ctrl_c: Callable[[], object] | None = None,
+        later: Later | None = None,
     ) -> None:
-        self.running: Running | None = None
         self.made: dict[Any, Any] = {}
         self.forked = False
         self.loops = Loops()
@@ -138,6 +144,7 @@ class Executor:
         self._marks = marks
         self._thread_variables = thread_variables
         self._on_ctrl_c = on_ctrl_c
+        self._later = later
         self._generators: list[Any] = []
         self.early: dict[tuple[int, int], str] = {}  # interrupted before they came
 
@@ -208,7 +215,7 @@ class Executor:
             value = self._call(running, args)
             if self.forked:
                 self._leave(None)
-            outcome = self._outcome(running.known, value)
+            outcome = self._outcome(running, value)
             running.user = False
             return outcome
         except BaseException as error:
@@ -224,26 +231,63 @@ class Executor:
         known = running.known
         if known.quick and type(args[0]) in _QUICK:
             return known.function(args[0])
+        made = self._made(running, args)
+        if known.style == PLAIN:
+            return made
+        if known.style == GENERATOR:
+            return self._listed(running, made)
+        coroutine = made if known.style == ASYNC else self._listed_async(running, made)
+        return self.loops.run(coroutine, running)
+
+    def _made(self, running: Running, args: Any) -> Any:
+        """What the task's function gives for these arguments: a value, a coroutine, ..."""
+        known = running.known
         known.task  # noqa: B018 - it is looked up, or the reason why it is not there is raised
         positional, keywords = known.arguments(args, self.per_worker)
         if known.says_began and not running.told:
             self._say_began(running, known.label(positional, keywords))
-        made = known.function(*positional, **keywords)
-        if known.style == PLAIN:
-            return made
-        if known.style == GENERATOR:
+        return known.function(*positional, **keywords)
+
+    # -- generators -------------------------------------------------------------------
+
+    def _listed(self, running: Running, made: Any) -> list[Any]:
+        """Run a generator to its end; its items go ahead where they are wanted."""
+        if not running.known.flags & WANT_ITEMS:
             return list(made)
-        return self.loops.run(made if known.style == ASYNC else _listed(made), running)
+        running.items = items = Items(running, self._port, self._later)
+        for value in made:
+            self._take_item(running, items, value)
+        return items.values
+
+    async def _listed_async(self, running: Running, made: Any) -> list[Any]:
+        if not running.known.flags & WANT_ITEMS:
+            return [item async for item in made]
+        running.items = items = Items(running, self._port, self._later)
+        async for value in made:
+            self._take_item(running, items, value)
+        return items.values
+
+    def _take_item(self, running: Running, items: Items, value: Any) -> None:
+        try:
+            held = encode(value)
+        except ResultError as error:
+            name = running.known.name
+            raise ResultError(f"{name} yielded what cannot travel: {error}") from None
+        was_user, running.user = running.user, False
+        items.add(value, held)
+        if was_user:
+            running.enter_user()
 
     # -- outcomes ---------------------------------------------------------------------
 
-    def _outcome(self, known: Known, value: Any) -> Outcome:
+    def _outcome(self, running: Running, value: Any) -> Outcome:
+        known = running.known
         flags = known.flags
         if flags & RENDER and value is not None:
             if type(value) in _CONTAINERS and self._encode(known, value)[1]:
                 return "held", self._encode(known, value), None
             value = str(value)
-        items = self._items(known, value) if flags & WANT_ITEMS else None
+        items = self._items(running, value) if flags & WANT_ITEMS else None
         payload, keys = self._encode(known, value)
         if keys:
             return "held", (payload, keys), items
@@ -257,11 +301,13 @@ class Executor:
         except ResultError as error:
             raise ResultError(f"{known.name} returned what cannot travel: {error}") from None
 
-    def _items(self, known: Known, value: Any) -> list[tuple[Any, Any]]:
+    def _items(self, running: Running, value: Any) -> list[tuple[Any, Any]]:
+        if running.items is not None:
+            return running.items.rest()
         try:
             return encode_items(value)
         except ResultError as error:
-            raise ResultError(f"{known.name}: {error}") from None
+            raise ResultError(f"{running.known.name}: {error}") from None
 
     def _failed(self, running: Running, error: BaseException) -> Outcome:
         if isinstance(error, KeyboardInterrupt) and self._on_ctrl_c is not None:
@@ -406,7 +452,3 @@ def _set_environment(values: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-async def _listed(generator: Any) -> list[Any]:
-    return [item async for item in generator]

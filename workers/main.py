@@ -35,12 +35,20 @@ from taskrun.wire import READ_SIZE, Decoder
 from taskrun.workers.capture import Capture, Uncaptured
 from taskrun.workers.control import Control, tell_why
 from taskrun.workers.execute import Executor, Running
+from taskrun.workers.items import Flusher
 from taskrun.workers.outbox import Outbox
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import WorkerContext, state_home
-from taskrun.workers.settings import Birth, Preloaded, Settings, apply, place_of, preload
+from taskrun.workers.settings import (
+    FINISH_SECONDS,
+    Birth,
+    Preloaded,
+    Settings,
+    apply,
+    place_of,
+    preload,
+)
 
-FINISH_SECONDS: Final = 3.0  # for what per_worker() made, when the worker ends
 _FAILED: Final = 70  # exit status of a worker that cannot go on, whatever its calls did
 
 
@@ -55,7 +63,7 @@ def run(
         os.setsid()
         sessions.die_with_parent(parent)
         _close_stdin()
-        Worker(settings, birth, fds, preloaded).run()
+        _make(settings, birth, fds, preloaded).run()
         status = 0
     except ConnectionError:
         _end_with_session()  # the coordinator is gone
@@ -63,6 +71,15 @@ def run(
         tell_why(error)
     finally:
         os._exit(status)
+
+
+def _make(settings: Settings, birth: Birth, fds: list[int], preloaded: Preloaded) -> Any:
+    """The worker that its lane asks for."""
+    if birth.lane == "process":
+        return Worker(settings, birth, fds, preloaded)
+    from taskrun.workers.lanes import worker_class  # only workers of other lanes pay for it
+
+    return worker_class(birth.lane)(settings, birth, fds, preloaded)
 
 
 def spawned(fds: list[int]) -> NoReturn:
@@ -98,7 +115,12 @@ class Worker:
         home = Home(settings.module, preloaded)
         variables = frozenset(settings.environment)
         self.executor = Executor(
-            self, home, self._ledger, self._capture, thread_variables=variables
+            self,
+            home,
+            self._ledger,
+            self._capture,
+            thread_variables=variables,
+            later=Flusher().later,
         )
         self._context = WorkerContext(
             self.executor,

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from time import perf_counter
 from typing import Any, Final
 
 from taskrun.ledger import Ledger
 from taskrun.wire import send_frame
+from taskrun.workers import native
 
 LATEST: Final = 0.001  # seconds after which records are sent although there is more to do
 LARGE: Final = 64 * 1024  # bytes after which they are
 
 
 class Outbox:
-    """Records on their way to the coordinator; both of the worker's threads use it."""
+    """Records on their way to the coordinator; all of the worker's threads use it."""
 
     def __init__(self, ledger: Ledger, fd: int) -> None:
-        self.lock = threading.RLock()
+        self.lock = native.RLock()
         self._ledger = ledger
         self._fd = fd
         self._flushed = 0.0

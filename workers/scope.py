@@ -140,7 +140,7 @@ class WorkerContext:
         known = running.known
         return Current(
             known.name,
-            _call_name(known.name, running.index, submitted=known.names is None),
+            call_name(known.name, running.index, submitted=known.names is None),
             running.attempt,
             self._worker,
             self._node,
@@ -190,7 +190,7 @@ class WorkerContext:
             while running is not None:
                 mine = call is None or running.call == call
                 if mine and running.futures and key in running.futures:
-                    _resolve(running.futures.pop(key), outcome)
+                    resolve(running.futures.pop(key), outcome)
                     break
                 running = running.below
 
@@ -384,7 +384,7 @@ def _any_done(futures: list[Future]) -> Callable[[], bool]:
     return lambda: any(future.done() for future in futures)
 
 
-def _resolve(future: Future, outcome: Any) -> None:
+def resolve(future: Future, outcome: Any) -> None:
     if isinstance(outcome, Failure):
         future.fail(decode_failure(outcome))
         return
@@ -461,7 +461,7 @@ def state_home(settings: Settings, executor: Executor) -> Callable[[], Any] | No
     return client
 
 
-def _call_name(task: str, index: Any, *, submitted: bool) -> str:
+def call_name(task: str, index: Any, *, submitted: bool) -> str:
     if index is None:
         return task
     if submitted:

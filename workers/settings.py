@@ -27,6 +27,11 @@ UP: Final = "up"  # (UP, None | (message, traceback))   the task file was import
 STARTED: Final = "started"  # (STARTED, worker, pid)
 EXITED: Final = "exited"  # (EXITED, worker, exit status; negative: a signal)
 
+FINISH_SECONDS: Final = 3.0  # for what per_worker() made, when the worker ends
+
+SLOTS: Final = {"process": 1, "thread": 32, "async": 10_000, "green": 10_000}
+"""How many calls a worker of each lane executes at a time."""
+
 _THREADS_OF_LIBRARIES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -43,6 +48,7 @@ class Settings(NamedTuple):
     name -> the parameters that ``-p`` set.  ``coordinator``: its pid.  ``state``: the address
     of its shared state, and the key.  ``pool``: what the workers of a Pool are told.
     ``blobs``: where large data go (see ``taskrun.places``); the worker's own number is added.
+    ``grace``: seconds that an interrupted call has to end, where it is one of many.
     """
 
     argv: list[str]
@@ -58,17 +64,21 @@ class Settings(NamedTuple):
     state: tuple[Any, bytes] | None = None
     pool: Any = None
     blobs: Place = Place((), "")
+    grace: float = 2.0
 
 
 class Birth(NamedTuple):
     """What one worker is told.
 
-    ``token`` marks the ends of calls in its output.  The descriptors come separately: call
-    Pipe, control Pipe, stdout, stderr, ledger.
+    ``token`` marks the ends of calls in its output.  ``lane``: how it executes calls, up to
+    ``slots`` of them at a time.  The descriptors come separately: call Pipe, control Pipe,
+    stdout, stderr, ledger.
     """
 
     worker: int
     token: bytes
+    lane: str = "process"
+    slots: int = 1
 
 
 class Preloaded(NamedTuple):

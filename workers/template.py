@@ -51,6 +51,7 @@ from taskrun.workers.settings import (
 )
 
 FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
+GREEN = "green"  # the lane whose workers are patched before they import anything
 _PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
 
 
@@ -199,7 +200,7 @@ class Template:
 
     def _start(self, birth: Birth, fds: list[int]) -> None:
         may_fork = self._settings.start_method in (FORK, FORKSERVER)
-        forks = may_fork and len(sys._current_frames()) == 1
+        forks = may_fork and birth.lane != GREEN and len(sys._current_frames()) == 1
         try:
             pid = self._fork(birth, fds) if forks else self._spawn(birth, fds)
         except OSError as error:
@@ -238,7 +239,8 @@ class Template:
             for fd in inherited:
                 os.set_inheritable(fd, True)
             numbers = ",".join(map(str, inherited))
-            command = python_command(f"from taskrun.workers.main import spawned; {_SPAWNED}")
+            module = "green" if birth.lane == GREEN else "main"
+            command = python_command(f"from taskrun.workers.{module} import spawned; {_SPAWNED}")
             return os.posix_spawn(
                 command[0],
                 [*command, numbers],

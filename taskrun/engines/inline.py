@@ -35,6 +35,8 @@ class InlineEngine:
     """An ``Engine`` with one worker, in the thread that runs the reactor."""
 
     id = WORKER
+    lane = "process"
+    slots = 1
 
     def __init__(
         self,

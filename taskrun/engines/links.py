@@ -11,10 +11,12 @@ from taskrun.engines.wires import Wires
 from taskrun.ledger import Intake, executing_at
 from taskrun.messages import TASK
 from taskrun.reactor import Reactor, Timer
+from taskrun.workers.settings import SLOTS
 
 if TYPE_CHECKING:
     from taskrun.model import Recipe
 
+PROCESS: Final = "process"
 LAST_OUTPUT: Final = 2048  # bytes that are kept for when the worker is lost
 
 Refused: TypeAlias = "tuple[tuple[Any, ...], Exception]"
@@ -26,13 +28,16 @@ class Link:
     ``name``: what people see of it.  ``assigned``: the calls that it has and that have not
     ended, by id.  ``known``: the ids of the recipes it was sent.  ``escalations``: what
     follows if an interrupted call does not end.  ``rejected``: why it was killed, where that
-    was our doing.  ``moment``: see ``Ledger.moment``.
+    was our doing.  ``moment``: see ``Ledger.moment``.  ``slots``: how many calls it executes
+    at a time, in its ``lane``.
     """
 
     def __init__(self, worker: int, name: str, emit: Callable[..., None]) -> None:
         self.id = worker
         self.name = name
         self.node = ""  # of another machine
+        self.lane = PROCESS
+        self.slots = 1
         self.pid: int | None = None
         self.ready = self.stopping = False
         self.rejected: str | None = None
@@ -144,6 +149,11 @@ class Link:
         return executing[0], self.assigned[executing[0]].attempt
 
     @property
+    def is_shared(self) -> bool:
+        """Whether many calls run in it at a time."""
+        return self.lane != PROCESS
+
+    @property
     def is_idle(self) -> bool:
         """Whether it is in no attempt."""
         return executing_at(self.moment) is None
@@ -174,10 +184,12 @@ class PipeLink(Link):
         reactor: Reactor,
         emit: Callable[..., None],
         told: Callable[[int, int], None],
+        lane: str = PROCESS,
     ) -> None:
         """Raises OSError where no more descriptors are to be had."""
         super().__init__(worker, f"w{worker}", emit)
-        self.wires = Wires(worker, reactor, self._emit)
+        self.lane, self.slots = lane, SLOTS[lane]
+        self.wires = Wires(worker, reactor, self._emit, lane)
         self._told = told
 
     def send_calls(self, frame: bytes) -> None:

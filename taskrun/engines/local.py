@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 from taskrun import sessions
-from taskrun.engines.links import Link, PipeLink
+from taskrun.engines.links import PROCESS, Link, PipeLink
 from taskrun.engines.nursery import Nursery, how_it_ended
 from taskrun.errors import RunError, WireError
 from taskrun.reactor import Reactor
@@ -74,6 +74,7 @@ class Local:
         self._failed_templates = 0
         self._complained = self._closing = False
         self.links: dict[int, PipeLink] = {}
+        self._lanes: dict[int, str] = {}  # of workers that are not there yet
 
     def open(self) -> None:
         """Start the template.  Raises RunError where no process can be started."""
@@ -92,8 +93,9 @@ class Local:
         """Whether there is no template."""
         return self._nursery is None
 
-    def start(self, workers: list[int]) -> None:
+    def start(self, workers: list[int], lane: str = PROCESS) -> None:
         """Start these workers."""
+        self._lanes.update(dict.fromkeys(workers, lane))
         self._wanted += workers
         if self._nursery is not None:  # else there is another one soon
             wanted, self._wanted = self._wanted, []
@@ -126,7 +128,8 @@ class Local:
 
     def _open(self, worker: int) -> tuple[Birth, list[int]] | None:
         try:
-            link = PipeLink(worker, self._reactor, self._crew.output, self._signal)
+            lane = self._lanes.pop(worker)
+            link = PipeLink(worker, self._reactor, self._crew.output, self._signal, lane)
         except OSError as error:
             self._crew.not_started(worker, f"not started: {error.strerror}")
             return None

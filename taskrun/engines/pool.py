@@ -39,6 +39,7 @@ from taskrun.workers.settings import (
 LONG: Final = 0.5  # seconds after which a call is known to run, whether anybody asked or not
 UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
+STUCK: Final = 1.0  # seconds, beyond twice the grace, that a worker of many calls has
 FEW: Final = 5  # workers in a row that may end before they are of any use
 
 _engines = count(1)  # of this process
@@ -149,7 +150,7 @@ class PoolEngine:
         if not self._asking:
             self._asking = True
             self._later(LONG, self._ask_for_the_long)
-        self._local.start([next(self._worker_ids) for _ in range(command.count)])
+        self._local.start([next(self._worker_ids) for _ in range(command.count)], command.lane)
 
     def _stop_worker(self, command: m.StopWorker) -> None:
         link = self._links.get(command.worker)
@@ -199,11 +200,26 @@ class PoolEngine:
             return  # it has ended, which the core is about to hear
         self._flush(link)
         link.tell_control((m.INTERRUPT, command.call, command.attempt, command.reason))
-        if command.call not in link.escalations:
+        if link.is_shared:
+            self._expect_an_answer(link, command)
+        elif command.call not in link.escalations:
             # It is killed only where it is what runs: a call that has not begun, or waits for
             # a nested one, is no reason to kill another.  Its time begins when it runs.
             runs = link.executing == (command.call, command.attempt)
             self._escalate_later(link, command, signal.SIGTERM if runs else None)
+
+    def _expect_an_answer(self, link: Link, command: m.Interrupt) -> None:
+        """Such a worker ends the call, or gives it up, by itself, unless it is stuck."""
+        if command.call not in link.escalations:
+            link.escalations[command.call] = self._later(
+                2 * self._grace + STUCK, lambda: self._end_stuck(link, command)
+            )
+
+    def _end_stuck(self, link: Link, command: m.Interrupt) -> None:
+        self._look(link)
+        if link.id in self._links and command.call in link.assigned:
+            link.rejected = "stopped, because a call in it let no other run, nor be interrupted"
+            link.signal(signal.SIGKILL)
 
     def _escalate_later(
         self, link: Link, command: m.Interrupt, number: signal.Signals | None
@@ -323,6 +339,10 @@ class PoolEngine:
     def _ask_for_the_long(self) -> None:
         """Have workers tell when the calls began that people wait for."""
         for link in self._links.values():
+            if link.is_shared:
+                if link.assigned and link.ready:
+                    link.tell_control((m.REPORT, None))
+                continue
             executing = link.executing
             if executing is not None and executing == link.seen != link.asked:
                 link.asked = executing
@@ -357,6 +377,10 @@ class PoolEngine:
             self._observer.output_ended(link.assigned[executing[0]])
             if how == "exited with status 0":
                 reason = f"{how} in the middle of the call"
+        elif link.is_shared and link.assigned:
+            reason = f"{reason}, with {len(link.assigned)} calls in it"
+            for call in link.assigned.values():
+                self._observer.output_ended(call)
         last_output = link.last_output
         expected = self._closing or link.stopping
         self._observer.worker_changed(link.name, f"{'ended' if expected else 'lost'}, {reason}")
@@ -422,6 +446,7 @@ class PoolEngine:
             set_by_user={task: frozenset(values) for task, values in self._constants.items()},
             node="local",
             coordinator=os.getpid(),
+            grace=self._grace,
             state=None if self._state is None else self._state(),
             blobs=self._blobs,
         )

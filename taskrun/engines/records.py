@@ -19,6 +19,8 @@ class Source(Protocol):
     """A worker, as far as its records are concerned."""
 
     id: int
+    lane: str
+    slots: int
     name: str
     ready: bool
     assigned: dict[int, Any]
@@ -53,6 +55,10 @@ class Records:
             m.CANCEL: lambda source, record: m.CancelChild(*record[1:]),
             m.PROGRESS: self._progress,
             m.GAVE_BACK: self._gave_back,
+            m.YIELDED: lambda source, record: m.Yielded(*record[1:]),
+            m.OUTPUT: self._output,
+            m.RETIRE: self._retire,
+            m.NOTICE: lambda source, record: self._observer.notice(record[1]),
         }
 
     def take(self, source: Source, records: list[tuple[Any, ...]]) -> None:
@@ -116,7 +122,7 @@ class Records:
     def _ready(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         source.ready = True
         self._observer.worker_changed(source.name, f"started, pid {record[1]}")
-        return m.WorkerReady(source.id, record[1])
+        return m.WorkerReady(source.id, record[1], source.lane, source.slots)
 
     def _began(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         return m.Began(source.id, *record[1:])
@@ -141,6 +147,14 @@ class Records:
         _, call, _, done, total = record
         if call in source.assigned:
             self._observer.progressed(source.assigned[call], done, total)
+
+    def _output(self, source: Source, record: tuple[Any, ...]) -> None:
+        _, call, _, stream, data = record
+        self._observer.output(source.assigned.get(call), stream, data)
+
+    def _retire(self, source: Source, record: tuple[Any, ...]) -> m.Event:
+        self._observer.worker_changed(source.name, f"retires, because {record[1]}")
+        return m.Retiring(source.id)
 
     def _gave_back(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         for id, _ in record[1]:

@@ -12,7 +12,7 @@ from taskrun.engines.capture import Emit, Outputs, Stream
 from taskrun.ledger import Ledger, shared_file
 from taskrun.reactor import Reactor
 from taskrun.wire import FrameReader, FrameWriter
-from taskrun.workers.settings import Birth
+from taskrun.workers.settings import SLOTS, Birth
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -24,19 +24,19 @@ class Wires:
     ``birth`` and ``handed_over`` are the worker's part of it.
     """
 
-    def __init__(self, worker: int, reactor: Reactor, emit: Emit) -> None:
+    def __init__(self, worker: int, reactor: Reactor, emit: Emit, lane: str) -> None:
         """Raises OSError where no more descriptors are to be had."""
         self._reactor = reactor
+        token = os.urandom(8).hex().encode()  # no NUL in it, which begins a mark
+        self.birth = Birth(worker, token, lane, SLOTS[lane])
         with _Opening() as opening:
-            self._open(opening, worker, emit)
+            self._open(opening, token, emit)
             self.handed_over = opening.keep_own_ends()
 
-    def _open(self, opening: _Opening, worker: int, emit: Emit) -> None:
+    def _open(self, opening: _Opening, token: bytes, emit: Emit) -> None:
         self._calls, self._control = opening.pipe(), opening.pipe()
         outputs = opening.output(), opening.output()
         self.ledger = opening.ledger()
-        token = os.urandom(8).hex().encode()  # no NUL in it, which begins a mark
-        self.birth = Birth(worker, token)
         streams = [Stream(fd, n, token, self.ledger, emit) for n, fd in enumerate(outputs)]
         self.outputs = Outputs((streams[0], streams[1]), self._reactor)
         for end in (self._calls, self._control):

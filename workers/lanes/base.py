@@ -1,0 +1,292 @@
+"""What the workers of all lanes have in common: one process, many calls.
+
+Calls are begun as they come, by one thread, the *home* thread of the worker, which does
+all that concerns more than one of them.  The control thread (``control``) hands it what is
+asked with :meth:`LaneWorker.post`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+from taskrun import context
+from taskrun.ledger import Ledger
+from taskrun.messages import CALL, DELIVER, GAVE_BACK, NESTED, NOTICE, QUIT, READY, RETIRE, TASK
+from taskrun.wire import READ_SIZE, Decoder
+from taskrun.workers import native
+from taskrun.workers.execute import Running
+from taskrun.workers.lanes.calls import RUNNING, LaneExecutor, LaneRunning, interrupted
+from taskrun.workers.lanes.control import LaneControl
+from taskrun.workers.lanes.output import LaneOutput
+from taskrun.workers.lanes.scope import LaneContext
+from taskrun.workers.outbox import LARGE, Outbox
+from taskrun.workers.recipes import Home
+from taskrun.workers.scope import call_name, state_home
+from taskrun.workers.settings import FINISH_SECONDS, Birth, Preloaded, Settings
+
+MOST_FILES: Final = 1 << 20  # descriptors that a worker allows itself, where it may
+
+
+class LaneWorker(ABC):
+    """One worker process; each lane says how a call is executed, and ended.
+
+    ``awaits``: whether its calls are coroutines.
+    """
+
+    awaits = False
+
+    def __init__(
+        self, settings: Settings, birth: Birth, fds: list[int], preloaded: Preloaded
+    ) -> None:
+        self._fd, control, stdout, stderr, ledger_fd = fds
+        self.name = f"w{birth.worker}"
+        self.grace = settings.grace
+        self._ledger = Ledger(ledger_fd)
+        os.close(ledger_fd)
+        self.outbox = Outbox(self._ledger, self._fd)
+        self.tell = self.outbox.tell
+        lock = self.outbox.lock
+        self._output = LaneOutput(self, lock, self.found, (stdout, stderr))
+        home = Home(settings.module, preloaded)
+        self.executor = LaneExecutor(self, home, lock, self.found, self._output.end, self.later)
+        self._context = LaneContext(
+            self.executor,
+            self,
+            lock,
+            awaits=self.awaits,
+            worker=self.name,
+            node=settings.node,
+            set_by_user=settings.set_by_user,
+        )
+        self._state = state_home(settings, self.executor)
+        self._control = LaneControl(self, control)
+        self._decoder = Decoder()
+        self._retiring = False
+        self.quitting = False
+
+    # -- what each lane says ----------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make what :meth:`post` needs."""
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Call :meth:`read` when there is something in the call Pipe, until :attr:`is_over`."""
+
+    @abstractmethod
+    def begin(self, running: LaneRunning, args: Any) -> None:
+        """Have a call executed, from now on."""
+
+    @abstractmethod
+    def cancel(self, running: LaneRunning) -> None:
+        """End a call."""
+
+    @abstractmethod
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have something done in the home thread, soon; any thread may ask."""
+
+    @abstractmethod
+    def later(self, callback: Callable[[], None]) -> None:
+        """Have something done in ``items.SECONDS``."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Have what was told sent soon; any thread may ask."""
+
+    def found(self) -> LaneRunning | None:
+        """The attempt that the code which asks belongs to."""
+        return RUNNING.get(None)
+
+    def close(self) -> None:
+        """The worker ends."""
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until told to quit, and nothing is left that runs."""
+        os.register_at_fork(after_in_child=self._leave_behind)
+        _allow_many_files()
+        self._output.install()
+        context.activate(self._context)
+        context.activate_everywhere(self._context)
+        context.state_home = self._state
+        context.show = self._show
+        self.prepare()
+        self._control.start()
+        self.tell((READY, os.getpid()))
+        self.outbox.flush()
+        self.serve()
+        self._finish()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.quitting and not self.executor.live
+
+    def _finish(self) -> None:
+        """Finish what per_worker() made, within a time."""
+        native.start_new_thread(_exit_in, (FINISH_SECONDS,))
+        self.executor.close()
+        self.close()
+        self._output.flush_own()
+        self.outbox.flush()
+
+    # -- the call Pipe ----------------------------------------------------------------
+
+    def read(self) -> None:
+        """One read, and what it says.  Raises ConnectionError where nobody is there."""
+        data = os.read(self._fd, READ_SIZE)
+        if not data:
+            raise ConnectionResetError("the coordinator closed the call Pipe")
+        for frame in self._decoder.feed(data):
+            for record in pickle.loads(frame):
+                kind = record[0]
+                if kind == CALL:
+                    self._begin(record)
+                elif kind == DELIVER:
+                    self._context.deliver(*record[1:])
+                elif kind == TASK:
+                    self.executor.learn(record)
+                elif kind == NESTED:
+                    self.tell((GAVE_BACK, [record[1:3]]))
+                elif kind == QUIT:
+                    self.quitting = True
+        self.flush_if_large()
+
+    def _begin(self, record: tuple[Any, ...]) -> None:
+        if self._retiring:
+            self.tell((GAVE_BACK, [record[1:3]]))
+            self.flush()
+            return
+        running = self.executor.begin(record)
+        if running is None:
+            self.flush()
+        else:
+            self.begin(running, record[5])
+
+    def flush_if_large(self) -> None:
+        """Send what was told, where it is much."""
+        if self._ledger.used > LARGE:
+            self.outbox.flush()
+
+    # -- what is asked, in the home thread --------------------------------------------
+
+    def report(self, count: int | None) -> None:
+        """Say what runs; all has begun, so nothing can be given back."""
+        self.executor.tell_began()
+        if count is not None:
+            self.tell((GAVE_BACK, []))
+        self.outbox.flush()
+
+    def interrupt(self, call: int, attempt: int, reason: str) -> None:
+        """End one call, also where it is only about to come."""
+        running = self.executor.live.get(call)
+        if running is None:
+            while native.is_readable(self._fd) and not self.quitting:
+                self.read()
+            running = self.executor.live.get(call)
+        if running is None or running.attempt != attempt:
+            self.executor.early[call, attempt] = reason
+            return
+        if running.interrupt is None:
+            running.interrupt = reason
+            self.cancel(running)
+
+    def give_up(self, running: LaneRunning, why: str) -> None:
+        """A call does not end, so it is reported as ended, and this worker gets no more."""
+        if not self.executor.abandon(running, interrupted(running)):
+            return
+        if not self._retiring:
+            self._retiring = True
+            self.tell((RETIRE, f"{self.title(running)} {why}"))
+        self.flush()
+
+    def warn_that_it_blocks(self, running: LaneRunning | None, seconds: float, stack: str) -> None:
+        """In the control thread: say that a call keeps all others from running."""
+        if running is not None:
+            if running.warned:
+                return
+            running.warned = True
+        who = "a call" if running is None else self.title(running)
+        self.tell((NOTICE, f"{who} lets no other call of {self.name} run, for {seconds:.1f} s "
+                           f"so far; it is here:\n{stack.rstrip()}"))  # fmt: skip
+        self.outbox.flush()
+
+    def title(self, running: Running) -> str:
+        """The call as people know it: ``fetch[3]``."""
+        known = running.known
+        return call_name(known.name, running.index, submitted=known.names is None)
+
+    # -- waiting attempts -------------------------------------------------------------
+
+    def converse(
+        self,
+        running: Running,
+        wait: tuple[Any, ...],
+        satisfied: Callable[[], bool],
+        deadline: float | None,
+        outside: int | None = None,
+    ) -> bool:
+        """See ``scope.Line``; here the outcomes are read by the home thread."""
+        assert isinstance(running, LaneRunning)
+        with self.outbox.lock:
+            if running.waiters is None:
+                running.waiters = threading.Condition()
+        self.tell(wait)
+        self.flush()
+        with running.waiters:
+            while not satisfied():
+                if running.interrupt is not None:
+                    raise interrupted(running)
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    return False
+                running.waiters.wait(left)
+        return True
+
+    def listen(self, loop: Any, heard: Callable[[], object]) -> None:
+        """See ``scope.Line``; here the home thread listens all the time."""
+
+    def stop_listening(self, loop: Any) -> None:
+        """See ``scope.Line``."""
+
+    # -- around -----------------------------------------------------------------------
+
+    def _show(self, fd: int, data: bytes) -> None:
+        """See ``context.show``."""
+        self._output.write(fd - 1, data)
+
+    def _leave_behind(self) -> None:
+        """In a child that a task forked: nothing of the worker's is left in it."""
+        if self.executor.forked:
+            return  # a child of that child
+        self.executor.leave_behind()
+        context.show = None
+        self._output.close()
+        os.close(self._fd)
+        self._control.close()
+        try:
+            self._ledger.close()
+        except BufferError:
+            pass  # a thread that is not in this child was sending from it
+
+
+def _exit_in(seconds: float) -> None:
+    native.sleep(seconds)
+    os._exit(0)
+
+
+def _allow_many_files() -> None:
+    """Thousands of calls may each have a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

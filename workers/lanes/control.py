@@ -1,0 +1,156 @@
+"""The control thread of a worker that executes many calls at a time.
+
+Whatever it is asked is done in the thread in which calls are begun, between two of them.
+Where that does not come about, a call keeps all others from running: the coordinator asks
+every half a second while there are calls, and so that is noticed here and told, with the
+name of the call and where in its code it is.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from time import monotonic
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+from taskrun import sessions
+from taskrun.messages import INTERRUPT, PING, PONG, REPORT, STACK, STACK_IS
+from taskrun.wire import READ_SIZE, Decoder, send_frame
+from taskrun.workers import native
+from taskrun.workers.control import tell_why
+
+if TYPE_CHECKING:
+    from traceback import StackSummary
+
+    from taskrun.workers.lanes.base import LaneWorker
+    from taskrun.workers.lanes.calls import LaneRunning
+
+BLOCKED: Final = 1.0  # seconds in which no other call could run, until that is said
+_LOOK: Final = 0.5  # seconds within which Python code lets a signal in
+_GONE: Final = 71  # exit status of a worker whose coordinator is gone
+
+
+class LaneControl:
+    """Reads the control Pipe in a real thread, also where ``threading`` is gevent's."""
+
+    def __init__(self, worker: LaneWorker, fd: int) -> None:
+        self._worker = worker
+        self._fd = fd
+        self._main = native.get_ident()
+        self._asked: float | None = None  # when the other thread was asked for what it owes
+        self._seen: tuple[LaneRunning | None, StackSummary] | None = None
+        self._looking = False
+        self._handlers: dict[str, Callable[..., None]] = {
+            REPORT: self._report,
+            INTERRUPT: self._interrupt,
+            PING: self._ping,
+            STACK: self._stack,
+        }
+
+    def start(self) -> None:
+        """Begin to serve; in the thread in which calls are begun."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        native.start_new_thread(self._run, ())
+
+    def close(self) -> None:
+        """In a forked child: the thread is not there, the Pipe is."""
+        os.close(self._fd)
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            decoder = Decoder()
+            while data := os.read(self._fd, READ_SIZE):
+                for frame in decoder.feed(data):
+                    for record in pickle.loads(frame):
+                        self._handlers[record[0]](*record[1:])
+        except ConnectionError:
+            pass  # as good as the end of the Pipe
+        except BaseException as error:
+            tell_why(error)
+        own = os.getpid()
+        sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
+        os._exit(_GONE)
+
+    # -- what is asked ----------------------------------------------------------------
+
+    def _report(self, count: int | None) -> None:
+        worker = self._worker
+        if self._asked is not None:
+            worker.outbox.flush()
+            if monotonic() - self._asked > BLOCKED:
+                self._tell_who_blocks()
+            return
+        self._asked = monotonic()
+
+        def report() -> None:
+            self._asked = None
+            worker.report(count)
+
+        worker.post(report)
+
+    def _interrupt(self, call: int, attempt: int, reason: str) -> None:
+        self._worker.post(lambda: self._worker.interrupt(call, attempt, reason))
+
+    def _ping(self, token: object) -> None:
+        self._worker.post(lambda: self._answer((PONG, token)))
+
+    def _stack(self, token: object) -> None:
+        self._answer((STACK_IS, token, _text(_stack_of(sys._current_frames()[self._main]))))
+
+    def _answer(self, record: tuple[Any, ...]) -> None:
+        send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
+
+    # -- a call that lets no other run ------------------------------------------------
+
+    def _tell_who_blocks(self) -> None:
+        """Say which call it is, once.
+
+        A signal handler finds out: it runs in that call's own context.
+        """
+        asked = self._asked
+        self._seen, self._looking = None, True
+        signal.pthread_kill(self._main, signal.SIGINT)
+        deadline = monotonic() + _LOOK
+        while self._seen is None and self._asked is asked and monotonic() < deadline:
+            native.sleep(0.01)
+        self._looking = False
+        if self._asked is not asked or asked is None:
+            return  # it went on just now
+        running, stack = self._seen or (None, _stack_of(sys._current_frames()[self._main]))
+        text = _text(stack)
+        if text:
+            self._worker.warn_that_it_blocks(running, monotonic() - asked, text)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._looking and frame is not None:
+            self._seen = self._worker.found(), _stack_of(frame)
+
+
+def _stack_of(frame: FrameType) -> StackSummary:
+    from traceback import StackSummary, walk_stack
+
+    return StackSummary.extract(walk_stack(frame), lookup_lines=False)
+
+
+def _text(stack: StackSummary) -> str:
+    """A stack as a traceback shows it, from the first frame that is not ours nor the loop's."""
+    import traceback
+
+    frames = list(reversed(stack))
+    foreign = _machinery()
+    while frames and frames[0].filename.startswith(foreign):
+        del frames[0]
+    return "".join(traceback.format_list(frames))
+
+
+def _machinery() -> tuple[str, ...]:
+    names = ("taskrun", "taskrun.workers", "asyncio", "gevent", "threading", "contextvars")
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in names]
+    folders = [os.path.dirname(file) + os.sep if file.endswith("__init__.py") else file
+               for file in files if file]  # fmt: skip
+    return (*folders, "<string>", "src/gevent/")

@@ -1,0 +1,134 @@
+"""The lane ``green``: thousands of greenlets, in which plain blocking code switches by itself.
+
+See ``workers.green`` for how such a worker begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+import gevent.event
+from gevent import socket
+from greenlet import getcurrent
+
+from taskrun.errors import Interrupted
+from taskrun.workers import native
+from taskrun.workers.items import SECONDS
+from taskrun.workers.lanes.base import LaneWorker
+from taskrun.workers.lanes.calls import RUNNING, LaneRunning, interrupted
+
+
+class CallGreenlet(gevent.Greenlet):  # type: ignore[misc]
+    """The greenlet of one call."""
+
+    running: LaneRunning
+
+
+class GreenWorker(LaneWorker):
+    """A worker whose calls are greenlets; its home is the main one, and gevent's hub."""
+
+    def prepare(self) -> None:
+        """See ``base``."""
+        self._thread = native.get_ident()
+        self._loop = gevent.get_hub().loop
+        self._main = getcurrent()
+        self._about_to_flush = False
+        self._over = gevent.event.AsyncResult()
+
+    def serve(self) -> None:
+        """See ``base``."""
+        reader = gevent.spawn(self._read_on)
+        self._over.get()
+        reader.kill()
+
+    def _read_on(self) -> None:
+        try:
+            while not self.is_over:
+                socket.wait_read(self._fd)
+                self.read()
+        except gevent.GreenletExit:
+            raise
+        except BaseException as error:
+            self._over.set_exception(error)
+            return
+        self._over.set(None)
+
+    def _stop_if_over(self) -> None:
+        if self.is_over:
+            self._over.set(None)
+
+    def found(self) -> LaneRunning | None:
+        """See ``base``.  A plain greenlet has no context variables: its parents are asked."""
+        running = RUNNING.get(None)
+        if running is None and native.get_ident() == self._thread:
+            greenlet = getcurrent()
+            while running is None and greenlet is not None:
+                running = getattr(greenlet, "running", None)
+                greenlet = greenlet.parent
+        return running
+
+    # -- calls ------------------------------------------------------------------------
+
+    def begin(self, running: LaneRunning, args: Any) -> None:
+        """See ``base``."""
+        greenlet = running.handle = CallGreenlet(self._perform, running, args)
+        greenlet.running = running
+        greenlet.start()
+
+    def _perform(self, running: LaneRunning, args: Any) -> None:
+        self.executor.perform(running, args)
+        self.flush()
+        if self.quitting:
+            self._stop_if_over()
+
+    def cancel(self, running: LaneRunning) -> None:
+        """See ``base``."""
+        if not running.handle.started or not running.user:
+            self.executor.abandon(running, interrupted(running))
+            self.flush()
+            running.handle.kill(block=False)
+            self._stop_if_over()
+            return
+        running.raised = True
+        running.handle.kill(Interrupted(running.interrupt), block=False)
+        self._in(self.grace, lambda: self._abandon(running))
+
+    def _abandon(self, running: LaneRunning) -> None:
+        if not running.done:
+            self.give_up(running, "goes on although it was killed")
+            self._stop_if_over()
+
+    # -- around -----------------------------------------------------------------------
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """See ``base``."""
+        self._loop.run_callback_threadsafe(callback)
+
+    def later(self, callback: Callable[[], None]) -> None:
+        """See ``base``."""
+        self._in(SECONDS, callback)
+
+    def _in(self, seconds: float, callback: Callable[[], None]) -> None:
+        timer = self._loop.timer(seconds)
+
+        def fire() -> None:
+            timer.close()
+            callback()
+
+        timer.start(fire)
+
+    def flush(self) -> None:
+        """See ``base``.  When the greenlets that can run now have run."""
+        if native.get_ident() != self._thread:
+            self.outbox.flush()
+        elif not self._about_to_flush:
+            self._about_to_flush = True
+            self._loop.run_callback(self._flush)
+        else:
+            self.flush_if_large()
+
+    def _flush(self) -> None:
+        self._about_to_flush = False
+        self.outbox.flush()
