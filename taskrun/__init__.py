@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from taskrun.library import run
     from taskrun.limiting import limit
     from taskrun.pool import Pool
-    from taskrun.shell import sh
+    from taskrun.shell import sh, sh_async
     from taskrun.state.connecting import connect
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ __all__ = [
     "result",
     "run",
     "sh",
+    "sh_async",
     "state",
     "task",
 ]
@@ -58,6 +59,7 @@ _HOMES = {
     "result": "taskrun.api",
     "run": "taskrun.library",
     "sh": "taskrun.shell",
+    "sh_async": "taskrun.shell",
     "state": "taskrun.state",
     "task": "taskrun.api",
 }

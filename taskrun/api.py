@@ -91,7 +91,9 @@ def task(function: Any = None, /, **options: Any) -> Any:
       exceptions (default: Exception); ``backoff``: seconds before the first retry, doubled
       each time, with jitter.
     - ``timeout``: seconds an attempt may take.
-    - ``lane``: how a worker executes it: ``"process"``, or ``"async"`` for ``async def``.
+    - ``lane``: how a worker executes it: ``"process"`` (one call at a time, and the default),
+      ``"thread"`` (some dozens), ``"async"`` (thousands; the default of ``async def``) or
+      ``"green"`` (thousands, by gevent).
     - ``limits``: what :func:`limit` gives: how many calls may run at once, or start in a time.
     - ``priority``: higher runs first.
     - ``resources``: what a call holds while it runs: ``{"gpu": 1, "memory": "4G"}``.  In
@@ -247,8 +249,6 @@ def _lane(option: str, value: Any) -> str:
         near = nearest(value, LANES) if isinstance(value, str) else None
         hint = f"did you mean {near!r}?" if near else f"lanes are {', '.join(LANES)}"
         raise ValueError(f"there is no {option} {value!r}; {hint}")
-    if value in ("thread", "green"):
-        raise UsageError(f"{option}={value!r} is not available yet; leave it out, or use 'process'")
     return str(value)
 
 
@@ -302,6 +302,9 @@ def _lane_for(function: Any, name: str, chosen: str | None) -> str:
     is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
     if chosen == "async" and not is_async:
         raise ValueError(f"lane 'async' is for async def, which {name} is not")
+    if is_async and chosen in ("thread", "green"):
+        raise ValueError(f"lane {chosen!r} is for plain functions, and {name} is async def: leave "
+                         "lane= out")  # fmt: skip
     return chosen or ("async" if is_async else "process")
 
 

@@ -355,6 +355,9 @@ show: Callable[[int, bytes], None] | None = None
 """Takes what a command of ``sh`` writes to stdout (1) or stderr (2), where calls share their
 process; None: it goes to this process's own."""
 
+owner: Callable[[], object] | None = None
+"""Gives whose the commands are that ``sh`` starts, where calls share their process."""
+
 state_home: Callable[[], Any] | None = None
 """Gives the client of shared state (``state.clients.Client``) where that is a run's."""
 

@@ -15,7 +15,8 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import copy_context
 from functools import lru_cache, partial
 from itertools import chain, starmap
 from shlex import quote
@@ -23,6 +24,7 @@ from subprocess import CalledProcessError, CompletedProcess
 from types import FrameType
 from typing import Any
 
+from taskrun import context
 from taskrun.model import nearest
 from taskrun.quoting import fill, plain_words
 
@@ -64,21 +66,81 @@ def sh(
     not read: redirect its output.
 
     Raises CalledProcessError for an exit status other than 0, unless ``check`` is false;
-    NameError for a name that has no value.
+    NameError for a name that has no value; RuntimeError on a running event loop, where it
+    would keep all else from going on: use :func:`sh_async` there.
     """
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        raise RuntimeError("sh() would block the event loop: in an async task, await sh_async(...)")
+    command = _filled(cmd, values, sys._getframe(1))
+    return _completed(command, check, *_Shell(command, cwd, env, _bytes(input)).run())
+
+
+def _filled(cmd: str, values: dict[str, Any], frame: FrameType) -> str:
     if not isinstance(cmd, str):
         raise TypeError(f"sh() takes a command as one str, not a {type(cmd).__name__}: {cmd!r}")
-    command = fill(cmd, partial(_find, values=values, frame=sys._getframe(1)))
-    status, stdout, stderr = _Shell(command, cwd, env, _bytes(input)).run()
+    return fill(cmd, partial(_find, values=values, frame=frame))
+
+
+def _completed(
+    command: str, check: bool, status: int, stdout: str, stderr: str
+) -> CompletedProcess[str]:
     if check and status:
         raise CalledProcessError(status, command, stdout, stderr)
     return CompletedProcess(command, status, stdout, stderr)
 
 
-def kill_groups(grace: float = GRACE) -> None:
-    """End every command that runs in this process: SIGTERM, after ``grace`` s SIGKILL."""
+def sh_async(
+    cmd: str,
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    input: str | bytes | None = None,
+    check: bool = True,
+    **values: Any,
+) -> Coroutine[Any, Any, CompletedProcess[str]]:
+    """``await sh_async(...)``: :func:`sh` for async tasks; other calls go on meanwhile.
+
+    A cancelled call ends the command, and waits until it has ended.
+    """
+    command = _filled(cmd, values, sys._getframe(1))
+    return _run_async(command, check, _Shell(command, cwd, env, _bytes(input)))
+
+
+async def _run_async(command: str, check: bool, shell: _Shell) -> CompletedProcess[str]:
+    import asyncio
+
+    ended = _in_thread(shell.run, asyncio.get_running_loop())
+    try:
+        result = await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        shell.stop()
+        await asyncio.wait([ended])
+        raise
+    return _completed(command, check, *result)
+
+
+def _in_thread(function: Callable[[], Any], loop: Any) -> Any:
+    """An asyncio future of what ``function`` gives; it runs in a thread of its own."""
+    future = loop.create_future()
+
+    def run() -> None:
+        try:
+            settle, result = future.set_result, function()
+        except BaseException as error:
+            settle, result = future.set_exception, error
+        loop.call_soon_threadsafe(settle, result)
+
+    thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
+    thread.start()
+    return future
+
+
+def kill_groups(grace: float = GRACE, owner: object = None) -> None:
+    """End every command that runs in this process, or those of one ``owner`` (see
+    ``context.owner``): SIGTERM, after ``grace`` s SIGKILL."""
     with _lock:  # so that none is reaped, and its number used again, in between
-        groups = set(_groups)
+        groups = {group for group, whose in _groups.items() if owner in (None, whose)}
         for group in groups:
             _signal(group, signal.SIGTERM)
     deadline = time.monotonic() + grace
@@ -114,8 +176,8 @@ def _bytes(data: str | bytes | None) -> bytes | None:
 # -- process groups -------------------------------------------------------------------
 
 _lock = threading.RLock()
-_groups: set[int] = set()
-"""Groups whose leader, a bash, runs or has not been reaped."""
+_groups: dict[int, object] = {}
+"""Groups whose leader, a bash, runs or has not been reaped, and who started them."""
 
 
 def _signal(group: int, number: int) -> bool:
@@ -157,6 +219,7 @@ class _Shell:
         self.status: int | None = None
         self.robbed = False  # the status went to someone else
         self.deadline = 0.0
+        self.stopped = False  # another thread wants it to end
         self.poller = select.poll()
 
     def run(self) -> tuple[int, str, str]:
@@ -212,10 +275,11 @@ class _Shell:
             setsigmask=(),
             setsigdef=_DEFAULT_SIGNALS,
         )
+        whose = context.owner() if context.owner is not None else None
         try:
             with _lock:
                 self.pids.extend(map(start, (self.env,)))
-                _groups.update(self.pids)
+                _groups.update(dict.fromkeys(self.pids, whose))
         except OSError as error:
             if error.errno == errno.E2BIG:
                 error.add_note("The command is too long: pass what is long as input=")
@@ -247,6 +311,9 @@ class _Shell:
 
     def pump(self) -> None:
         while self.status is None or (self.reading and time.monotonic() < self.deadline):
+            if self.stopped:
+                self.kill()
+                return
             for fd, _ in self.poller.poll(self.patience()):
                 self.handlers[fd](fd)
             if self.looking and self.status is None:
@@ -289,9 +356,17 @@ class _Shell:
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.deadline = time.monotonic() + DRAIN
-                _groups.discard(pid)
-        if pidfd is not None:
+                _groups.pop(pid, None)
+        if pidfd is not None and pid:  # gevent's waitpid knows it a moment later
             self.close(pidfd)
+
+    def stop(self) -> None:
+        """From another thread: have it end."""
+        self.stopped = True
+        with _lock:
+            for pid in self.pids:
+                if pid in _groups:
+                    _signal(pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the group, though its leader may have ended: who else is in it keeps its number."""
@@ -377,6 +452,9 @@ def _folder(cwd: str | os.PathLike[str]) -> str:
 
 def _copy(data: bytes, target: int) -> None:
     """Write to this process's own stdout or stderr, after what Python has yet to write there."""
+    if context.show is not None:
+        context.show(target, data)
+        return
     stream = sys.stdout if target == 1 else sys.stderr
     if stream is not None and not getattr(stream, "closed", False):
         stream.flush()

@@ -118,8 +118,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"retry_on": ["OSError"]}, TypeError, "retry_on takes exception classes, not 'OSError'"),
     ({"lane": "proces"}, ValueError, "no lane 'proces'; did you mean 'process'?"),
     ({"lane": 3}, ValueError, "no lane 3; lanes are process, thread, async, green"),
-    ({"lane": "thread"}, UsageError, "lane='thread' is not available yet"),
-    ({"lane": "green"}, UsageError, "lane='green' is not available yet"),
     ({"lane": "async"}, ValueError, "lane 'async' is for async def, which work is not"),
     ({"limits": ["api"]}, TypeError, "limits takes limits, not 'api'"),
     ({"limits": 3}, TypeError, "limits takes limits, not 3"),

@@ -149,7 +149,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 SURFACE = {
     "Executor", "Future", "Pool", "Retry", "Skip", "TaskrunError", "as_completed", "connect",
     "current", "each", "limit",
-    "per_worker", "result", "run", "sh", "state", "task",
+    "per_worker", "result", "run", "sh", "sh_async", "state", "task",
 }  # fmt: skip
 
 

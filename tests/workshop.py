@@ -184,6 +184,7 @@ class Watcher(Observer):
         self.ended: list[Any] = []
         self.notices: list[str] = []
         self.progress: list[tuple[Any, float, float | None]] = []
+        self.gone: dict[str, str] = {}  # workers, and how they ended
 
     def output(self, call: Any, stream: str, data: bytes) -> None:
         self.size += len(data)
@@ -192,6 +193,10 @@ class Watcher(Observer):
 
     def output_ended(self, call: Any) -> None:
         self.ended.append(call)
+
+    def worker_changed(self, worker: str, what: str) -> None:
+        if what.startswith(("ended", "lost")):
+            self.gone[worker] = what
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -240,10 +245,10 @@ class Workshop:
         self.until(lambda: len(self.all(kind)) >= count)
         return self.all(kind)[count - 1]
 
-    def workers(self, count: int = 1) -> list[int]:
+    def workers(self, count: int = 1, lane: str = "process") -> list[int]:
         """Start workers; gives their ids when they are ready."""
         before = len(self.all(m.WorkerReady))
-        self.engine.perform(m.StartWorkers(count))
+        self.engine.perform(m.StartWorkers(count, lane))
         self.until(lambda: len(self.all(m.WorkerReady)) == before + count)
         return [event.worker for event in self.all(m.WorkerReady)[before:]]
 

@@ -11,12 +11,11 @@ import os
 import pickle
 import resource
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
 
-from taskrun import context
+from taskrun import context, places
 from taskrun.ledger import Ledger
 from taskrun.messages import CALL, DELIVER, GAVE_BACK, NESTED, NOTICE, QUIT, READY, RETIRE, TASK
 from taskrun.wire import READ_SIZE, Decoder
@@ -29,12 +28,12 @@ from taskrun.workers.lanes.scope import LaneContext
 from taskrun.workers.outbox import LARGE, Outbox
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import call_name, state_home
-from taskrun.workers.settings import FINISH_SECONDS, Birth, Preloaded, Settings
+from taskrun.workers.settings import FINISH_SECONDS, Birth, Preloaded, Settings, place_of
 
 MOST_FILES: Final = 1 << 20  # descriptors that a worker allows itself, where it may
 
 
-class LaneWorker(ABC):
+class LaneWorker:
     """One worker process; each lane says how a call is executed, and ended.
 
     ``awaits``: whether its calls are coroutines.
@@ -45,6 +44,7 @@ class LaneWorker(ABC):
     def __init__(
         self, settings: Settings, birth: Birth, fds: list[int], preloaded: Preloaded
     ) -> None:
+        places.settle(place_of(settings, birth.worker))
         self._fd, control, stdout, stderr, ledger_fd = fds
         self.name = f"w{birth.worker}"
         self.grace = settings.grace
@@ -73,33 +73,33 @@ class LaneWorker(ABC):
 
     # -- what each lane says ----------------------------------------------------------
 
-    @abstractmethod
     def prepare(self) -> None:
         """Make what :meth:`post` needs."""
+        raise NotImplementedError
 
-    @abstractmethod
     def serve(self) -> None:
         """Call :meth:`read` when there is something in the call Pipe, until :attr:`is_over`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def begin(self, running: LaneRunning, args: Any) -> None:
         """Have a call executed, from now on."""
+        raise NotImplementedError
 
-    @abstractmethod
     def cancel(self, running: LaneRunning) -> None:
         """End a call."""
+        raise NotImplementedError
 
-    @abstractmethod
     def post(self, callback: Callable[[], None]) -> None:
         """Have something done in the home thread, soon; any thread may ask."""
+        raise NotImplementedError
 
-    @abstractmethod
     def later(self, callback: Callable[[], None]) -> None:
         """Have something done in ``items.SECONDS``."""
+        raise NotImplementedError
 
-    @abstractmethod
     def flush(self) -> None:
         """Have what was told sent soon; any thread may ask."""
+        raise NotImplementedError
 
     def found(self) -> LaneRunning | None:
         """The attempt that the code which asks belongs to."""
@@ -119,6 +119,7 @@ class LaneWorker(ABC):
         context.activate_everywhere(self._context)
         context.state_home = self._state
         context.show = self._show
+        context.owner = self.found
         self.prepare()
         self._control.start()
         self.tell((READY, os.getpid()))
@@ -269,7 +270,7 @@ class LaneWorker(ABC):
         if self.executor.forked:
             return  # a child of that child
         self.executor.leave_behind()
-        context.show = None
+        context.show = context.owner = None
         self._output.close()
         os.close(self._fd)
         self._control.close()

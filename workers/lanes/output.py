@@ -36,11 +36,11 @@ class LaneOutput:
         for fd, pipe in enumerate(self._pipes, 1):
             os.dup2(pipe, fd)
         before = [getattr(sys, name, None) for name in STREAMS]
-        self._own = [open(fd, "w", buffering=1, closefd=False, errors="backslashreplace")
-                     for fd in (1, 2)]  # fmt: skip
+        self._own = [_lines_to(fd) for fd in (1, 2)]
         streams = [CallStream(number, self) for number in (0, 1)]
-        sys.stdout, sys.stderr = streams
-        sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+        for name, stream in zip(STREAMS, streams, strict=True):
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         _redirect_logging(before, streams)
 
     def close(self) -> None:
@@ -153,6 +153,10 @@ class CallBuffer(io.RawIOBase):
 
     def close(self) -> None:
         """Nothing: other calls write here, too."""
+
+
+def _lines_to(fd: int) -> io.TextIOWrapper:
+    return open(fd, "w", buffering=1, closefd=False, errors="backslashreplace")
 
 
 def _redirect_logging(before: list[Any], streams: list[CallStream]) -> None:

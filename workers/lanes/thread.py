@@ -7,6 +7,7 @@ once and left alone; the worker gets no more calls, and is gone as soon as its o
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -79,6 +80,11 @@ class ThreadWorker(LaneWorker):
         """See ``base``."""
         self.give_up(running, "was abandoned in its thread, which nothing can end")
         running.wake()  # there, at least, it can be ended
+        shell = sys.modules.get("taskrun.shell")
+        if shell is not None:
+            threading.Thread(
+                target=shell.kill_groups, kwargs={"owner": running}, daemon=True
+            ).start()
 
     # -- around -----------------------------------------------------------------------
 
