@@ -43,7 +43,9 @@ class Crew(Protocol):
     def ended(self, link: Link, how: str) -> None:
         """Its process has ended."""
 
-    def not_started(self, worker: int, reason: str) -> None:
+    def not_started(
+        self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS
+    ) -> None:
         """It could not be started."""
 
     def output(self, call: Any, stream: str, data: bytes) -> None:
@@ -131,7 +133,7 @@ class Local:
             lane = self._lanes.pop(worker)
             link = PipeLink(worker, self._reactor, self._crew.output, self._signal, lane)
         except OSError as error:
-            self._crew.not_started(worker, f"not started: {error.strerror}")
+            self._crew.not_started(worker, f"not started: {error.strerror}", lane=lane)
             return None
         self.links[worker] = link
         self._crew.add(link)

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from taskrun import blobs, places
 from taskrun import messages as m
-from taskrun.engines.links import Link
+from taskrun.engines.links import PROCESS, Link
 from taskrun.engines.local import Launch, Local
 from taskrun.engines.records import Records
 from taskrun.errors import WireError
@@ -386,9 +386,9 @@ class PoolEngine:
         self._observer.worker_changed(link.name, f"{'ended' if expected else 'lost'}, {reason}")
         self._let_go(link)
         if not link.ready:
-            self.not_started(link.id, reason, last_output)
+            self.not_started(link.id, reason, last_output, link.lane)
         elif link.assigned or not link.stopping:
-            self._post(m.WorkerLost(link.id, reason, executing, last_output))
+            self._post(m.WorkerLost(link.id, reason, executing, last_output, link.lane))
 
     def _let_go(self, link: Link) -> None:
         del self._links[link.id]
@@ -396,14 +396,16 @@ class PoolEngine:
         link.close()
         blobs.forget(place_of(self._settings, link.id))
 
-    def not_started(self, worker: int, reason: str, last_output: str = "") -> None:
+    def not_started(
+        self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS
+    ) -> None:
         """See ``engines.local.Crew``."""
         self._failed_starts += 1
         if self._failed_starts > FEW:
             said = f"; the last said:\n{last_output.rstrip()}" if last_output else ""
             self._soon(m.GiveUp(f"workers end before they can take a call ({reason}){said}"))
         else:
-            self._soon(m.WorkerLost(worker, reason, None, last_output))
+            self._soon(m.WorkerLost(worker, reason, None, last_output, lane))
 
     # -- small things -----------------------------------------------------------------
 
