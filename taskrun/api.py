@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
 from taskrun.context import Current, Future, active, as_completed
-from taskrun.errors import Retry, Skip, UsageError
+from taskrun.errors import Retry, Skip
 from taskrun.model import (
     LANES,
     Each,

@@ -14,7 +14,6 @@ import pytest
 import taskrun
 from taskrun import current, each, per_worker, result, task
 from taskrun.api import collecting
-from taskrun.errors import UsageError
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result
 
 
