@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskrun import sessions
 from taskrun.messages import INTERRUPT, PING, PONG, REPORT, STACK, STACK_IS
@@ -26,18 +26,39 @@ from taskrun.workers.control import tell_why
 if TYPE_CHECKING:
     from traceback import StackSummary
 
-    from taskrun.workers.lanes.base import LaneWorker
     from taskrun.workers.lanes.calls import LaneRunning
+    from taskrun.workers.outbox import Outbox
 
 BLOCKED: Final = 1.0  # seconds in which no other call could run, until that is said
 _LOOK: Final = 0.5  # seconds within which Python code lets a signal in
 _GONE: Final = 71  # exit status of a worker whose coordinator is gone
 
 
+class Served(Protocol):
+    """The worker, as far as its control thread is concerned."""
+
+    outbox: Outbox
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have something done in the home thread."""
+
+    def report(self, count: int | None) -> None:
+        """In the home thread: say what runs."""
+
+    def interrupt(self, call: int, attempt: int, reason: str) -> None:
+        """In the home thread: end one call."""
+
+    def found(self) -> LaneRunning | None:
+        """The attempt that the code which asks belongs to."""
+
+    def warn_that_it_blocks(self, running: LaneRunning | None, seconds: float, stack: str) -> None:
+        """Say that a call keeps all others from running."""
+
+
 class LaneControl:
     """Reads the control Pipe in a real thread, also where ``threading`` is gevent's."""
 
-    def __init__(self, worker: LaneWorker, fd: int) -> None:
+    def __init__(self, worker: Served, fd: int) -> None:
         self._worker = worker
         self._fd = fd
         self._main = native.get_ident()
