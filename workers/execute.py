@@ -34,6 +34,7 @@ from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
 from taskrun.values import encode, encode_failure, encode_items
 from taskrun.workers.items import Items, Later
 from taskrun.workers.loops import Loops, standing_still
+from taskrun.workers.outbox import Port
 from taskrun.workers.recipes import ASYNC, GENERATOR, PLAIN, Home, Known
 
 Outcome = tuple[str, Any, Any]
@@ -103,14 +104,6 @@ class Marks(Protocol):
     """Who sees to the output of calls: a Capture, or nobody."""
 
     def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool: ...
-
-
-class Port(Protocol):
-    """The way to the coordinator."""
-
-    def tell(self, record: tuple[Any, ...]) -> None: ...
-
-    def flush(self) -> None: ...
 
 
 class Executor:
@@ -254,7 +247,7 @@ class Executor:
         """Run a generator to its end; its items go ahead where they are wanted."""
         if not running.known.flags & WANT_ITEMS:
             return list(made)
-        running.items = items = Items(running, self._port, self._later)
+        items = self._begin_items(running)
         for value in made:
             self._take_item(running, items, value)
         return items.values
@@ -262,10 +255,15 @@ class Executor:
     async def _listed_async(self, running: Running, made: Any) -> list[Any]:
         if not running.known.flags & WANT_ITEMS:
             return [item async for item in made]
-        running.items = items = Items(running, self._port, self._later)
+        items = self._begin_items(running)
         async for value in made:
             self._take_item(running, items, value)
         return items.values
+
+    def _begin_items(self, running: Running) -> Items:
+        keeps = not running.known.flags & DROP_VALUE
+        running.items = Items(running.call, running.attempt, keeps, self._port, self._later)
+        return running.items
 
     def _take_item(self, running: Running, items: Items, value: Any) -> None:
         try:

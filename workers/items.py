@@ -11,13 +11,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from taskrun.messages import DROP_VALUE, YIELDED
+from taskrun.messages import YIELDED
 from taskrun.workers import native
-
-if TYPE_CHECKING:
-    from taskrun.workers.execute import Port, Running
+from taskrun.workers.outbox import Port
 
 SECONDS: Final = 0.02  # an item waits no longer than this
 MOST: Final = 1000  # items in a batch
@@ -32,14 +30,17 @@ class Items:
     ``values`` is what the call's own value will be; it stays empty where nobody wants that.
     """
 
-    def __init__(self, running: Running, port: Port, later: Later | None) -> None:
-        """``later``: None where nothing is sent before the end."""
+    def __init__(
+        self, call: int, attempt: int, keeps: bool, port: Port, later: Later | None
+    ) -> None:
+        """``keeps``: whether the value is wanted.  ``later``: None where nothing is sent before
+        the end."""
         self.values: list[Any] = []
         self.first = 0  # how many were sent
-        self._running = running
+        self._attempt = call, attempt
         self._port = port
         self._later = later
-        self._keeps = not running.known.flags & DROP_VALUE
+        self._keeps = keeps
         self._rest: list[tuple[Any, Any]] = []
         self._lock = native.RLock()
         self._sent = 0.0
@@ -70,8 +71,7 @@ class Items:
                 return
             batch = [item for item, _ in self._rest]
             self._rest = []
-            running = self._running
-            self._port.tell((YIELDED, running.call, running.attempt, self.first, batch))
+            self._port.tell((YIELDED, *self._attempt, self.first, batch))
             self.first += len(batch)
             self._sent = monotonic()
         self._port.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from taskrun.ledger import Ledger
 from taskrun.wire import send_frame
@@ -12,6 +12,14 @@ from taskrun.workers import native
 
 LATEST: Final = 0.001  # seconds after which records are sent although there is more to do
 LARGE: Final = 64 * 1024  # bytes after which they are
+
+
+class Port(Protocol):
+    """The way to the coordinator."""
+
+    def tell(self, record: tuple[Any, ...]) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class Outbox:

@@ -28,7 +28,8 @@ from taskrun.messages import (
 )
 from taskrun.model import Failure, Task
 from taskrun.values import decode, decode_failure, dumps_arguments
-from taskrun.workers.execute import Executor, Port, Running
+from taskrun.workers.execute import Executor, Running
+from taskrun.workers.outbox import Port
 from taskrun.workers.recipes import missing_arguments
 from taskrun.workers.settings import Settings
 

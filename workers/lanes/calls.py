@@ -11,8 +11,9 @@ from typing import Any
 from taskrun.errors import Interrupted
 from taskrun.messages import BEGAN, ENDED
 from taskrun.values import encode_failure
-from taskrun.workers.execute import Executor, Outcome, Port, Running
+from taskrun.workers.execute import Executor, Outcome, Running
 from taskrun.workers.items import Later
+from taskrun.workers.outbox import Port
 from taskrun.workers.recipes import Home, Known
 
 RUNNING: ContextVar[LaneRunning] = ContextVar("taskrun_running")

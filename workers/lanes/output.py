@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from taskrun.ledger import STREAMS
 from taskrun.messages import OUTPUT
-from taskrun.workers.execute import Port
 from taskrun.workers.lanes.calls import LaneRunning
+from taskrun.workers.outbox import Port
 
 LONGEST: Final = 64 * 1024  # bytes of a line that are kept until it ends
 
