@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from taskrun.hooks import register as _register
+
 if TYPE_CHECKING:
     from taskrun import state
     from taskrun.api import current, each, per_worker, result, task
@@ -63,6 +65,9 @@ _HOMES = {
     "state": "taskrun.state",
     "task": "taskrun.api",
 }
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,12 +6,20 @@ import errno
 import os
 import socket
 import stat
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from taskrun.errors import UsageError
 
+
+class Tls(NamedTuple):
+    """A host and a port where TLS is spoken."""
+
+    host: str
+    port: int
+
+
 Address = Any
-"""The path of a Unix socket, or (host, port)."""
+"""The path of a Unix socket, (host, port) without TLS, or Tls."""
 
 _LONGEST_PATH: Final = 100  # bytes; a Unix socket's path has room for 107
 _PREFIX: Final = "run-"
@@ -22,23 +30,44 @@ _LOOPBACK_NAMES: Final = ("localhost", "::1")
 # -- how they are written -------------------------------------------------------------
 
 
-def parse(text: str) -> Address:
-    """``HOST:PORT`` or ``unix:PATH``.  Raises UsageError for what is neither, and for hosts
-    other than this one."""
+def parse(text: str, *, insecure_plain: bool = False) -> Address:
+    """``HOST:PORT``, ``tls://HOST:PORT`` or ``unix:PATH``.
+
+    A bare HOST:PORT is plain exactly where HOST, as written, is this machine itself, and
+    TLS everywhere else; with ``insecure_plain`` it is plain everywhere.  Raises UsageError
+    for what is no address.
+    """
     if text.startswith("unix:"):
         return text.removeprefix("unix:")
     if text.startswith("/"):
         return text
-    host, colon, port = text.removeprefix("tcp://").rpartition(":")
+    found = host_and_port(text.removeprefix("tls://").removeprefix("tcp://"))
+    if found is None:
+        raise UsageError(f"an address is HOST:PORT, tls://HOST:PORT or unix:PATH, not {text!r}")
+    if text.startswith("tls://"):
+        return Tls(*found)
+    return found if insecure_plain else secured(found)
+
+
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """The parts of ``HOST:PORT``, or None where it is not that."""
+    host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
-        raise UsageError(f"an address is HOST:PORT or unix:PATH, not {text!r}")
-    if text.startswith("tls://") or not is_loopback(host):
-        raise UsageError(
-            f"{text}: only this machine itself (127.0.0.1, localhost, ::1) can be reached "
-            "without encryption, and TLS is not available yet"
-        )
+        return None
     return host, int(port)
+
+
+def secured(address: Address) -> Address:
+    """An address by which nothing leaves this machine in plain."""
+    if isinstance(address, Tls) or not isinstance(address, tuple) or is_loopback(address[0]):
+        return address
+    return Tls(*address[:2])
+
+
+def is_exposed(address: Address) -> bool:
+    """Whether what is said at an address crosses the network in plain."""
+    return secured(address) is not address
 
 
 def is_loopback(host: str) -> bool:
@@ -53,7 +82,8 @@ def shown(address: Address) -> str:
     """An address, as it is written."""
     if isinstance(address, tuple):
         host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        form = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"tls://{form}" if isinstance(address, Tls) else form
     return f"unix:{address}"
 
 

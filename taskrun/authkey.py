@@ -33,6 +33,17 @@ def authkey(file: str | None = None) -> bytes:
         return _made(path)
 
 
+def made_file(file: str | None = None) -> str:
+    """The path of the key file: the one that is meant, or that ``TASKRUN_AUTHKEY_FILE``
+    names, or this user's own.  It is made if it is not there.  Raises UsageError."""
+    path = file or os.environ.get("TASKRUN_AUTHKEY_FILE") or own_file()
+    if os.path.lexists(path):
+        _checked(_read(path), path)
+    else:
+        _made(path)
+    return path
+
+
 def take_from_environment() -> None:
     """See to it that no child inherits the key."""
     text = os.environ.pop(_VARIABLE, None)
@@ -57,7 +68,10 @@ def _read(path: str) -> bytes:
     except FileNotFoundError:
         if path == own_file():
             raise
-        raise UsageError(f"there is no authkey file {path}") from None
+        raise UsageError(
+            f"there is no authkey file {path}: copy it from the other machine, or make one by "
+            f"taskrun key --authkey-file {path}"
+        ) from None
     except OSError as error:
         raise UsageError(f"the authkey file {path} cannot be read: {error.strerror}") from None
 
@@ -75,13 +89,24 @@ def _checked(key: bytes, source: str) -> bytes:
     return key
 
 
+def _make_folder(folder: str) -> None:
+    """Raises UsageError where others could put another file in the place of the key's."""
+    if not os.path.isdir(folder):
+        os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.stat(folder)
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise UsageError(
+            f"the folder {folder} of the authkey file can be changed by others: chmod 700 {folder}"
+        )
+
+
 def _made(path: str) -> bytes:
     """A new key, in a file that is complete as soon as it is there."""
     key = os.urandom(32).hex().encode()
     begun = f"{path}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(os.path.dirname(path)), exist_ok=True)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _make_folder(os.path.dirname(path) or os.curdir)
         fd = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, key + b"\n")

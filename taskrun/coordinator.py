@@ -91,6 +91,8 @@ class Run:
             notice=self.observer.notice,
             key_file=settings.authkey_file,
             listen=settings.listen,
+            certificates=(settings.tls_cert, settings.tls_key, settings.tls_ca),
+            insecure_plain=settings.insecure_plain,
             file=settings.state,
         )
         self._here: Here | None = None

@@ -16,7 +16,9 @@ class Settings:
     ``group``, ``raw``, ``quiet``.  ``json``: events on stdout.  ``joblog``: a file for a
     row per attempt.  ``start_method``: ``forkserver`` or ``spawn``.  ``inline``: every call
     in this process.  ``grace``: seconds between interrupt, TERM and KILL.  ``listen``: an
-    address for clients, beside the run's own socket; ``authkey_file``: where their key is.
+    address for others, beside the run's own socket; ``authkey_file``: where their key is;
+    ``tls_cert``, ``tls_key``, ``tls_ca``: files in PEM instead of a certificate made for the
+    run; ``insecure_plain``: no TLS at that address, wherever it is.
     ``state``: a file in which the shared state is kept.
     """
 
@@ -31,6 +33,10 @@ class Settings:
     grace: float = 2.0
     listen: str | None = None
     authkey_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    insecure_plain: bool = False
     state: str | None = None
 
 

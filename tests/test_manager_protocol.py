@@ -18,7 +18,6 @@ from taskrun.manager.protocol import (
     CHALLENGE,
     FAILURE,
     WELCOME,
-    Connection,
     Frames,
     ProtocolError,
     Refused,
@@ -27,6 +26,7 @@ from taskrun.manager.protocol import (
     greet,
     header,
 )
+from taskrun.transport.proof import PLAIN, Answering
 
 KEY = b"secret"
 LIMIT = 1 << 20
@@ -41,19 +41,13 @@ def payloads(data: bytes) -> list[bytes]:
     return found
 
 
-def challenge_of(connection: Connection) -> bytes:
+def answering(key: bytes = KEY, **options: bool) -> Answering:
+    return Answering(key, PLAIN, stock=True, **options)
+
+
+def challenge_of(connection: Answering) -> bytes:
     (payload,) = payloads(connection.take_outgoing())
     return payload.removeprefix(CHALLENGE)
-
-
-def admitted(**options: bool) -> Connection:
-    connection = Connection(KEY, LIMIT, **options)
-    connection.feed(framed(answer_to(KEY, challenge_of(connection))))
-    connection.feed(framed(CHALLENGE + bytes(20)))
-    connection.feed(framed(WELCOME))
-    assert connection.authenticated
-    connection.take_outgoing()
-    return connection
 
 
 # -- frames ---------------------------------------------------------------------------
@@ -92,7 +86,7 @@ def test_a_negative_length_is_an_error(size: int) -> None:
 
 @pytest.mark.parametrize("digest", ["md5", "sha256", "sha384", "sha3_256", "sha3_384"])
 def test_an_answer_with_any_known_digest_is_accepted(digest: str) -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     mac = hmac.digest(KEY, challenge_of(connection), digest)
     connection.feed(framed(b"{%s}%s" % (digest.encode(), mac)))
     assert payloads(connection.take_outgoing()) == [WELCOME]
@@ -100,7 +94,7 @@ def test_an_answer_with_any_known_digest_is_accepted(digest: str) -> None:
 
 def test_the_bare_md5_of_old_clients_is_accepted_unless_forbidden() -> None:
     for allowed in (True, False):
-        connection = Connection(KEY, LIMIT, allow_md5=allowed)
+        connection = answering(allow_md5=allowed)
         answer = framed(hmac.digest(KEY, challenge_of(connection), "md5"))
         if allowed:
             connection.feed(answer)
@@ -117,18 +111,18 @@ def test_the_bare_md5_of_old_clients_is_accepted_unless_forbidden() -> None:
 def test_each_client_is_answered_in_its_own_form(
     message: bytes, digest: str, prefix: bytes
 ) -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     connection.feed(framed(answer_to(KEY, challenge_of(connection))))
     connection.take_outgoing()
     connection.feed(framed(CHALLENGE + message))
     assert payloads(connection.take_outgoing()) == [prefix + hmac.digest(KEY, message, digest)]
-    assert not connection.authenticated
+    assert not connection.done
     connection.feed(framed(WELCOME))
-    assert connection.authenticated
+    assert connection.done
 
 
 def test_the_server_answers_nothing_before_the_client_has_proved_itself() -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     connection.take_outgoing()
     with pytest.raises(Refused):
         connection.feed(framed(CHALLENGE + bytes(20)) * 2)
@@ -137,14 +131,14 @@ def test_the_server_answers_nothing_before_the_client_has_proved_itself() -> Non
 
 @pytest.mark.parametrize("answer", [b"", bytes(16), b"{sha256}" + bytes(32), b"{sha1}" + bytes(20)])
 def test_a_wrong_answer_is_refused(answer: bytes) -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     with pytest.raises(Refused) as caught:
         connection.feed(framed(answer))
     assert payloads(caught.value.last_words) == [FAILURE]
 
 
 def test_a_replayed_answer_is_refused() -> None:
-    first, second = Connection(KEY, LIMIT), Connection(KEY, LIMIT)
+    first, second = answering(), answering()
     answer = framed(answer_to(KEY, challenge_of(first)))
     first.feed(answer)
     with pytest.raises(Refused):
@@ -152,14 +146,14 @@ def test_a_replayed_answer_is_refused() -> None:
 
 
 def test_the_digest_of_a_challenge_cannot_be_changed_on_the_way() -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     changed = challenge_of(connection).replace(b"{sha256}", b"{md5}")
     with pytest.raises(Refused):
         connection.feed(framed(answer_to(KEY, changed)))
 
 
 def test_the_server_does_not_answer_its_own_challenge() -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     message = challenge_of(connection)
     connection.feed(framed(answer_to(KEY, message)))
     with pytest.raises(Refused, match="own challenge"):
@@ -167,22 +161,22 @@ def test_the_server_does_not_answer_its_own_challenge() -> None:
 
 
 def test_the_empty_key_is_a_key() -> None:
-    connection = Connection(b"", LIMIT)
+    connection = answering(b"")
     message = challenge_of(connection)
     connection.feed(framed(answer_to(b"", message)))
     with pytest.raises(Refused):
-        Connection(b"", LIMIT).feed(framed(answer_to(KEY, message)))
+        answering(b"").feed(framed(answer_to(KEY, message)))
 
 
 @pytest.mark.parametrize("size", [257, 0x7FFFFFFF, 1 << 40])
 def test_a_long_message_before_the_end_of_the_handshake_is_refused_at_once(size: int) -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     with pytest.raises(ProtocolError, match=str(size)):
         connection.feed(header(size))
 
 
 def test_a_handshake_byte_by_byte_ends_with_the_request_behind_it() -> None:
-    connection = Connection(KEY, LIMIT)
+    connection = answering()
     message = challenge_of(connection)
     request = bytes(1000)
     for byte in (
@@ -191,15 +185,15 @@ def test_a_handshake_byte_by_byte_ends_with_the_request_behind_it() -> None:
         + framed(WELCOME)
         + framed(request)
     ):
-        assert connection.request() is None
         connection.feed(bytes([byte]))
-    assert connection.request() == request
+    assert connection.done
+    assert payloads(connection.rest()) == [request]
 
 
-def test_nothing_that_an_unknown_peer_sends_becomes_a_request() -> None:
+def test_nothing_that_an_unknown_peer_sends_lets_it_in() -> None:
     generator = random.Random(3)
     for _ in range(400):
-        connection = Connection(KEY, LIMIT)
+        connection = answering()
         pieces = [
             framed(generator.randbytes(generator.randrange(260))),
             generator.randbytes(generator.randrange(40)),
@@ -208,16 +202,9 @@ def test_nothing_that_an_unknown_peer_sends_becomes_a_request() -> None:
         try:
             for _ in range(6):
                 connection.feed(generator.choice(pieces))
-                assert connection.request() is None
         except ProtocolError:
             pass
-        assert not connection.authenticated
-
-
-def test_after_the_handshake_long_requests_are_taken() -> None:
-    connection = admitted()
-    connection.feed(framed(bytes(5000)))
-    assert connection.request() == bytes(5000)
+        assert not connection.done
 
 
 # -- the client's side ----------------------------------------------------------------

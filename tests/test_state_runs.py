@@ -301,10 +301,28 @@ def test_a_wrong_key_is_refused_and_not_shown(runs: Runs) -> None:
     run.end().check()
 
 
-def test_only_this_machine_can_be_listened_to(runs: Runs) -> None:
-    for address in ("0.0.0.0:0", "example.org:80", "tls://127.0.0.1:1", "localhost"):
+def test_what_is_no_address_cannot_be_listened_to(runs: Runs) -> None:
+    for address in ("localhost", "tls://localhost", "127.0.0.1:port", "127.0.0.1:70000"):
         done = runs.exec("@task\ndef work(): pass\n", "--listen", address).check(2)
-        assert "TLS is not available yet" in done.err or "an address is HOST:PORT" in done.err
+        assert "an address is HOST:PORT, tls://HOST:PORT or unix:PATH" in done.err
+
+
+@pytest.mark.parametrize("address", ["tls://127.0.0.1:0", "0.0.0.0:0"])
+def test_state_is_reached_by_tls_too(runs: Runs, address: str) -> None:
+    run = runs.start_exec(HELD, "-j1", "--listen", address)
+    run.await_line("filled")
+    form, port = run.await_line("listening on", err=True).split()[-1].rsplit(":", 1)
+    assert form.startswith("tls://")
+    with pytest.raises(StateError, match="authkey") as caught:
+        connect(f"tls://127.0.0.1:{port}", b"not the key of this run")
+    assert b"not the key" not in str(caught.value).encode()
+    with pytest.raises(StateError, match=f"write tls://127.0.0.1:{port}"):
+        connect(f"127.0.0.1:{port}")
+    with connect(f"tls://127.0.0.1:{port}") as seen:
+        seen.list("big").append("x" * 3_000_000)
+        assert len(seen.list("big")[0]) == 3_000_000
+        seen.queue("go").put(1)
+    run.end().check()
 
 
 def test_a_client_of_the_standard_library_reaches_named_objects(runs: Runs, tmp_path: Path) -> None:

@@ -99,9 +99,18 @@ def unix_path() -> str:
     return os.path.join(tempfile.mkdtemp(prefix="transport-"), "socket")
 
 
-@pytest.fixture(params=["unix", "loopback"])
+ADDRESSES: dict[str, Callable[[], Any]] = {
+    "unix": unix_path,
+    "loopback": lambda: ("127.0.0.1", 0),
+    "tls": lambda: addresses.Tls("127.0.0.1", 0),
+}
+
+
+@pytest.fixture(params=ADDRESSES)
 def meeting(request: pytest.FixtureRequest) -> Iterator[Meeting]:
-    address = unix_path() if request.param == "unix" else ("127.0.0.1", 0)
+    address = {"unix": unix_path(), "tls": addresses.Tls("127.0.0.1", 0)}.get(
+        request.param, ("127.0.0.1", 0)
+    )
     with closing(Meeting(address)) as made:
         yield made
 

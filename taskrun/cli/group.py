@@ -13,6 +13,7 @@ COMMANDS = {
     "list": ("taskrun.cli.listing", "list_", "Show the tasks of a file."),
     "graph": ("taskrun.cli.graph", "graph", "Show which task needs which."),
     "state": ("taskrun.cli.state", "state", "Look at the shared state of a live run."),
+    "key": ("taskrun.cli.key", "key", "Make the key file that machines must share."),
     "completion": ("taskrun.cli.completion", "completion", "Print a shell's completion script."),
 }
 MEANT = {"run": "exec", "start": "exec", "ls": "list", "tasks": "list", "help": "--help"}

@@ -72,6 +72,20 @@ def _check_joblog(
     return path
 
 
+_TLS_OPTIONS = (
+    click.option("--tls-cert", metavar="F", help="A certificate to show, in PEM."),
+    click.option("--tls-key", metavar="F", help="Its key."),
+    click.option("--tls-ca", metavar="F", help="Who signed the others' certificates."),
+)
+
+
+def tls_options(command: Command) -> Command:
+    """The options for certificates of one's own: ``tls_cert``, ``tls_key``, ``tls_ca``."""
+    for option in reversed(_TLS_OPTIONS):
+        command = option(command)
+    return command
+
+
 _OPTIONS = (
     click.option(
         "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
@@ -101,8 +115,10 @@ _OPTIONS = (
         "--state", type=click.Path(dir_okay=False), metavar="F",
         help="Load shared state from file F, and keep it there.",
     ),
-    click.option("--listen", metavar="HOST:PORT", help="Let clients reach the shared state."),
+    click.option("--listen", metavar="ADDRESS", help="Let others join: HOST:PORT."),
     click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
+    *_TLS_OPTIONS,
+    click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone."),
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskrun.cli.options import CONTEXT
+from taskrun.cli.options import CONTEXT, tls_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
 
@@ -23,7 +23,8 @@ ACTIONS = ("list", "get", "dump", "watch")
 @click.option(
     "--authkey-file", metavar="F", help="Where the key is, if not where taskrun looks for it.",
 )  # fmt: skip
-def state(words: tuple[str, ...], json: bool, authkey_file: str | None) -> None:
+@tls_options
+def state(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: str | None) -> None:
     """Look at the shared state of the live run at ADDRESS (HOST:PORT or
     unix:PATH), or of your only one: list what there is, get NAME or one KEY of
     it, dump all of it, or watch NAME, or all, change."""
@@ -31,7 +32,7 @@ def state(words: tuple[str, ...], json: bool, authkey_file: str | None) -> None:
     from taskrun.authkey import authkey
     from taskrun.state.connecting import connect
 
-    with connect(address, authkey(authkey_file)) as connected:
+    with connect(address, authkey(authkey_file), **tls) as connected:
         _DO[action](connected, rest, json)
 
 

@@ -41,6 +41,10 @@ def client_for(serializer: str) -> Callable[..., Any]:
     """What dials for a serializer; XML-RPC stays the standard library's."""
     if serializer == "pickle":
         return connect
+    if serializer == "tls":
+        from taskrun.transport import stock
+
+        return stock.connect
     return connection.XmlClient  # type: ignore[attr-defined,no-any-return]
 
 

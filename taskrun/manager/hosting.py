@@ -35,16 +35,11 @@ class Host(Protocol):
 
     address: Any
     administration: Administration
-    allow_md5: bool
-    authkey: bytes
     objects: Objects
     plain: bool  # whether it speaks pickles; else every connection gets a thread
     reactor: Reactor
     sessions: Callable[[socket.socket, Any, bytes], object] | None  # see ``server.Server``
     report: Callable[[], object]  # for use in an ``except`` block
-
-    def on_authenticated(self, peer: Any) -> None:
-        """The peer has the key, and knows that we have it."""
 
     def on_closed(self, peer: Any) -> None:
         """The loop serves the peer no more."""

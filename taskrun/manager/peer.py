@@ -1,8 +1,8 @@
 """One client's connection on the event loop.
 
-It goes through three phases: the handshake, the first request (which most connections end
-with), and the calls of a proxy.  What must not run on the loop takes the connection off it:
-see ``promoted``.
+It has been let in by then (see ``taskrun.transport.gate``), and goes through two phases: the
+first request, which most connections end with, and the calls of a proxy.  What must not run
+on the loop takes the connection off it: see ``promoted``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from taskrun.manager import calls, hosted, pickling, protocol
 from taskrun.manager.hosting import Handover, Host
 
 _READ = 64 * 1024
-_READ_GREETING = 512
 _RETURN_NONE = protocol.framed(pickling.dump_plain(("#RETURN", None)))
 
 
@@ -24,7 +25,7 @@ class Peer:
     """A client, as long as the loop serves it."""
 
     __slots__ = (
-        "_asked", "_connection", "_finishing", "_left", "_unsent",
+        "_asked", "_finishing", "_frames", "_left", "_unsent",
         "pid", "server", "socket", "tcp",
     )  # fmt: skip
 
@@ -33,24 +34,21 @@ class Peer:
         self.socket = connection
         self.tcp = connection.family != socket.AF_UNIX
         self.pid = _process_of(connection) if not self.tcp else None
-        self._connection = protocol.Connection(
-            server.authkey, pickling.LARGEST_INLINE, server.allow_md5
-        )
+        self._frames = protocol.Frames(pickling.LARGEST_INLINE)
         self._asked = False  # whether its first request is behind it
         self._left = False  # whether it is closed, or has a thread
         self._finishing = False  # whether to close when everything is sent
         self._unsent: memoryview | None = None
 
-    def start(self) -> None:
-        """Begin the handshake."""
-        self.socket.setblocking(False)
-        if self.tcp:
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A machine that has lost its power says nothing; its connection ends all the same.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._acknowledge()
+    def start(self, received: bytes) -> None:
+        """Serve it; it has sent ``received`` already."""
         self.server.reactor.add_reader(self.socket.fileno(), self.on_readable)
-        self._send(self._connection.take_outgoing())
+        if received:
+            self._frames.feed(received)
+        if not self.server.plain:
+            self.promote()
+        elif received:
+            self._guarded(self._on_first)
 
     def _acknowledge(self) -> None:
         # A client that sends two small messages in a row, or a long one in two pieces,
@@ -63,43 +61,36 @@ class Peer:
 
     def on_readable(self) -> None:
         try:
-            known = self._asked or self._connection.authenticated
-            data = self.socket.recv(_READ if known else _READ_GREETING)
+            data = self.socket.recv(_READ)
             if not data:
                 self.close()
             elif self._asked:
                 self._on_calls(data)
-            elif known:
-                self._connection.frames.feed(data)
-                self._on_first()
             else:
-                self._on_greeting(data)
+                self._frames.feed(data)
+                self._on_first()
         except (BlockingIOError, InterruptedError):
             return
-        except protocol.ProtocolError as error:
-            self._send(error.last_words)
-            self.close()
-        except OSError:
-            self.close()  # the peer has closed its end in the midst of this
         except Exception:
-            self.server.report()
-            self.close()
+            self._on_error()
 
-    def _on_greeting(self, data: bytes) -> None:
-        self._acknowledge()
-        self._connection.feed(data)
-        outgoing = self._connection.take_outgoing()
-        if outgoing:
-            self._send(outgoing)
-        if self._connection.authenticated:
-            self.server.on_authenticated(self)
-            if self.server.plain:
-                self._on_first()
-            else:
-                self.promote()
+    def _guarded(self, serve: Callable[[], object]) -> None:
+        try:
+            serve()
+        except Exception:
+            self._on_error()
+
+    def _on_error(self) -> None:
+        """In an ``except`` block: end the connection."""
+        error = sys.exc_info()[1]
+        if isinstance(error, protocol.ProtocolError):
+            self._send(error.last_words)
+        elif not isinstance(error, OSError):  # that is a peer who has closed its end
+            self.server.report()
+        self.close()
 
     def _on_calls(self, data: bytes) -> None:
-        frames = self._connection.frames
+        frames = self._frames
         # The usual case: one whole request, not long, and nothing before it.
         size = len(data) - 4
         if int.from_bytes(data[:4], "big") == size <= frames.limit and not frames.pending:
@@ -109,7 +100,7 @@ class Peer:
         self._on_frames()
 
     def _on_frames(self) -> None:
-        frames = self._connection.frames
+        frames = self._frames
         while self._unsent is None and not self._left:
             payload = frames.pop()
             if frames.oversized is not None:
@@ -158,7 +149,7 @@ class Peer:
     # -- the first request ------------------------------------------------------------
 
     def _on_first(self) -> None:
-        frames = self._connection.frames
+        frames = self._frames
         payload = frames.pop()
         if frames.oversized is not None:
             self.promote()
@@ -194,7 +185,7 @@ class Peer:
     def _hand_over(self, request: Any) -> None:
         """The connection speaks something else from now on."""
         assert self.server.sessions is not None
-        rest = bytes(self._connection.frames.rest())
+        rest = bytes(self._frames.rest())
         self._detach()
         self.server.on_closed(self)
         self.server.sessions(self.socket, request, rest)
@@ -240,14 +231,7 @@ class Peer:
             return
         self.server.reactor.add_reader(fd, self.on_readable)
         if self._asked:
-            self._go_on()
-
-    def _go_on(self) -> None:
-        try:
-            self._on_frames()
-        except Exception:
-            self.server.report()
-            self.close()
+            self._guarded(self._on_frames)
 
     # -- leaving ----------------------------------------------------------------------
 
@@ -255,7 +239,7 @@ class Peer:
         """Give the connection, and what was being done for it, to a thread of its own."""
         if self._left:
             return
-        rest = self._connection.frames.rest()
+        rest = self._frames.rest()
         if payload is not None:
             rest[:0] = protocol.framed(payload)
         self._detach()

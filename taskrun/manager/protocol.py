@@ -19,6 +19,8 @@ was, the answer was the bare HMAC-MD5 of it.  So one message suits all clients, 
 form of the answer says which they are.  The HMAC covers the name: nobody in between can
 change it.  A bare MD5 answer may be refused with ``allow_md5=False``.
 
+With TLS the handshake is another one: see ``taskrun.transport``.
+
 Nothing here reads or writes.  Until the peer has proved that it knows the key, at most 256
 bytes of it are kept, and none are interpreted as anything but the handshake.
 """
@@ -34,6 +36,10 @@ CHALLENGE = b"#CHALLENGE#"
 WELCOME = b"#WELCOME#"
 FAILURE = b"#FAILURE#"
 LONGEST_GREETING = 256  # bytes of one message of the handshake
+
+MANAGER = b"manager"
+"""The role (see ``taskrun.transport.proof``) in which one is dialled by TLS for what the
+standard library's clients get without."""
 
 DIGESTS = {b"md5", b"sha256", b"sha384", b"sha3_256", b"sha3_384"}
 _LONGEST_NAME = max(map(len, DIGESTS))
@@ -264,46 +270,3 @@ def greet(authkey: bytes, send: Callable[[bytes], object], receive: Callable[[in
     finally:
         _asked.discard(question.message)
     send(WELCOME)
-
-
-class Connection:
-    """A connection as the server sees it: bytes in; bytes to send and requests out.
-
-    ``feed`` bytes and take each :meth:`request`; send what is in ``outgoing`` whenever there
-    is any.  Raises ProtocolError, whose last words are to be sent before closing.
-    """
-
-    __slots__ = ("_handshake", "_limit", "frames", "outgoing")
-
-    def __init__(self, authkey: bytes, limit: int, allow_md5: bool = True) -> None:
-        self._limit = limit
-        self._handshake: ServerHandshake | None = ServerHandshake(authkey, allow_md5)
-        self.frames = Frames(LONGEST_GREETING)
-        self.outgoing = self._handshake.open()
-
-    @property
-    def authenticated(self) -> bool:
-        return self._handshake is None
-
-    def feed(self, data: bytes) -> None:
-        """Take bytes of the peer, and do what they complete of the handshake."""
-        self.frames.feed(data)
-        while self._handshake is not None:
-            message = self.frames.pop()
-            if self.frames.oversized is not None:
-                raise ProtocolError(f"{self.frames.oversized} bytes before the handshake's end")
-            if message is None:
-                return
-            self.outgoing += self._handshake.receive(message)
-            if self._handshake.done:
-                self._handshake = None
-                self.frames.limit = self._limit
-
-    def request(self) -> bytes | None:
-        """The next request, if one is wholly there; see :class:`Frames` for long ones."""
-        return None if self._handshake is not None else self.frames.pop()
-
-    def take_outgoing(self) -> bytes:
-        """What is to be sent; it is forgotten here."""
-        outgoing, self.outgoing = self.outgoing, b""
-        return outgoing

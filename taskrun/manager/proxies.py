@@ -119,7 +119,7 @@ class Proxy(managers.BaseProxy):
             del result  # else it would be in a cycle with its own traceback
 
     def _receive(self, conn: Any) -> Any:
-        if self._serializer != "pickle":
+        if self._serializer == "xmlrpclib":
             return conn.recv()
         try:
             payload = conn.recv_bytes()

@@ -3,9 +3,9 @@
 Everything here runs on the thread of the reactor, but for what says otherwise.  No peer can
 end the server or another peer's connection: whatever goes wrong with one ends that one.
 
-Until a peer has proved that it has the key, it has so many seconds in all, and only so many
-may be at it at a time; beyond that the oldest goes that has taken a second or more, or the
-new ones wait.
+Who connects goes through the gate first (see ``taskrun.transport.gate``).  Clients of the
+standard library come from there without TLS, by its own handshake; with TLS, and from
+taskrun, by that of ``taskrun.transport.proof``, in the role MANAGER.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable
-from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from taskrun.addresses import Tls
+from taskrun.manager import protocol
 from taskrun.manager.administration import Administration
 from taskrun.manager.hosting import Handover
 from taskrun.manager.listening import Address, Listener
@@ -26,15 +27,22 @@ from taskrun.manager.objects import Objects, Registry
 from taskrun.manager.peer import Peer
 from taskrun.manager.promoted import Promoted
 from taskrun.reactor import Reactor
+from taskrun.transport.gate import HANDSHAKE_TIMEOUT, MOST_GREETING, Admitted, Gate
+from taskrun.transport.listening import Roles, open_door, peer_of
 
-HANDSHAKE_TIMEOUT = 10.0  # seconds
-MOST_GREETING = 256  # peers in the handshake at a time
-_OLD_GREETING = 1.0  # seconds; an honest peer is through in milliseconds
+if TYPE_CHECKING:
+    from taskrun.transport.tls import Certificates
+
+SERIALIZERS = ("pickle", "tls", "xmlrpclib")
 
 
 def print_traceback() -> None:
     """The default of ``report``: what went wrong goes to stderr."""
     traceback.print_exc(file=sys.stderr)
+
+
+def no_notice(text: str) -> None:
+    """The default of ``notice``: nobody wants to know."""
 
 
 class Server:
@@ -45,10 +53,14 @@ class Server:
     or None for a path of its own; ``listen`` adds more.  It serves from :meth:`start` until
     :meth:`close`.
 
+    ``serializer`` is the standard library's name for how it is spoken to; ``"tls"`` are
+    pickles over TLS.  ``roles`` gets the connections of other roles than MANAGER.
+
     ``on_shutdown`` is called when a client asks the server to end; without it that is
     refused.  ``report`` is called in an ``except`` block for what should not happen.
     ``sessions`` takes over the connections whose first request is for the named state:
-    the socket, that request, and what was received after it.
+    the socket, that request, and what was received after it.  ``notice`` gets a line for
+    each who is turned away.
     """
 
     def __init__(
@@ -65,53 +77,67 @@ class Server:
         allow_md5: bool = True,
         report: Callable[[], object] = print_traceback,
         sessions: Callable[[socket.socket, Any, bytes], object] | None = None,
+        notice: Callable[[str], object] = no_notice,
+        roles: Roles | None = None,
     ) -> None:
         if not isinstance(authkey, bytes):
             raise TypeError(f"the authkey is {type(authkey).__name__}, not bytes")
-        if serializer not in ("pickle", "xmlrpclib"):
-            raise ValueError(f"no serializer {serializer!r}: there are pickle and xmlrpclib")
+        if serializer not in SERIALIZERS:
+            raise ValueError(f"no serializer {serializer!r}: there are {', '.join(SERIALIZERS)}")
         self.authkey = bytes(authkey)
         self.reactor = reactor
-        self.allow_md5 = allow_md5
-        self.plain = serializer == "pickle"  # else every connection gets a thread
+        self.plain = serializer != "xmlrpclib"  # else every connection gets a thread
         self.report = report
         self.sessions = sessions
         self.objects = Objects(registry, self._later, self._watch)
         self.administration = Administration(self.objects, on_shutdown)
-        self._handshake_timeout = handshake_timeout
-        self._most_greeting = most_greeting
-        self._greeting: dict[Peer, float] = {}  # in order of arrival; when it began
+        self._roles = {} if roles is None else roles
+        self._gate = Gate(
+            self.authkey, reactor, self._on_admitted, stock=True, notice=notice, report=report,
+            offers=lambda role: role == protocol.MANAGER or role in self._roles,
+            allow_md5=allow_md5, timeout=handshake_timeout, most_greeting=most_greeting,
+        )  # fmt: skip
         self._peers: set[Peer] = set()
         self._promoted: set[Promoted] = set()
         self._watched: dict[int, int] = {}  # process -> pidfd
-        self.listeners: list[Listener] = []
-        self._started = self._closed = self._timing = False
+        self._started = self._closed = False
+        if serializer == "tls":
+            address = Tls(*address)
         self.address: Address = self.listen(address)
 
     # -- beginning and ending ---------------------------------------------------------
 
+    @property
+    def listeners(self) -> list[Listener]:
+        return [door.listener for door in self._gate.doors]
+
     def listen(self, address: Address) -> Address:
         """Listen there too; the address with the port or path that was chosen."""
-        listener = Listener(address)
-        self.listeners.append(listener)
+        if isinstance(address, Tls):
+            # Tokens travel with this to clients that do not know our types.
+            return tuple(self.open(address))
+        door = self._gate.add(address)
         if self._started:
-            self._start(listener)
-        return listener.address
+            self._gate.start(door)
+        return door.address
+
+    def open(
+        self, address: Address, files: Certificates | None = None, *, insecure_plain: bool = False
+    ) -> Address:
+        """Listen there too, by the rules of the network (see :func:`open_door`).  Raises
+        UsageError."""
+        return open_door(self._gate, address, files, insecure_plain=insecure_plain)
 
     def start(self) -> None:
         """Take connections.  The reactor has to be run by somebody."""
         self._started = True
         _servers.add(self)
-        for listener in self.listeners:
-            self._start(listener)
-
-    def _start(self, listener: Listener) -> None:
-        listener.start(self.reactor, self._on_connection, self._has_room)
+        for door in self._gate.doors:
+            self._gate.start(door)
 
     def stop_listening(self) -> None:
         """Take no more connections; those that there are go on."""
-        for listener in self.listeners:
-            listener.close()
+        self._gate.stop_listening()
 
     def close(self) -> None:
         """End all connections, and let go of everything."""
@@ -119,7 +145,7 @@ class Server:
             return
         self._closed = True
         _servers.discard(self)
-        self.stop_listening()
+        self._gate.close()
         for peer in list(self._peers):
             peer.close()
         for promoted in list(self._promoted):
@@ -132,62 +158,19 @@ class Server:
     @property
     def has_clients(self) -> bool:
         """Whether anybody is connected, but for those that ``sessions`` has taken over."""
-        return bool(self._peers or self._promoted)
+        return bool(self._peers or self._promoted or self._gate.is_busy)
 
-    def _has_room(self) -> bool:
-        if len(self._greeting) < self._most_greeting:
-            return True
-        oldest, began = next(iter(self._greeting.items()))
-        if monotonic() - began < _OLD_GREETING:
-            return False
-        oldest.close()
-        return True
-
-    def _on_connection(self, connection: socket.socket) -> None:
-        try:
-            peer = Peer(self, connection)
-            self._peers.add(peer)
-            self._greeting[peer] = monotonic()
-            self._time_greetings()
-            peer.start()
-        except Exception as error:
-            if not isinstance(error, OSError):  # that is a peer who left at once
-                self.report()
-            connection.close()
-            self._forget(connection)
-
-    def _forget(self, connection: socket.socket) -> None:
-        for peer in [peer for peer in self._peers if peer.socket is connection]:
-            self.on_closed(peer)
-
-    def _time_greetings(self) -> None:
-        """One timer, for the oldest, does for all."""
-        if self._greeting and not self._timing:
-            self._timing = True
-            oldest = next(iter(self._greeting.values()))
-            self.reactor.call_at(oldest + self._handshake_timeout, self._end_greetings)
-
-    def _end_greetings(self) -> None:
-        self._timing = False
-        latest = monotonic() - self._handshake_timeout
-        for peer, began in list(self._greeting.items()):
-            if began > latest:
-                break
-            peer.close()
-        self._time_greetings()
-
-    def on_authenticated(self, peer: Peer) -> None:
-        """The peer has the key, and knows that we have it."""
-        full = len(self._greeting) >= self._most_greeting
-        self._greeting.pop(peer, None)
-        if full:
-            for listener in self.listeners:
-                listener.resume()
+    def _on_admitted(self, admitted: Admitted) -> None:
+        if admitted.role is not None and admitted.role != protocol.MANAGER:
+            self._roles[admitted.role](peer_of(self.reactor, admitted))
+            return
+        peer = Peer(self, admitted.socket)
+        self._peers.add(peer)
+        peer.start(admitted.rest)
 
     def on_closed(self, peer: Peer) -> None:
         """The peer is gone."""
         self._peers.discard(peer)
-        self._greeting.pop(peer, None)
 
     # -- connections with a thread ----------------------------------------------------
 
@@ -256,8 +239,7 @@ class Server:
     def _leave_to_parent(self) -> None:
         """In a forked child: its copies of our sockets would keep connections open that
         we close."""
-        for listener in self.listeners:
-            listener.forget()
+        self._gate.leave_to_parent()
         for peer in self._peers:
             peer.socket.close()
         for promoted in self._promoted:

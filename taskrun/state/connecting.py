@@ -6,29 +6,39 @@ from typing import Any
 
 from taskrun import addresses
 from taskrun.authkey import authkey as find_authkey
-from taskrun.errors import UsageError
 from taskrun.state.containers import Dict, List, Set
 from taskrun.state.handles import Barrier, Counter, Event, Lock, Queue, Semaphore, Watch
 from taskrun.state.remote import RemoteClient
 from taskrun.state.stored import from_stored
 
 
-def connect(address: Any = None, authkey: bytes | str | None = None) -> Connected:
+def connect(
+    address: Any = None,
+    authkey: bytes | str | None = None,
+    *,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+    tls_ca: str | None = None,
+) -> Connected:
     """The shared state of a live run.
 
-    ``address``: ``"HOST:PORT"``, ``"unix:PATH"`` or (host, port); without one, the
-    variable TASKRUN_ADDRESS, or this user's only live run.  ``authkey``: the key itself;
-    without one, where taskrun always looks for it.
+    ``address``: ``"HOST:PORT"``, ``"tls://HOST:PORT"``, ``"unix:PATH"`` or (host, port);
+    without one, the variable TASKRUN_ADDRESS, or this user's only live run.  ``authkey``:
+    the key itself; without one, where taskrun always looks for it.  Where HOST is another
+    machine, TLS is spoken.  ``tls_cert``, ``tls_key`` and ``tls_ca``, or the variables
+    TASKRUN_TLS_CERT and so on, may name files in PEM: a certificate to show with its key,
+    and who must have signed the coordinator's.
 
     Raises UsageError where there is no such run or key, StateLost where nobody answers,
     StateError where the key is not the right one.
     """
     if address is None or isinstance(address, str):
         address = addresses.find(address)
-    elif not addresses.is_loopback(address[0]):
-        raise UsageError(f"{addresses.shown(address)} is not this machine")
+    else:
+        address = addresses.secured(address)
     key = authkey.encode() if isinstance(authkey, str) else authkey
-    return Connected(address, find_authkey() if key is None else key)
+    files = (tls_cert, tls_key, tls_ca)
+    return Connected(address, find_authkey() if key is None else key, files)
 
 
 class Connected:
@@ -37,9 +47,11 @@ class Connected:
     A context manager; ``close()`` ends it, and releases what it holds.
     """
 
-    def __init__(self, address: Any, authkey: bytes) -> None:
+    def __init__(
+        self, address: Any, authkey: bytes, tls: tuple[str | None, str | None, str | None]
+    ) -> None:
         self.address = address
-        self._client = RemoteClient(address, authkey)
+        self._client = RemoteClient(address, authkey, tls=tls)
         self._client.connect().close()  # now, rather than at first use, it is told
 
     def close(self) -> None:

@@ -16,11 +16,11 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from taskrun import context
-from taskrun.addresses import shown
-from taskrun.errors import StateError, StateLost
+from taskrun.addresses import Tls, shown
+from taskrun.errors import DialError, StateError, StateLost
 from taskrun.manager import protocol
 from taskrun.state.clients import concluded, refuse_deadlock, settle
 from taskrun.state.wire import (
@@ -42,18 +42,24 @@ _DIAL_SECONDS: Final = 10.0
 _LENGTH = struct.Struct("!i")
 
 
+Files: TypeAlias = tuple[str | None, str | None, str | None]
+"""A certificate, its key, and who signs the others'; see ``transport.tls``."""
+
+
 class Connection:
     """A socket, past the handshake; frames in and out, in pickles."""
 
-    def __init__(self, address: Any, authkey: bytes, owner: Owner) -> None:
+    def __init__(self, address: Any, authkey: bytes, owner: Owner, tls: Files) -> None:
         """Raises StateError or StateLost."""
         self._address = address
+        self._tls = tls
         self._rest = b""
         self.alone = False
-        self._socket = self._dial(address)
+        self._socket = self._dial(address, authkey)
         try:
             self._socket.settimeout(_DIAL_SECONDS)
-            protocol.greet(authkey, self._send_bytes, self._receive_greeting)
+            if not isinstance(address, Tls):
+                protocol.greet(authkey, self._send_bytes, self._receive_greeting)
             self.send((None, OPEN, (owner,), {}))
             kind, content = self.receive()
             if kind != "#RETURN":
@@ -67,7 +73,9 @@ class Connection:
                 ) from None
             raise
 
-    def _dial(self, address: Any) -> socket.socket:
+    def _dial(self, address: Any, authkey: bytes) -> socket.socket:
+        if isinstance(address, Tls):
+            return self._dial_by_tls(address, authkey)
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         if family == socket.AF_INET and ":" in address[0]:
             family = socket.AF_INET6
@@ -82,6 +90,17 @@ class Connection:
             raise StateLost(
                 f"the coordinator at {shown(address)} cannot be reached: {error.strerror or error}"
             ) from None
+        return made
+
+    def _dial_by_tls(self, address: Tls, authkey: bytes) -> socket.socket:
+        from taskrun.transport.dialling import Route, open_socket
+        from taskrun.transport.tls import Certificates
+
+        route = Route.to(address, Certificates(*self._tls) if any(self._tls) else None)
+        try:
+            made, self._rest = open_socket(route, authkey, protocol.MANAGER, _DIAL_SECONDS)
+        except DialError as error:
+            raise (StateLost if error.retry else StateError)(str(error)) from None
         return made
 
     def fileno(self) -> int:
@@ -163,12 +182,15 @@ class Connection:
     # -- context.Outside --------------------------------------------------------------
 
     def ready(self) -> bool:
-        return bool(self._rest) or self.block(0)
+        return self.block(0)
 
     def block(self, timeout: float | None) -> bool:
+        # With TLS there may be more than the system knows of.
+        if self._rest or getattr(self._socket, "pending", int)():
+            return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(self._rest) or bool(poll.poll(None if timeout is None else timeout * 1000))
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
 
     def close(self) -> None:
         self._socket.close()
@@ -182,6 +204,7 @@ class RemoteClient:
     """A ``clients.Client`` of a coordinator.
 
     ``attempt`` gives the (call, attempt) that is being executed in this process.
+    ``tls``: see ``taskrun.connect``.
     """
 
     def __init__(
@@ -189,10 +212,13 @@ class RemoteClient:
         address: Any,
         authkey: bytes,
         attempt: Callable[[], tuple[int, int] | None] = lambda: None,
+        *,
+        tls: Files = (None, None, None),
     ) -> None:
         self._address = address
         self._authkey = authkey
         self._attempt = attempt
+        self._tls = tls
         self._closed = False
         self._begin()
         _clients.add(self)
@@ -213,7 +239,7 @@ class RemoteClient:
         """A new connection.  Raises StateError or StateLost."""
         if self._closed:
             raise StateLost("this connection to shared state was closed")
-        made = Connection(self._address, self._authkey, self._own)
+        made = Connection(self._address, self._authkey, self._own, self._tls)
         self._all.add(made)
         return made
 

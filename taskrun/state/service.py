@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from taskrun import addresses, authkey
 from taskrun.errors import UsageError
@@ -24,15 +24,21 @@ if TYPE_CHECKING:
     from taskrun.state.local import LocalClient
     from taskrun.state.session import Session
     from taskrun.state.store import Store
+    from taskrun.transport.peer import Peer
+    from taskrun.transport.tls import Certificates
 
 
 class Service:
     """Holds the state, and serves it.
 
-    ``key_file``: where the authkey is, if that is said.  ``listen``: more addresses, of
-    loopback.  ``file``: where the state is kept.  ``is_running`` is asked whether an
-    attempt, (call, number), is still the one that counts; ``is_idle`` whether the run itself
-    waits for no moment at which something is due.
+    ``key_file``: where the authkey is, if that is said.  ``listen``: one more address;
+    ``certificates`` and ``insecure_plain`` are as in ``taskrun.transport.listen``.
+    ``file``: where the state is kept.  ``is_running`` is asked whether an attempt, (call,
+    number), is still the one that counts; ``is_idle`` whether the run itself waits for no
+    moment at which something is due.
+
+    ``roles`` may name what gets the connections of more roles (see ``taskrun.transport``):
+    they come by the same addresses, whenever they are entered.
     """
 
     def __init__(
@@ -44,6 +50,8 @@ class Service:
         is_idle: Callable[[], bool] = lambda: False,
         key_file: str | None = None,
         listen: str | None = None,
+        certificates: tuple[str | None, str | None, str | None] | None = None,
+        insecure_plain: bool = False,
         file: str | None = None,
     ) -> None:
         self.reactor = reactor
@@ -55,6 +63,9 @@ class Service:
         self._notice = notice
         self._key_file = key_file
         self._more = listen
+        self._certificates = certificates
+        self._insecure_plain = insecure_plain
+        self.roles: dict[bytes, Callable[[Peer], object]] = {}
         self._path = file
         self._socket: socket.socket | None = None
         self._server: Server | None = None
@@ -106,20 +117,29 @@ class Service:
             first = self._socket if self._socket is not None else address
             self._server = Server(
                 Registry(lambda: self.store), first, self.authkey, self.reactor,
-                sessions=self._on_session, report=self.report,
+                sessions=self._on_session, report=self.report, notice=self._notice,
+                roles=self.roles,
             )  # fmt: skip
             self._server.start()
         return self._server
 
     def _listen_to(self, text: str) -> None:
         assert self._socket is not None
-        address = addresses.parse(text)
+        address = addresses.parse(text, insecure_plain=self._insecure_plain)
         self.reactor.remove_reader(self._socket.fileno())
-        try:
-            found = self._serve(self._socket).listen(address)
-        except OSError as error:
-            raise UsageError(f"cannot listen on {text}: {error.strerror}") from None
+        found = self._serve(self._socket).open(
+            address, self._files(), insecure_plain=self._insecure_plain
+        )
         self._notice(f"listening on {addresses.shown(found)}")
+        if addresses.is_exposed(found):
+            self._notice(_INSECURE)
+
+    def _files(self) -> Certificates | None:
+        if self._certificates is None or not any(self._certificates):
+            return None  # as the environment says
+        from taskrun.transport.tls import Certificates
+
+        return Certificates(*self._certificates)
 
     def close(self) -> None:
         """End all connections, write what is to be kept, and let go of everything."""
@@ -199,6 +219,12 @@ class Service:
     def report(self) -> None:
         """In an ``except`` block: what should not happen is shown."""
         traceback.print_exc(file=sys.stderr)
+
+
+_INSECURE: Final = (
+    "--insecure-plain: whoever is on the network between here and a client can read all that "
+    "they say, change it, and so run code on both"
+)
 
 
 def _nothing() -> None:

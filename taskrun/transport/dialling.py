@@ -9,10 +9,11 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from taskrun.addresses import Address, shown
+from taskrun.addresses import Address, Tls, is_loopback, secured, shown
 from taskrun.authkey import check_length
 from taskrun.errors import DialError, WireError
 from taskrun.manager.protocol import ProtocolError
@@ -23,8 +24,14 @@ from taskrun.transport.peer import Peer
 from taskrun.transport.proof import Asking
 from taskrun.wire import Decoder, header
 
+if TYPE_CHECKING:
+    import ssl
+
+    from taskrun.transport.tls import Certificates, Secured
+
 DIAL_TIMEOUT: Final = 10.0  # seconds
 _READ: Final = 256 * 1024
+_TLS_RECORDS: Final = (b"\x14", b"\x15", b"\x16", b"\x17")  # their first bytes
 _JOINED: Final = 64 * 1024  # shorter parts are copied into one write
 
 OnOpen = Callable[[socket.socket, bytes], object]
@@ -40,19 +47,45 @@ def dial(
     on_failure: OnFailure,
     *,
     timeout: float = DIAL_TIMEOUT,
+    tls: Certificates | None = None,
+    insecure_plain: bool = False,
 ) -> Dialling:
     """Connect, prove the key, and hand over a Peer; all on the reactor.
 
     Of ``on_peer`` and ``on_failure`` one is called, once, later, at the latest after
     ``timeout`` seconds; none of them after ``close()`` of what this returns.
-    Raises UsageError for a key that is too short.
+    Loopback and Unix sockets are dialled in plain, everything else by TLS, unless
+    ``insecure_plain`` is said; ``tls`` is by default what the environment says.
+    Raises UsageError for a key that is too short, or a certificate that cannot be used.
     """
     check_length(key, "the authkey")
 
     def on_open(connection: socket.socket, rest: bytes) -> None:
         on_peer(Peer(reactor, connection, shown(address), role, rest))
 
-    return Dialling(address, key, reactor, role, on_open, on_failure, timeout)
+    route = Route.to(address, tls, insecure_plain=insecure_plain)
+    return Dialling(route, key, reactor, role, on_open, on_failure, timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where to, and how.  ``context``: what TLS is done with, None where it is plain."""
+
+    address: Address
+    context: ssl.SSLContext | None
+
+    @classmethod
+    def to(
+        cls, address: Address, files: Certificates | None = None, *, insecure_plain: bool = False
+    ) -> Route:
+        """Raises UsageError for certificates that cannot be used."""
+        address = address if insecure_plain else secured(address)
+        if not isinstance(address, Tls):
+            return cls(address, None)
+        from taskrun.transport import tls
+
+        files = tls.Certificates.from_environment() if files is None else files
+        return cls(address, tls.for_dialling(files))
 
 
 class Dialling:
@@ -60,7 +93,7 @@ class Dialling:
 
     def __init__(
         self,
-        address: Address,
+        route: Route,
         key: bytes,
         reactor: Reactor,
         role: bytes,
@@ -68,7 +101,8 @@ class Dialling:
         on_failure: OnFailure,
         timeout: float,
     ) -> None:
-        self.address = address
+        self.address = route.address
+        self._context = route.context
         self._key = key
         self._reactor = reactor
         self._role = role
@@ -146,8 +180,66 @@ class Dialling:
         if failed:
             self._on_unreachable(OSError(failed, os.strerror(failed)))
             return
+        if self._context is not None:
+            self._begin_tls(self._context)
+            return
         self._reactor.add_reader(self._socket.fileno(), self._on_readable)
         self._ask(proof.PLAIN)
+
+    # -- TLS --------------------------------------------------------------------------
+
+    def _begin_tls(self, context: ssl.SSLContext) -> None:
+        from taskrun.transport import tls
+
+        assert self._socket is not None
+        try:
+            self._socket = secured = tls.begin_dialling(context, self._socket, self.address[0])
+        except OSError as error:
+            self._on_unreachable(error)
+            return
+        self._reactor.add_reader(secured.fileno(), lambda: self._on_first_byte(secured))
+        self._shake_hands(secured)
+
+    def _on_first_byte(self, secured: Secured) -> None:
+        """A plain listener speaks first, and does not begin with a record of TLS."""
+        try:
+            first = socket.socket.recv(secured, 1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._break(error)
+            return
+        if first and first not in _TLS_RECORDS:
+            self._fail(f"does not speak TLS: {_plain_form(self.address)}", retry=False)
+            return
+        self._reactor.add_reader(secured.fileno(), lambda: self._shake_hands(secured))
+        self._shake_hands(secured)
+
+    def _shake_hands(self, secured: Secured) -> None:
+        from taskrun.transport import tls
+
+        try:
+            waits_for = tls.shake_hands(secured)
+        except OSError as error:
+            self._break(error)
+            return
+        if waits_for == "write":
+            self._reactor.add_writer(secured.fileno(), lambda: self._shake_hands(secured))
+            return
+        self._reactor.remove_writer(secured.fileno())
+        if waits_for == "done":
+            self._reactor.add_reader(secured.fileno(), self._on_readable)
+            self._ask(tls.fingerprint(secured))
+
+    def _break(self, error: OSError) -> None:
+        if self._context is None:
+            self._fail(f"broke the connection: {error.strerror or error}", retry=True)
+            return
+        from taskrun.transport import tls
+
+        self._fail(tls.explained(error), retry=tls.may_pass(error))
+
+    # -- the proof --------------------------------------------------------------------
 
     def _ask(self, binding: bytes) -> None:
         self._asking = Asking(self._key, self._role, binding)
@@ -161,7 +253,7 @@ class Dialling:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._fail(f"broke the connection: {error.strerror or error}", retry=True)
+            self._break(error)
             return
         if not data:
             self._fail("closed the connection before it had proved its key", retry=True)
@@ -182,7 +274,7 @@ class Dialling:
             if data and self._socket.send(data) < len(data):
                 self._fail("takes nothing", retry=True)
         except OSError as error:
-            self._fail(f"broke the connection: {error.strerror or error}", retry=True)
+            self._break(error)
 
     def _open(self) -> None:
         if self._over:
@@ -202,8 +294,7 @@ class Dialling:
 
     def _refuse(self, error: ProtocolError) -> None:
         if isinstance(error, proof.SpeaksTls):
-            host = shown(tuple(self.address[:2]))
-            self._fail(f"speaks TLS: write tls://{host}", retry=False)
+            self._fail(f"speaks TLS: write {shown(Tls(*self.address[:2]))}", retry=False)
         else:
             self._fail(_TEXTS.get(type(error), "does not speak taskrun's protocol")
                        .format(error), retry=False)  # fmt: skip
@@ -229,8 +320,16 @@ class Dialling:
 
 _TEXTS: dict[type, str] = {
     proof.WrongKey: "does not have our authkey, or does not accept it: both sides need the same",
+    proof.NotOffered: "has nothing for a {}: it may be of another version, or another command's",
     proof.Foreign: "is not a coordinator of taskrun",
 }
+
+
+def _plain_form(address: Address) -> str:
+    """What to do about a listener without TLS."""
+    if is_loopback(address[0]):
+        return f"write {shown((address[0], address[1]))}"
+    return "it was started with --insecure-plain, or is not taskrun's"
 
 
 def _targets(address: Address, flags: int) -> list[tuple[int, Any]]:
@@ -243,7 +342,7 @@ def _targets(address: Address, flags: int) -> list[tuple[int, Any]]:
 
 
 def open_socket(
-    address: Address, key: bytes, role: bytes, timeout: float
+    route: Route, key: bytes, role: bytes, timeout: float
 ) -> tuple[socket.socket, bytes]:
     """A connection past the handshake, and what was received after that; it blocks.
     Raises DialError."""
@@ -251,7 +350,7 @@ def open_socket(
     opened: list[tuple[socket.socket, bytes]] = []
     failed: list[DialError] = []
     dialling = Dialling(
-        address, key, reactor, role,
+        route, key, reactor, role,
         lambda connection, rest: opened.append((connection, rest)), failed.append, timeout,
     )  # fmt: skip
     try:
@@ -265,12 +364,20 @@ def open_socket(
     return opened[0]
 
 
-def dial_blocking(address: Address, key: bytes, role: bytes, timeout: float = DIAL_TIMEOUT) -> Wire:
-    """Connect and prove the key.  Raises DialError, and UsageError for a key that is too
-    short."""
+def dial_blocking(
+    address: Address,
+    key: bytes,
+    role: bytes,
+    timeout: float = DIAL_TIMEOUT,
+    *,
+    tls: Certificates | None = None,
+    insecure_plain: bool = False,
+) -> Wire:
+    """Connect and prove the key, as :func:`dial` does.  Raises DialError and UsageError."""
     check_length(key, "the authkey")
-    connection, rest = open_socket(address, key, role, timeout)
-    return Wire(connection, shown(address), rest)
+    route = Route.to(address, tls, insecure_plain=insecure_plain)
+    connection, rest = open_socket(route, key, role, timeout)
+    return Wire(connection, shown(route.address), rest)
 
 
 class Wire:
@@ -289,7 +396,8 @@ class Wire:
 
     def ready(self, timeout: float | None = 0) -> bool:
         """Whether :meth:`recv` would find something, within ``timeout`` seconds."""
-        if self._frames:
+        # With TLS this may be more than the system knows of.
+        if self._frames or getattr(self._socket, "pending", int)():
             return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
@@ -315,17 +423,23 @@ class Wire:
             left = None if deadline is None else max(0.0, deadline - monotonic())
             if not self.ready(left):
                 raise TimeoutError(f"nothing from {self.name} in time")
-            data = self._read()
-            if not data:
-                raise EOFError(f"{self.name} closed the connection")
-            self._frames.extend(self._decoder.feed(data))
+            self._read()
         return self._frames.popleft()
 
-    def _read(self) -> bytes:
+    def _read(self) -> None:
+        """What is there; with TLS, that may be nothing yet."""
+        self._socket.setblocking(False)
         try:
-            return self._socket.recv(_READ)
+            data = self._socket.recv(_READ)
+        except BlockingIOError:
+            return
         except ConnectionError:
-            return b""
+            data = b""
+        finally:
+            self._socket.setblocking(True)
+        if not data:
+            raise EOFError(f"{self.name} closed the connection")
+        self._frames.extend(self._decoder.feed(data))
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():

@@ -16,20 +16,35 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from taskrun.addresses import Address, shown
+from taskrun.addresses import Address, Tls, shown
 from taskrun.manager.listening import Listener
-from taskrun.manager.protocol import ProtocolError
+from taskrun.manager.protocol import ProtocolError, framed
 from taskrun.reactor import Reactor
 from taskrun.transport import proof
 from taskrun.transport.proof import Answering
 
+if TYPE_CHECKING:
+    from taskrun.transport.tls import Secured, Security
+
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds
 MOST_GREETING: Final = 256  # peers in the handshake at a time
 _OLD_GREETING: Final = 1.0  # seconds; an honest peer is through in milliseconds
+_QUIET: Final = 60.0  # seconds between two notices of the same kind
+_MOST_REASONS: Final = 100  # kinds of notices
 _READ: Final = 16 * 1024
 _CREDENTIALS: Final = struct.Struct("3i")
+_TLS_HANDSHAKE: Final = b"\x16"  # the first byte of the first record
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A listening address.  ``security``: what TLS is done with, None where it is plain."""
+
+    listener: Listener
+    address: Address
+    security: Security | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +63,7 @@ class Gate:
 
     ``notice`` gets a line for whatever an honest user would want to know; ``report`` is
     called in an ``except`` block for what should not happen.  ``stock``: clients of the
-    standard library may come, too, where there is no TLS.
+    standard library may come, too, where there is no TLS.  ``offers`` says which roles may.
     """
 
     def __init__(
@@ -60,6 +75,7 @@ class Gate:
         stock: bool,
         notice: Callable[[str], object],
         report: Callable[[], object],
+        offers: Callable[[bytes], bool] = bool,
         allow_md5: bool = True,
         timeout: float = HANDSHAKE_TIMEOUT,
         most_greeting: int = MOST_GREETING,
@@ -68,33 +84,37 @@ class Gate:
         self.reactor = reactor
         self.stock = stock
         self.allow_md5 = allow_md5
-        self.notice = notice
+        self.offers = offers
         self.report = report
-        self.listeners: list[Listener] = []
+        self.doors: list[Door] = []
+        self._notice = notice
+        self._told: dict[str, float] = {}  # reason -> when it was told last
         self._on_admitted = on_admitted
         self._timeout = timeout
         self._most_greeting = most_greeting
         self._greeting: dict[Greeting, float] = {}  # in order of arrival; when it began
         self._timing = False
 
-    def add(self, address: Address | socket.socket) -> Listener:
-        """A listener there, that is not started yet.  Raises OSError."""
+    def add(self, address: Address | socket.socket, security: Security | None = None) -> Door:
+        """A door there, that is still shut; TLS is done with ``security``.  Raises OSError."""
         listener = Listener(address)
-        self.listeners.append(listener)
-        return listener
+        found = listener.address
+        door = Door(listener, Tls(*found[:2]) if security is not None else found, security)
+        self.doors.append(door)
+        return door
 
-    def start(self, listener: Listener) -> None:
+    def start(self, door: Door) -> None:
         """Let them come."""
 
         def on_connection(connection: socket.socket) -> None:
-            self._on_connection(connection, listener)
+            self._on_connection(connection, door)
 
-        listener.start(self.reactor, on_connection, self._has_room)
+        door.listener.start(self.reactor, on_connection, self._has_room)
 
     def stop_listening(self) -> None:
         """Take no more connections; those in the handshake go on."""
-        for listener in self.listeners:
-            listener.close()
+        for door in self.doors:
+            door.listener.close()
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -104,10 +124,15 @@ class Gate:
 
     def leave_to_parent(self) -> None:
         """In a forked child: the descriptors are the parent's."""
-        for listener in self.listeners:
-            listener.forget()
+        for door in self.doors:
+            door.listener.forget()
         for greeting in self._greeting:
             greeting.socket.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anybody is in the handshake."""
+        return bool(self._greeting)
 
     # -- who is at it -----------------------------------------------------------------
 
@@ -120,18 +145,17 @@ class Gate:
         oldest.close()
         return True
 
-    def _on_connection(self, connection: socket.socket, listener: Listener) -> None:
+    def _on_connection(self, connection: socket.socket, door: Door) -> None:
+        greeting = Greeting(self, connection, door)
+        self._greeting[greeting] = monotonic()
+        self._time_greetings()
         try:
-            greeting = Greeting(self, connection, listener)
-            self._greeting[greeting] = monotonic()
-            self._time_greetings()
             greeting.start()
-        except Exception as error:
-            if not isinstance(error, OSError):  # that is a peer who left at once
-                self.report()
-            for other in [one for one in self._greeting if one.socket is connection]:
-                del self._greeting[other]
-            connection.close()
+        except OSError:
+            greeting.close()  # it left at once
+        except Exception:
+            self.report()
+            greeting.close()
 
     def _time_greetings(self) -> None:
         """One timer, for the oldest, does for all."""
@@ -154,8 +178,15 @@ class Gate:
         full = len(self._greeting) >= self._most_greeting
         self._greeting.pop(greeting, None)
         if full:
-            for listener in self.listeners:
-                listener.resume()
+            for door in self.doors:
+                door.listener.resume()
+
+    def tell(self, what: str, why: str) -> None:
+        """A notice; strangers cannot make us say the same again and again."""
+        now = monotonic()
+        if now - self._told.get(why, -_QUIET) >= _QUIET and len(self._told) < _MOST_REASONS:
+            self._told[why] = now
+            self._notice(f"{what}: {why}")
 
     def admit(self, admitted: Admitted) -> None:
         """The peer has the key, and knows that we have it."""
@@ -163,35 +194,102 @@ class Gate:
             self._on_admitted(admitted)
         except Exception:
             self.report()
-            admitted.socket.close()
+            self.let_go(admitted.socket)
+
+    def let_go(self, connection: socket.socket) -> None:
+        """Close a connection that the reactor may be watching."""
+        if connection.fileno() >= 0:
+            self.reactor.remove_reader(connection.fileno())
+            self.reactor.remove_writer(connection.fileno())
+            connection.close()
 
 
 class Greeting:
     """One connection, until it is let in or turned away."""
 
-    __slots__ = ("_answering", "_gate", "_listener", "name", "socket")
+    __slots__ = ("_answering", "_door", "_gate", "name", "socket")
 
-    def __init__(self, gate: Gate, connection: socket.socket, listener: Listener) -> None:
+    def __init__(self, gate: Gate, connection: socket.socket, door: Door) -> None:
         self._gate = gate
-        self._listener = listener
+        self._door = door
         self.socket = connection
-        self.name = name_of(connection)
+        self.name = "somebody"
         self._answering: Answering | None = None
 
     def start(self) -> None:
         """Begin.  Raises OSError where it is gone already."""
+        self.name = name_of(self.socket)
         prepare(self.socket)
         if self.socket.family == socket.AF_UNIX and not _is_ours(self.socket):
             self.turn_away("it belongs to another user")
+        elif self._door.security is not None:
+            self._gate.reactor.add_reader(self.socket.fileno(), self._on_first_byte)
+        else:
+            self._gate.reactor.add_reader(self.socket.fileno(), self._on_readable)
+            self._ask(proof.PLAIN)
+
+    # -- TLS --------------------------------------------------------------------------
+
+    def _on_first_byte(self) -> None:
+        """Who speaks TLS begins with a handshake; others are told to."""
+        try:
+            first = self.socket.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
             return
-        self._gate.reactor.add_reader(self.socket.fileno(), self._on_readable)
-        self._ask(proof.PLAIN)
+        except OSError:
+            first = b""
+        if first == _TLS_HANDSHAKE:
+            self._begin_tls()
+        elif first:
+            self.turn_away("it does not speak TLS", self._use_tls())
+        else:
+            self.close()
+
+    def _use_tls(self) -> bytes:
+        """What a client without TLS, of ours or not, shows its user."""
+        form = shown(self._door.address)
+        return framed(proof.USE_TLS + f" this address speaks TLS: {form}".encode())
+
+    def _begin_tls(self) -> None:
+        assert self._door.security is not None
+        reactor = self._gate.reactor
+        reactor.remove_reader(self.socket.fileno())
+        try:
+            self.socket = secured = self._door.security.begin(self.socket)
+        except OSError:
+            self.close()  # it is gone already
+            return
+        reactor.add_reader(secured.fileno(), lambda: self._shake_hands(secured))
+        self._shake_hands(secured)
+
+    def _shake_hands(self, secured: Secured) -> None:
+        from taskrun.transport import tls
+
+        reactor = self._gate.reactor
+        try:
+            waits_for = tls.shake_hands(secured)
+        except OSError as error:
+            self.turn_away(f"it {tls.explained(error)}")
+            return
+        if waits_for == "write":
+            reactor.add_writer(secured.fileno(), lambda: self._shake_hands(secured))
+            return
+        reactor.remove_writer(secured.fileno())
+        if waits_for == "done":
+            assert self._door.security is not None
+            reactor.add_reader(secured.fileno(), self._on_readable)
+            try:
+                self._ask(self._door.security.binding)
+            except OSError:
+                self.close()  # it left
+
+    # -- the proof --------------------------------------------------------------------
 
     def _ask(self, binding: bytes) -> None:
         gate = self._gate
         self._answering = Answering(
             gate.authkey, binding, stock=gate.stock and binding == proof.PLAIN,
-            allow_md5=gate.allow_md5,
+            offers=gate.offers, allow_md5=gate.allow_md5,
         )  # fmt: skip
         self._send(self._answering.take_outgoing())
 
@@ -205,11 +303,22 @@ class Greeting:
                 self.close()
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
-            self.close()
+        except OSError as error:
+            self._on_broken(error)
         except Exception:
             self._gate.report()
             self.close()
+
+    def _on_broken(self, error: OSError) -> None:
+        if self._door.security is None:
+            self.close()  # it left
+            return
+        from taskrun.transport import tls
+
+        if tls.may_pass(error):
+            self.close()
+        else:
+            self.turn_away(f"it {tls.explained(error)}")
 
     def _feed(self, data: bytes) -> None:
         assert self._answering is not None
@@ -220,7 +329,8 @@ class Greeting:
             self.turn_away(str(error), error.last_words)
             return
         if self._answering.done:
-            self._detach()
+            self._gate.left(self)
+            self._gate.reactor.remove_reader(self.socket.fileno())
             self._gate.admit(
                 Admitted(self.socket, self.name, self._answering.role, self._answering.rest())
             )
@@ -234,8 +344,7 @@ class Greeting:
 
     def turn_away(self, why: str, last_words: bytes = b"") -> None:
         """End it, and tell both sides why."""
-        address = shown(self._listener.address)
-        self._gate.notice(f"turned away {self.name} at {address}: {why}")
+        self._gate.tell(f"turned away {self.name} at {shown(self._door.address)}", why)
         try:
             self._send(last_words)
         except OSError:
@@ -244,16 +353,15 @@ class Greeting:
 
     def give_up(self) -> None:
         """Its time is over."""
-        self.close()
-
-    def _detach(self) -> None:
-        self._gate.reactor.remove_reader(self.socket.fileno())
-        self._gate.left(self)
+        if self._door.security is not None and self._answering is None:
+            # A client of the standard library waits for us to begin, and shows what it gets.
+            self.turn_away("it said nothing: TLS is expected there", self._use_tls())
+        else:
+            self.turn_away("it has not proved the authkey in time")
 
     def close(self) -> None:
-        if self.socket.fileno() >= 0:
-            self._detach()
-            self.socket.close()
+        self._gate.left(self)
+        self._gate.let_go(self.socket)
 
 
 def prepare(connection: socket.socket) -> None:

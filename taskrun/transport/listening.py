@@ -6,14 +6,18 @@ import os
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from taskrun.addresses import Address, prepare_unix, shown
+from taskrun.addresses import Address, Tls, prepare_unix, secured, shown
 from taskrun.authkey import check_length
 from taskrun.errors import UsageError
 from taskrun.reactor import Reactor
 from taskrun.transport.gate import HANDSHAKE_TIMEOUT, MOST_GREETING, Admitted, Gate
 from taskrun.transport.peer import Peer
+
+if TYPE_CHECKING:
+    from taskrun.transport.tls import Certificates, Security
 
 
 def _no_notice(text: str) -> None:
@@ -30,6 +34,8 @@ def listen(
     reactor: Reactor,
     on_peer: Callable[[Peer], object],
     *,
+    tls: Certificates | None = None,
+    insecure_plain: bool = False,
     notice: Callable[[str], object] = _no_notice,
     report: Callable[[], object] = _print_traceback,
     timeout: float = HANDSHAKE_TIMEOUT,
@@ -37,6 +43,8 @@ def listen(
 ) -> Listener:
     """Listen at ``address``; whoever proves the key becomes a Peer.
 
+    Loopback and Unix sockets are plain, everything else is TLS, with the certificate of
+    ``tls`` (see :func:`open_door`), unless ``insecure_plain`` is said.
     ``notice`` gets a line for each peer that is turned away; ``report`` is called in an
     ``except`` block where ``on_peer`` raises.  ``timeout``: seconds for the handshake as a
     whole.  Raises UsageError for an address or a key that cannot be used.
@@ -50,7 +58,7 @@ def listen(
         key, reactor, on_admitted, stock=False, notice=notice, report=report,
         timeout=timeout, most_greeting=most_greeting,
     )  # fmt: skip
-    return Listener(gate, address)
+    return Listener(gate, open_door(gate, address, tls, insecure_plain=insecure_plain))
 
 
 def peer_of(reactor: Reactor, admitted: Admitted) -> Peer:
@@ -59,12 +67,16 @@ def peer_of(reactor: Reactor, admitted: Admitted) -> Peer:
     return Peer(reactor, admitted.socket, admitted.name, admitted.role, admitted.rest)
 
 
+Roles = Mapping[bytes, Callable[[Peer], object]]
+"""role -> what gets the Peers that have it."""
+
+
 class Listener:
     """A listening address; ``address`` is the one that was found where the port was 0."""
 
     def __init__(self, gate: Gate, address: Address) -> None:
         self._gate = gate
-        self.address = open_door(gate, address)
+        self.address = address
         _listeners.add(self)
 
     def close(self) -> None:
@@ -76,19 +88,32 @@ class Listener:
         self._gate.leave_to_parent()
 
 
-def open_door(gate: Gate, address: Address) -> Address:
-    """Have a gate listen there, from now on; the address with its port.  Raises
-    UsageError."""
+def open_door(
+    gate: Gate, address: Address, files: Certificates | None = None, *, insecure_plain: bool = False
+) -> Address:
+    """Have a gate listen there, from now on; the address with its port.
+
+    ``files``: the certificate to show, by default what the environment says, or one that
+    is made now.  ``insecure_plain``: do without TLS, wherever that is.  Raises UsageError.
+    """
+    address = address if insecure_plain else secured(address)
+    security = _security(files) if isinstance(address, Tls) else None
     try:
         if isinstance(address, str):
             prepare_unix(address)
-        listener = gate.add(address)
+        door = gate.add(address, security)
     except OSError as error:
         raise UsageError(f"cannot listen on {shown(address)}: {error.strerror}") from None
     if isinstance(address, str):
         os.chmod(address, 0o600)
-    gate.start(listener)
-    return listener.address
+    gate.start(door)
+    return door.address
+
+
+def _security(files: Certificates | None) -> Security:
+    from taskrun.transport import tls
+
+    return tls.for_listening(tls.Certificates.from_environment() if files is None else files)
 
 
 _listeners: weakref.WeakSet[Listener] = weakref.WeakSet()

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Callable
 from typing import Final
 
 from taskrun.manager import protocol
@@ -46,6 +47,8 @@ from taskrun.manager.protocol import (
 HELLO: Final = b"#TASKRUN1#"
 USE_TLS: Final = b"#TLS#"
 """What a listener with TLS tells a client without, before it closes."""
+NO_SUCH_ROLE: Final = b"#ROLE#"
+"""What a listener tells one who has the key, but wants what is not to be had there."""
 LONGEST_ROLE: Final = 64  # bytes
 PLAIN: Final = b"plain"
 """Stands for the certificate's fingerprint where there is no TLS."""
@@ -69,6 +72,10 @@ class WithoutTls(Refused):
     """Raised where the other side begins TLS and we are plain."""
 
 
+class NotOffered(Refused):
+    """Raised where the listening side has nothing for the role of the dialling side."""
+
+
 class Foreign(Refused):
     """Raised where the other side is something else than taskrun."""
 
@@ -84,20 +91,28 @@ class Answering:
     """The listening side: bytes in; ``outgoing`` and, in the end, ``role`` out.
 
     ``binding`` is the SHA-256 of our certificate, or PLAIN.  With ``stock`` clients of the
-    standard library are let in too, with the role ``None``.
+    standard library are let in too, with the role ``None``.  ``offers`` says which roles
+    may come.
     """
 
     __slots__ = (
-        "_authkey", "_binding", "_claimed", "_frames", "_nonce", "_stock", "_with_stock",
-        "done", "outgoing", "role",
+        "_authkey", "_binding", "_claimed", "_frames", "_nonce", "_offers", "_stock",
+        "_with_stock", "done", "outgoing", "role",
     )  # fmt: skip
 
     def __init__(
-        self, authkey: bytes, binding: bytes, *, stock: bool, allow_md5: bool = True
+        self,
+        authkey: bytes,
+        binding: bytes,
+        *,
+        stock: bool,
+        offers: Callable[[bytes], bool] = bool,
+        allow_md5: bool = True,
     ) -> None:
         self._authkey = authkey
         self._binding = binding
         self._with_stock = stock
+        self._offers = offers
         self._stock = protocol.ServerHandshake(authkey, allow_md5)
         self._frames = Frames(LONGEST_GREETING)
         self._nonce: bytes | None = None
@@ -148,6 +163,9 @@ class Answering:
         expected = _proof(self._authkey, _DIALLER, *transcript)
         if not hmac.compare_digest(expected, proof):
             raise WrongKey("it does not have the authkey", framed(FAILURE))
+        if not self._offers(self._claimed):
+            role = self._claimed.decode(errors="replace")
+            raise NotOffered(f"there is nothing here for a {role}", framed(NO_SUCH_ROLE))
         self.outgoing += framed(WELCOME + _proof(self._authkey, _LISTENER, *transcript))
         self.role = self._claimed
         self.done = True
@@ -217,6 +235,8 @@ class Asking:
     def _check(self, message: bytes) -> None:
         if message == FAILURE:
             raise WrongKey("it does not accept our authkey")
+        if message == NO_SUCH_ROLE:
+            raise NotOffered(self._role.decode(errors="replace"))
         proof = message[len(WELCOME) :]
         if not message.startswith(WELCOME) or len(proof) != _PROOF_BYTES:
             raise Foreign("it does not speak taskrun's protocol")
