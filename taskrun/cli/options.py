@@ -72,10 +72,10 @@ def _check_joblog(
     return path
 
 
-_TLS_OPTIONS = (
-    click.option("--tls-cert", metavar="F", help="A certificate to show, in PEM."),
-    click.option("--tls-key", metavar="F", help="Its key."),
-    click.option("--tls-ca", metavar="F", help="Who signed the others' certificates."),
+_TLS_OPTIONS = (  # for few, and the help has to fit one screen
+    click.option("--tls-cert", metavar="F", help="A certificate to show.", hidden=True),
+    click.option("--tls-key", metavar="F", help="Its key.", hidden=True),
+    click.option("--tls-ca", metavar="F", help="Who signed the others'.", hidden=True),
 )
 
 

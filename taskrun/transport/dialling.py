@@ -319,7 +319,7 @@ class Dialling:
 
 
 _TEXTS: dict[type, str] = {
-    proof.WrongKey: "does not have our authkey, or does not accept it: both sides need the same",
+    proof.WrongKey: "does not accept this authkey, or does not have it: both sides need the same",
     proof.NotOffered: "has nothing for a {}: it may be of another version, or another command's",
     proof.Foreign: "is not a coordinator of taskrun",
 }
