@@ -1,0 +1,210 @@
+"""What the scheduler keeps of a run, and the questions that its parts ask of it.
+
+The scheduler has three layers over this ground, each in a module of its own: ``attempts``
+(how attempts begin and end), ``children`` (calls that make calls, and wait for them) and
+``core`` (what an event means for the run).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from taskrun import messages as m
+from taskrun.calls import RUNNING, Call
+from taskrun.claims import Claims
+from taskrun.crowd import Crowd
+from taskrun.graph import Graph
+from taskrun.limits import Keys, Limits
+from taskrun.model import LANES, Plan, Recipe
+from taskrun.placement import Placement
+from taskrun.resources import Resources
+from taskrun.timers import Timer, Timers
+from taskrun.workforce import Home, Wait, Worker
+
+PROCESS = "process"
+SPARE_FACTOR = 4  # workers a slot, when calls lend theirs
+
+
+class Books:
+    """One run: its calls, its workers, and what is to happen next.
+
+    ``slots`` is ``-j``.  ``policy``: ``stop`` (after a failure start nothing new),
+    ``keep-going`` or ``fail-fast`` (interrupt what runs, too).  ``wanted`` names the tasks
+    whose values are kept.  ``open_feed``: calls will come by ``Fed``.  ``keep``: whether
+    calls are remembered when they have ended.  ``standing``: so many workers are wanted even
+    while there is nothing to do.  ``most_calls``: how many a worker executes before another
+    takes its place.  ``lanes``: those that have workers of their own, and how many at most;
+    the calls of the others are executed as those of the lane ``process``.  ``engine``: these
+    go to workers that come by themselves and execute many at a time.  ``limit_keys`` gives
+    the value of each of a call's limits' keys.  ``seed`` makes the jitter of retries
+    repeatable.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        slots: int,
+        recipe_ids: Iterator[int],
+        policy: str = "stop",
+        resources: dict[str, float] | None = None,
+        wanted: Collection[str] = (),
+        spare_factor: int = SPARE_FACTOR,
+        ahead: bool = True,
+        open_feed: bool = False,
+        keep: bool = True,
+        standing: int = 0,
+        most_calls: int | None = None,
+        lanes: Mapping[str, int] | None = None,
+        engine: bool = False,
+        limit_keys: Callable[[Call], Keys] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.policy = policy
+        self.calls: list[Call] = []
+        self._keep = keep
+        self._open: dict[int, Call] = {}  # where none are kept: those that have not ended
+        self._made = 0
+        self.status = 0
+        self.stopping = ""  # why
+        self.over = False
+        self.resources = Resources({"cpu": slots, **(resources or {})})
+        self.graph = Graph(plan, self._new_call, recipe_ids, wanted)
+        self._timers = Timers()
+        self._out: list[m.Command] = []
+        self._workers: dict[int, Worker] = {}
+        self._limits = Limits(self._timers, limit_keys or _no_keys, self._consider_again)
+        self._claims = Claims(self.resources, self._limits, self._workers)
+        self.placement = Placement(
+            slots, spare_factor, ahead, self._claims, self._timers, self._workers, self._out
+        )
+        self.placement.standing = standing
+        self.placement.most_calls = most_calls
+        self._homes = self._make_homes(lanes or {}, engine)
+        self._ready = {lane: home.ready for lane, home in self._homes.items()}
+        self._busy_homes = list(dict.fromkeys(self._homes.values()))
+        self._random = random.Random(seed)
+        self._live = 0  # calls that have not ended
+        self._feeding = open_feed
+        self._ordinals: dict[int, int] = {}
+        self._idle_deaths: deque[float] = deque()
+        self._yielded: dict[int, int] = {}  # how many items the current attempts have delivered
+        self._timeouts: dict[int, Timer] = {}
+        self._now = 0.0
+        self._handlers = self._make_handlers()
+
+    def _make_homes(self, lanes: Mapping[str, int], engine: bool) -> dict[str, Home]:
+        """Who gives each lane's calls to workers."""
+        process: Home = self.placement
+        if engine:
+            process = Crowd(PROCESS, 0, self._claims, self._workers, self._out)
+        homes = dict.fromkeys(LANES, process)
+        for lane, most in lanes.items():
+            homes[lane] = Crowd(lane, most, self._claims, self._workers, self._out)
+        return homes
+
+    # -- what is asked ----------------------------------------------------------------
+
+    def is_running(self, id: int, attempt: int) -> bool:
+        """Whether that attempt of a call is being executed, or about to be."""
+        call = self._current(id, attempt)
+        return call is not None and call.state is RUNNING
+
+    def is_assigned(self, id: int) -> bool:
+        """Whether a worker has that call."""
+        call = self._find(id)
+        return call is not None and call.state is RUNNING
+
+    def _current(self, id: int, attempt: int) -> Call | None:
+        """The call, if ``attempt`` is the one that counts."""
+        call = self._find(id)
+        return call if call is not None and call.attempt == attempt else None
+
+    def worker(self, id: int) -> Worker | None:
+        """A worker that is here."""
+        return self._workers.get(id)
+
+    def parked_at(self, call: Call) -> str | None:
+        """The limit that keeps a ready call, for people."""
+        return self._limits.why(call)
+
+    def wait_of(self, call: Call) -> Wait | None:
+        """For what a running call waits, if it does."""
+        worker = self._workers.get(call.worker or 0)
+        return worker.waits.get(call.id) if worker is not None else None
+
+    def running(self) -> int:
+        """How many calls run that do not wait, one a worker where they come one by one."""
+        one_by_one = self.placement.running()
+        return one_by_one + sum(
+            worker.running for worker in self._workers.values() if worker.home is not self.placement
+        )
+
+    # -- small steps ------------------------------------------------------------------
+
+    def _new_call(
+        self,
+        recipe: Recipe,
+        index: Any,
+        family: Any,
+        parent: Call | None = None,
+        key: bytes = b"",
+    ) -> Call:
+        call = Call(self._made, recipe, index, family, parent, key)
+        self._made += 1
+        if self._keep:
+            self.calls.append(call)
+        else:
+            self._open[call.id] = call
+        self._live += 1
+        return call
+
+    def _find(self, id: int) -> Call | None:
+        if not self._keep:
+            return self._open.get(id)
+        return self.calls[id] if 0 <= id < len(self.calls) else None
+
+    def _announce(self) -> None:
+        if self.graph.created:
+            self._out.append(m.CallsAdded(self.graph.created))
+            self.graph.created = []
+
+    def _consider_again(self, calls: list[Call]) -> None:
+        """They are next in their queues."""
+        for call in reversed(calls):
+            self._ready[call.recipe.lane].put_back([call])
+
+    # -- what the layers above do -----------------------------------------------------
+
+    def _make_handlers(self) -> dict[type, Callable[[Any], None]]:
+        """What is done for each kind of event."""
+        raise NotImplementedError
+
+    def _end(self, call: Call, state: str) -> None:
+        """The one way into a final state."""
+        raise NotImplementedError
+
+    def _cancel(self, call: Call, reason: str) -> None:
+        """Cancel a call, queued or running, unless it has ended."""
+        raise NotImplementedError
+
+    def _follow(self) -> None:
+        """What follows from ended calls, until nothing more does."""
+        raise NotImplementedError
+
+    def _judge(self, call: Call) -> None:
+        """A failure that nobody tolerates: what does it mean for the run?"""
+        raise NotImplementedError
+
+    def _hold(
+        self, call: Call, payload: tuple[bytes | None, tuple[bytes, ...]], items: Any
+    ) -> None:
+        """The function returned futures: the call ends when they do, and holds no worker."""
+        raise NotImplementedError
+
+
+def _no_keys(call: Call) -> Keys:
+    raise LookupError("nobody here can tell the keys of its limits")
