@@ -359,6 +359,7 @@ owner: Callable[[], object] | None = None
 """Gives whose the commands are that ``sh`` starts, where calls share their process."""
 
 state_home: Callable[[], Any] | None = None
+state_address: tuple[Any, bytes] | None = None  # in a worker: where it is, and the key
 """Gives the client of shared state (``state.clients.Client``) where that is a run's."""
 
 

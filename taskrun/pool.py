@@ -21,6 +21,7 @@ from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver, Job
 from taskrun.pooling.functions import Recipes, dumps_call, is_stateless
 from taskrun.pooling.looping import Loop
+from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, InitializerFailed, Map, Setup, Starmap
 from taskrun.pooling.results import (
     AsyncResult,
@@ -44,6 +45,8 @@ TERMINATE: Final = "TERMINATE"
 
 WINDOW: Final = 1024  # calls of one imap that may be under way, at least
 PER_WORKER: Final = 64  # ... and for each worker
+
+Size = int | str | None  # of memory
 
 _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
 _FOREIGN = "this Pool belongs to the process that this one was forked from"
@@ -72,7 +75,9 @@ class Pool:
     ``processes``: how many; the cores that this process may use, unless said.
     ``initializer(*initargs)`` is called first in each of them; if that raises, so does every
     ``get()``.  ``maxtasksperchild``: after so many calls a worker is replaced.  ``context``: one
-    of multiprocessing's contexts, or its default; says how workers start.
+    of multiprocessing's contexts, or its default; says how workers start.  ``maxrss``: bytes,
+    or a size such as ``"2G"``: a worker that uses more memory is replaced when its call has
+    ended; of a pair, the second is where it is stopped at once, and the call is lost.
 
     ``timeout=`` seconds and ``retries=`` may be given to each method that calls: a call that
     takes longer ends with CallTimeout, and one that fails, or loses its worker, is tried
@@ -86,6 +91,8 @@ class Pool:
         initargs: Iterable[Any] = (),
         maxtasksperchild: int | None = None,
         context: Any = None,
+        *,
+        maxrss: Size | tuple[Size, Size] = None,
     ) -> None:
         self._state = INIT
         if processes is None:
@@ -103,7 +110,7 @@ class Pool:
 
             context = get_context()
         self._processes = processes
-        starter = Starter(context, Setup(initializer, tuple(initargs)))
+        starter = Starter(context, Setup(initializer, tuple(initargs)), limits(maxrss))
         in_main = known_names(starter.method)
         self._driver = Driver(processes, starter, maxtasksperchild, _initializer_failed)
         self._recipes = Recipes(self._driver.recipe_ids, in_main)

@@ -29,6 +29,7 @@ from taskrun.messages import (
     NESTED,
     QUIT,
     READY,
+    RETIRE,
     TASK,
 )
 from taskrun.wire import READ_SIZE, Decoder
@@ -135,6 +136,7 @@ class Worker:
         self._nested: deque[tuple[Any, ...]] = deque()
         self._quitting = False
         self._state = state_home(settings, self.executor)
+        self._most_memory = None if settings.pool is None else settings.pool.maxrss
         self.waiting = 0  # attempts that wait; the main thread then reads the Pipe itself
 
     # -- the main flow ----------------------------------------------------------------
@@ -145,6 +147,7 @@ class Worker:
         os.register_at_fork(after_in_child=self._leave_behind)
         context.activate(self._context)
         context.state_home = self._state
+        context.state_address = self._settings.state
         if self._settings.pool is not None:
             from taskrun.pooling import remote
 
@@ -162,9 +165,20 @@ class Worker:
             except IndexError:  # given back just now
                 continue
             execute(record)
+            if self._most_memory is not None:
+                self._retire_if_large(self._most_memory)
             if outbox.is_due:
                 outbox.flush()
         self._finish()
+
+    def _retire_if_large(self, most: int) -> None:
+        from taskrun.pooling.memory import shown, used
+
+        size = used()
+        if size > most:
+            self._most_memory = None  # it is told once
+            self.tell((RETIRE, f"it uses {shown(size)} of memory"))
+            self.flush()
 
     def _finish(self) -> None:
         """Finish what per_worker() made, within a time."""

@@ -450,13 +450,18 @@ def state_home(settings: Settings, executor: Executor) -> Callable[[], Any] | No
     if settings.state is None:
         return None
     address, authkey = settings.state
+    base = 0 if settings.pool is None else settings.pool.base
     made: list[Any] = []
+
+    def attempt() -> tuple[int, int] | None:
+        found = executor.attempt()
+        return None if found is None else (base + found[0], found[1])
 
     def client() -> Any:
         if not made:
             from taskrun.state.remote import RemoteClient  # only those who use it pay for it
 
-            made.append(RemoteClient(address, authkey, executor.attempt))
+            made.append(RemoteClient(address, authkey, attempt))
         return made[0]
 
     return client

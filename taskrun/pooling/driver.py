@@ -24,6 +24,7 @@ from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Plan, Recipe
 from taskrun.observers import Observer
 from taskrun.pooling.looping import Loop, Waitable
+from taskrun.pooling.sharing import PoolState
 from taskrun.pooling.starting import PoolWorkers, Starter
 from taskrun.reactor import Reactor
 
@@ -99,7 +100,8 @@ class Driver:
             most_calls=most_calls,
         )
         self._reactor = Reactor()
-        self._engine = PoolWorkers(starter, self.recipe_ids, GRACE)
+        self._state = PoolState(self._reactor, starter.base, self._watch_attempts)
+        self._engine = PoolWorkers(starter, self.recipe_ids, GRACE, self._state.address)
         self.loop = Loop(self._reactor, "taskrun-pool")
         self.loop.finish, self.loop.broken = self._finish, self._broken
         self._performers = self._make_performers()
@@ -107,10 +109,17 @@ class Driver:
 
     def _start(self) -> None:
         try:
+            self._state.start()
+        except BaseException:
+            self._reactor.close()
+            self._starter.close()
+            raise
+        try:
             self._engine.start(self._reactor, self._post, Observer())
             self._perform(self._core.begin(monotonic()))
         except BaseException:
             self._engine.close(monotonic())
+            self._state.close()
             self._reactor.close()
             self._starter.close()
             raise
@@ -291,6 +300,14 @@ class Driver:
     def _attempt_ended(self, command: m.AttemptEnded) -> None:
         self._last = command
 
+    def _watch_attempts(self) -> None:
+        """State is used: from now on it is told of attempts that end."""
+        self._performers[m.AttemptEnded] = self._stateful_attempt_ended
+
+    def _stateful_attempt_ended(self, command: m.AttemptEnded) -> None:
+        self._state.attempt_ended(command.call.id, command.attempt)
+        self._last = command
+
     def _call_ended(self, command: m.CallEnded) -> None:
         call = command.call
         job = self._jobs.pop(call.id, None)
@@ -327,6 +344,7 @@ class Driver:
         self._fail_jobs(self.why_over())
         graceful = not (self._killing or self.error)
         self._engine.close(monotonic() + (CLOSE_SECONDS if graceful else TERMINATE_SECONDS))
+        self._state.close()
         self._starter.close()
         self._fail_inbox()
 

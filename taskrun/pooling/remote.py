@@ -42,13 +42,16 @@ class Start(NamedTuple):
     ``method``: ``fork``, ``forkserver`` or ``spawn``.  ``preparation``: what
     ``multiprocessing.spawn.prepare`` is given, and ``setup`` a Setup, both pickled as for a
     child of multiprocessing; None where workers are forked and inherit them.  ``tracker``: a
-    descriptor of the resource tracker.
+    descriptor of the resource tracker.  ``maxrss``: bytes of memory from which on a worker
+    retires.  ``base`` is added to the numbers of calls wherever several pools share a state.
     """
 
     method: str
     preparation: bytes | None
     setup: bytes | None
     tracker: int | None
+    maxrss: int | None = None
+    base: int = 0
 
 
 # What a forked template inherits, and what a fresh one unpickles.

@@ -15,23 +15,44 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import count
+from signal import SIGKILL
+from typing import Any, Final
 
 from taskrun.engines.local import Launch
 from taskrun.engines.nursery import launch_fresh
 from taskrun.engines.pool import PoolEngine
+from taskrun.messages import Event
+from taskrun.observers import Observer
 from taskrun.places import Place
-from taskrun.pooling import remote
+from taskrun.pooling import memory, remote
+from taskrun.reactor import Reactor
 from taskrun.workers import template
 from taskrun.workers.settings import FORK, Settings
+
+MEMORY_SECONDS: Final = 0.1  # between two looks at how much workers use
+
+_bases = count(os.getpid() << 16)  # of one machine's pools
 
 
 class PoolWorkers(PoolEngine):
     """The engine of a Pool: workers that write where this process does."""
 
-    def __init__(self, start: Starter, recipe_ids: Iterator[int], grace: float) -> None:
-        super().__init__(start_method=start.method, grace=grace, recipe_ids=recipe_ids)
+    def __init__(
+        self,
+        start: Starter,
+        recipe_ids: Iterator[int],
+        grace: float,
+        state: Callable[[], tuple[Any, bytes]],
+    ) -> None:
+        super().__init__(start_method=start.method, grace=grace, recipe_ids=recipe_ids, state=state)
         self._starter = start
+
+    def start(self, reactor: Reactor, post: Callable[[Event], None], observer: Observer) -> None:
+        """See ``engines.base``."""
+        super().start(reactor, post, observer)
+        if self._starter.hard is not None:
+            self._check_memory(self._starter.hard)
 
     @property
     def settled(self) -> bool:
@@ -51,6 +72,19 @@ class PoolWorkers(PoolEngine):
         made = super()._make_settings()
         return made._replace(environment={}, pool=self._starter.told)
 
+    def _check_memory(self, most: int) -> None:
+        """Stop workers whose call takes too much memory; again and again."""
+        for link in self._links.values():
+            if link.pid is None or link.rejected or not link.assigned:
+                continue
+            size = memory.used(link.pid)
+            if size > most:
+                used, allowed = memory.shown(size), memory.shown(most)
+                link.rejected = f"stopped, because it used {used} of memory and maxrss is {allowed}"
+                link.signal(SIGKILL)
+        if not self._closing:
+            self._later(MEMORY_SECONDS, lambda: self._check_memory(most))
+
     def _launch(self) -> Launch:
         return self._starter.launch
 
@@ -58,15 +92,18 @@ class PoolWorkers(PoolEngine):
 class Starter:
     """One start method, with what the workers are told and given."""
 
-    def __init__(self, context: Any, setup: remote.Setup) -> None:
+    def __init__(self, context: Any, setup: remote.Setup, limits: memory.Limits) -> None:
         """Raises what pickling ``setup`` raises, where workers start afresh."""
         self.method: str = context.get_start_method()
+        self.hard = limits.hard
+        self.base = next(_bases) << 48
         self._setup = setup
         self._fds: list[int] = []
         if self.method == FORK:
             self.told = remote.Start(self.method, None, None, None)
         else:
             self.told = self._told()
+        self.told = self.told._replace(maxrss=limits.soft, base=self.base)
 
     def launch(self, fd: int) -> int:
         """Start a template with this socket; gives its pid."""

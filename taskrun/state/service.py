@@ -35,7 +35,8 @@ class Service:
     ``certificates`` and ``insecure_plain`` are as in ``taskrun.transport.listen``.
     ``file``: where the state is kept.  ``is_running`` is asked whether an attempt, (call,
     number), is still the one that counts; ``is_idle`` whether the run itself waits for no
-    moment at which something is due.
+    moment at which something is due.  ``find_store`` gives the store, when it is first
+    needed; it is a new one, unless said.
 
     ``roles`` may name what gets the connections of more roles (see ``taskrun.transport``):
     they come by the same addresses, whenever they are entered.
@@ -53,6 +54,7 @@ class Service:
         certificates: tuple[str | None, str | None, str | None] | None = None,
         insecure_plain: bool = False,
         file: str | None = None,
+        find_store: Callable[[], Store] | None = None,
     ) -> None:
         self.reactor = reactor
         self.thread = threading.get_ident()
@@ -67,6 +69,7 @@ class Service:
         self._insecure_plain = insecure_plain
         self.roles: dict[bytes, Callable[[Peer], object]] = {}
         self._path = file
+        self._find_store = find_store or self._new_store
         self._socket: socket.socket | None = None
         self._server: Server | None = None
         self._store: Store | None = None
@@ -160,10 +163,13 @@ class Service:
     @property
     def store(self) -> Store:
         if self._store is None:
-            from taskrun.state.store import Store
-
-            self._store = Store(self._is_alive)
+            self._store = self._find_store()
         return self._store
+
+    def _new_store(self) -> Store:
+        from taskrun.state.store import Store
+
+        return Store(self._is_alive)
 
     @property
     def is_used(self) -> bool:
