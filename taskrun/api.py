@@ -66,6 +66,7 @@ class TaskOptions(TypedDict, total=False):
     resources: dict[str, float | str]
     always: bool
     default: bool
+    cancellable: bool
 
 
 # -- tasks ----------------------------------------------------------------------------
@@ -100,6 +101,8 @@ def task(function: Any = None, /, **options: Any) -> Any:
       sizes K, M, G, T are powers of 1000; Ki, Mi, Gi, Ti powers of 1024.
     - ``always``: runs however its inputs ended, after Ctrl-C as well.
     - ``default``: whether it runs when no task is named.
+    - ``cancellable``: on an engine other than own workers it runs in a process of its own,
+      so that cancelling ends it (as with ``timeout``); own workers' calls always are.
 
     Raises TypeError, ValueError, or UsageError for what is not available yet.
     """
@@ -295,6 +298,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "resources": _resources,
     "always": _flag,
     "default": _flag,
+    "cancellable": _flag,
 }
 
 

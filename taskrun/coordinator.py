@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ class Run:
             spare_factor=1 if settings.inline else 4,
             ahead=not settings.inline,
             open_feed=open_feed,
+            engine=settings.engine is not None,
             limit_keys=LimitKeys(plan.tasks),
         )
         self._state = Service(
@@ -101,6 +103,7 @@ class Run:
         self._timer_at: float | None = None
         self._signalled: int | None = None
         self._stopped_by = ""
+        self._taken_back = False
         self._failure: str | None = None
         self._performers = self._make_performers()
 
@@ -115,6 +118,8 @@ class Run:
                 on_ctrl_c=lambda: self._signal(signal.SIGINT),
             )
             return engine
+        if self.settings.engine is not None:
+            return self._make_foreign_engine(self.settings.engine)
         from taskrun.engines.pool import PoolEngine
 
         return PoolEngine(
@@ -125,6 +130,20 @@ class Run:
             recipe_ids=self.recipe_ids,
             constants=self.plan.constants,
             state=lambda: (self._state.address, self._state.authkey),
+        )
+
+    def _make_foreign_engine(self, text: str) -> Engine:
+        from taskrun.engines.choosing import make_engine
+
+        return make_engine(
+            text,
+            jobs=self.settings.jobs,
+            module=self.plan.module,
+            file=self.plan.file,
+            grace=self.settings.grace,
+            recipe_ids=self.recipe_ids,
+            constants=self.plan.constants,
+            state=self._state.for_guests,
         )
 
     # -- the main flow ----------------------------------------------------------------
@@ -169,6 +188,10 @@ class Run:
         self._perform(self.core.handle(event, time.monotonic()))
         if type(event) is m.Began:
             self._announce(event)
+        if self.core.stopping and self.settings.engine is not None and not self._taken_back:
+            # What an engine was given in advance does not begin any more.
+            self._taken_back = True
+            self._engine.perform(m.Reclaim(1, sys.maxsize))
 
     def _announce(self, began: m.Began) -> None:
         call = self.core.calls[began.call]

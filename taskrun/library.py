@@ -28,6 +28,7 @@ def run(
     inline: bool = False,
     state: str | os.PathLike[str] | None = None,
     listen: str | None = None,
+    engine: str | None = None,
 ) -> Any:
     """Run tasks and give their values.
 
@@ -38,6 +39,8 @@ def run(
     ``output``: ``line``, ``group``, ``raw`` or ``quiet``.  ``inline``: every call in this
     process.  ``state``: a file from which shared state is loaded, if it exists, and in which
     it is kept.  ``listen``: ``"HOST:PORT"``, where clients reach the shared state.
+    ``engine``: where calls are executed, other than by own workers: ``"dask"``, ``"ray"``,
+    ``"dask://HOST:PORT"``, ``"module:factory"`` (docs/engines.md).
 
     Gives the value of the one task named, or a dict of values by task name.  The value of
     a fan-out is the list of its calls' values, in item order.
@@ -55,6 +58,7 @@ def run(
         inline=inline,
         state=None if state is None else os.fspath(state),
         listen=listen,
+        engine=engine,
     )
     return _values_of(plan, settings, single)
 

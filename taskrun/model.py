@@ -128,6 +128,7 @@ class Options:
     resources: dict[str, float] = field(default_factory=dict)
     always: bool = False
     default: bool | None = None
+    cancellable: bool = False
 
 
 class Task:
@@ -310,6 +311,7 @@ class Recipe:
     always: bool = False
     lane: str = "process"
     limits: tuple[Bound, ...] = ()
+    cancellable: bool = False
 
 
 # -- what crosses a Pipe --------------------------------------------------------------
@@ -324,7 +326,45 @@ blobs.Shared                            a pickle whose large parts are in files
                                         values; None: the value *is* the one future's
 Failure                                 an exception kept in a value's place
 list                                    the values of a fan-out, each encoded
+Kept                                    a value that stays with the engine
 """
+
+
+class Kept:
+    """A value that stays where it was made; the engine knows by ``place`` where that is.
+
+    ``part`` says which of the values at that place it is.  Letting go of the last Kept of a
+    place lets go of its values.  ``value`` is there once the engine has brought it here.
+    """
+
+    __slots__ = ("__weakref__", "part", "place", "value")
+
+    def __init__(self, place: Any, part: tuple[int, int | None]) -> None:
+        self.place = place
+        self.part = part
+        self.value: Encoded = self
+
+    def brought(self) -> Encoded:
+        """The value.  Raises LookupError where the engine ended before it was brought."""
+        if self.value is self:
+            raise LookupError("this value stayed with the engine, which has ended")
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """In a worker's record: the value with this part is left with the engine."""
+
+    part: tuple[int, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """In a call's arguments: a value that the engine itself brings to the worker, by the
+    number of the place among the chunk's inputs, and its part."""
+
+    input: int
+    part: tuple[int, int | None]
 
 
 @dataclass(frozen=True, slots=True)

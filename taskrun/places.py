@@ -17,8 +17,10 @@ import itertools
 import os
 import stat
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 _KEPT_FREE: Final = 1 / 16  # of the shared memory
@@ -84,7 +86,24 @@ def settle(settled: Place) -> None:
 
 def current() -> Place:
     """Where this process puts the blobs of what it sends to its coordinator, or as one."""
-    return _settled or own()
+    return _thread.place or _settled or own()
+
+
+class _Thread(threading.local):
+    place: Place | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def nowhere() -> Iterator[None]:
+    """While it lasts, what this thread pickles has its large data in it."""
+    before, _thread.place = _thread.place, Place((), "")
+    try:
+        yield
+    finally:
+        _thread.place = before
 
 
 def _roots() -> tuple[str, ...]:

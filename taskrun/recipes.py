@@ -45,6 +45,7 @@ def make_recipe(
         always=options.always,
         lane=options.lane,
         limits=tuple([limit.bound for limit in options.limits]),
+        cancellable=options.cancellable,
     )
 
 

@@ -19,7 +19,8 @@ class Settings:
     address for others, beside the run's own socket; ``authkey_file``: where their key is;
     ``tls_cert``, ``tls_key``, ``tls_ca``: files in PEM instead of a certificate made for the
     run; ``insecure_plain``: no TLS at that address, wherever it is.
-    ``state``: a file in which the shared state is kept.
+    ``state``: a file in which the shared state is kept.  ``engine``: where calls are executed,
+    as ``--engine`` says it; None: by own workers.
     """
 
     jobs: int = 1
@@ -38,6 +39,7 @@ class Settings:
     tls_ca: str | None = None
     insecure_plain: bool = False
     state: str | None = None
+    engine: str | None = None
 
 
 # -- what this machine has -------------------------------------------------------------

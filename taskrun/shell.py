@@ -456,6 +456,9 @@ def _copy(data: bytes, target: int) -> None:
         context.show(target, data)
         return
     stream = sys.stdout if target == 1 else sys.stderr
+    if getattr(stream, "divided", False):  # many calls share this process, and its fd 1 and 2
+        stream.buffer.write(data)
+        return
     if stream is not None and not getattr(stream, "closed", False):
         stream.flush()
     view = memoryview(data)

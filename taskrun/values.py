@@ -28,7 +28,7 @@ from taskrun import blobs, errors
 from taskrun.blobs import Draft, Portable, Shared
 from taskrun.context import Future, pickling
 from taskrun.failures import class_name, decode_failure, encode_failure, guarded
-from taskrun.model import Encoded, Failure
+from taskrun.model import Encoded, Failure, Kept
 
 __all__ = [
     "decode",
@@ -120,6 +120,8 @@ def decode(encoded: Encoded) -> Any:
         return [decode(item) for item in encoded]
     if kind is Failure:
         return decode_failure(encoded)
+    if kind is Kept:
+        return decode(encoded.brought())
     return encoded
 
 

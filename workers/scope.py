@@ -442,6 +442,7 @@ def _facts(task: Task, blob: bytes | None) -> dict[str, Any]:
         "always": options.always,
         "lane": options.lane,
         "limits": tuple([limit.bound for limit in options.limits]),
+        "cancellable": options.cancellable,
     }
 
 

@@ -86,6 +86,16 @@ def tls_options(command: Command) -> Command:
     return command
 
 
+def _check_engine(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> str | None:
+    if text is None:
+        return None
+    from taskrun.engines.choosing import check
+
+    return check(text)
+
+
 _OPTIONS = (
     click.option(
         "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
@@ -116,6 +126,10 @@ _OPTIONS = (
         help="Load shared state from file F, and keep it there.",
     ),
     click.option("--listen", metavar="ADDRESS", help="Let others join: HOST:PORT."),
+    click.option(
+        "--engine", metavar="E", callback=_check_engine,
+        help="Where calls run: dask, ray, ... [default: own workers]",
+    ),
     click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
     *_TLS_OPTIONS,
     click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone."),

@@ -158,6 +158,10 @@ class Service:
         if self._file is not None:
             self._file.close()
 
+    def for_guests(self) -> tuple[tuple[Any, ...], bytes]:
+        """The addresses, nearest first, and the key, for workers of an engine not ours."""
+        return (self.address,), self.authkey
+
     # -- the store --------------------------------------------------------------------
 
     @property

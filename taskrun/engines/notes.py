@@ -1,0 +1,102 @@
+"""The notes of chunks: what calls have to say, while they are executed on this machine.
+
+A worker writes into a chunk's file the same bytes that it returns in the end (see
+``workers.guest``), so what was read here is left out of these.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from typing import Any
+
+from taskrun import messages as m
+from taskrun.model import Left
+from taskrun.wire import Decoder, header
+
+
+class Sent:
+    """A chunk that the engine has.
+
+    ``calls``: those that have not ended, by id.  ``at``: the AT record of the last that
+    began.  ``read``: bytes of its notes that were taken.  ``apart``: it runs in a kept child
+    process.
+    """
+
+    def __init__(self, id: int, calls: dict[int, Any], apart: bool, since: float) -> None:
+        self.id = id
+        self.calls = calls
+        self.apart = apart
+        self.since = since
+        self.handle: Any = None
+        self.at: tuple[Any, ...] | None = None
+        self.said: tuple[Any, ...] | None = None
+        self.read = 0
+        self.silent = self.killed = False
+        self.interrupted: set[int] = set()
+
+    def unread(self, records: bytes) -> list[tuple[Any, ...]]:
+        """The records of the whole chunk that the notes have not told already."""
+        return [pickle.loads(frame) for frame in Decoder().feed(records[self.read :])]
+
+    def begun(self, *, noted: bool) -> tuple[list[Any], list[Any]]:
+        """The calls that have begun, and those that have not: all count as begun where
+        nothing was noted."""
+        calls = list(self.calls.values())
+        if not noted or self.silent:
+            return calls, []
+        executing = self.at[1] if self.at is not None else None
+        return (
+            [call for call in calls if call.id == executing],
+            [call for call in calls if call.id != executing],
+        )
+
+
+class Notes:
+    """The folder of a run's notes."""
+
+    def __init__(self) -> None:
+        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = tempfile.mkdtemp(prefix="taskrun-notes-", dir=base)
+
+    def read(self, sent: Sent) -> list[tuple[Any, ...]]:
+        """What is new in the notes of a chunk, up to what only its end can tell."""
+        if sent.silent:
+            return []
+        try:
+            with open(os.path.join(self.folder, str(sent.id)), "rb") as file:
+                file.seek(sent.read)
+                data = file.read()
+        except FileNotFoundError:
+            return []  # it has not begun
+        records = []
+        for frame in Decoder().feed(data):
+            record = pickle.loads(frame)
+            sent.silent = record[0] == m.SILENT
+            if sent.silent or _is_for_the_end(sent, record):
+                break
+            sent.read += len(header(len(frame))) + len(frame)
+            records.append(record)
+        return records
+
+    def forget(self, sent: Sent) -> None:
+        """The chunk is over."""
+        try:
+            os.unlink(os.path.join(self.folder, str(sent.id)))
+        except FileNotFoundError:
+            pass  # it never began
+
+    def close(self) -> None:
+        """Remove them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_for_the_end(sent: Sent, record: tuple[Any, ...]) -> bool:
+    """Whether the chunk's end says more of it: which values stay with the engine; why a call
+    in a kept child process was ended."""
+    if record[0] != m.ENDED:
+        return False
+    items = record[5] or ()
+    return sent.apart or isinstance(record[4], Left) or any(isinstance(i, Left) for i in items)

@@ -1,0 +1,70 @@
+"""What a process that belongs to another engine is told of a run, and of the calls in it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final, NamedTuple
+
+from taskrun.blobs import Shared
+
+VERSION: Final = "taskrun {}, Python {}.{}".format(
+    sys.modules["taskrun"].__version__,
+    *sys.version_info[:2],
+)
+
+Part = tuple[int, int | None]
+"""A call, and which of its value's items; None: the value itself."""
+
+
+class Brief(NamedTuple):
+    """What is the same for all chunks of a run.
+
+    ``run`` is its random name.  ``module``, ``file`` and ``source``: the task file, None where
+    there is none.  ``folder``: the working folder, where it is ours to say.  ``notes``: the
+    folder of the notes, ``keep``: whether large values stay with the engine.  ``alone``: the
+    process executes nothing but one chunk at a time.  ``state``: the addresses of the shared
+    state, and a key that is for this run only.
+    """
+
+    run: str
+    engine: str
+    path: list[str]
+    module: str | None
+    file: str | None
+    source: bytes | None
+    folder: str | None
+    environment: dict[str, str]
+    set_by_user: dict[str, frozenset[str]]
+    notes: str | None
+    keep: bool
+    alone: bool
+    state: tuple[tuple[Any, ...], bytes] | None = None
+
+
+class Apart(NamedTuple):
+    """A call that runs in a kept child process: it may be ended.
+
+    ``timeout`` is in seconds; ``retryable``: whether it is tried again when these are over.
+    """
+
+    name: str
+    timeout: float | None
+    retryable: bool
+
+
+class Chunk(NamedTuple):
+    """Some calls: TASK records of what they are calls of, and CALL records."""
+
+    id: int
+    recipes: list[tuple[Any, ...]]
+    calls: list[tuple[Any, ...]]
+    apart: Apart | None = None
+
+
+def size_of(encoded: Any) -> int:
+    """Bytes of a pickle; 0 for what is none."""
+    if type(encoded) is bytes:
+        return len(encoded)
+    if type(encoded) is Shared:
+        return sum(map(len, (*encoded.stream, *encoded.buffers)))  # type: ignore[arg-type]
+    return 0
