@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 DIAL_TIMEOUT: Final = 10.0  # seconds
 _READ: Final = 256 * 1024
-_TLS_RECORDS: Final = (b"\x14", b"\x15", b"\x16", b"\x17")  # their first bytes
 _JOINED: Final = 64 * 1024  # shorter parts are copied into one write
 
 OnOpen = Callable[[socket.socket, bytes], object]
@@ -197,21 +196,6 @@ class Dialling:
         except OSError as error:
             self._on_unreachable(error)
             return
-        self._reactor.add_reader(secured.fileno(), lambda: self._on_first_byte(secured))
-        self._shake_hands(secured)
-
-    def _on_first_byte(self, secured: Secured) -> None:
-        """A plain listener speaks first, and does not begin with a record of TLS."""
-        try:
-            first = socket.socket.recv(secured, 1, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self._break(error)
-            return
-        if first and first not in _TLS_RECORDS:
-            self._fail(f"does not speak TLS: {_plain_form(self.address)}", retry=False)
-            return
         self._reactor.add_reader(secured.fileno(), lambda: self._shake_hands(secured))
         self._shake_hands(secured)
 
@@ -237,7 +221,10 @@ class Dialling:
             return
         from taskrun.transport import tls
 
-        self._fail(tls.explained(error), retry=tls.may_pass(error))
+        if tls.is_plain(error):
+            self._fail(f"does not speak TLS: {_plain_form(self.address)}", retry=False)
+        else:
+            self._fail(tls.explained(error), retry=tls.may_pass(error))
 
     # -- the proof --------------------------------------------------------------------
 

@@ -208,6 +208,7 @@ def shake_hands(connection: Secured) -> str:
 
 # -- what went wrong ------------------------------------------------------------------
 
+_NO_RECORD: Final = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
 _OLDER: Final = ("UNSUPPORTED_PROTOCOL", "PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE")
 
 
@@ -225,6 +226,11 @@ def explained(error: OSError) -> str:
     if isinstance(error, ssl.SSLError) and reason:
         return f"does not speak TLS as it should: {reason.lower().replace('_', ' ')}"
     return f"broke the connection: {error.strerror or error}"
+
+
+def is_plain(error: OSError) -> bool:
+    """Whether the other side has sent something that is no record of TLS."""
+    return getattr(error, "reason", None) in _NO_RECORD
 
 
 def may_pass(error: OSError) -> bool:

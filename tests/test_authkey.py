@@ -1,0 +1,116 @@
+"""Key files: how they are made, and which are refused; a refusal never shows the key."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from taskrun import authkey
+from taskrun.cli.main import main
+from taskrun.errors import UsageError
+
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this user's own key is to be; there is nothing there yet."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("TASKRUN_AUTHKEY", "TASKRUN_AUTHKEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(authkey, "_taken", {})
+    return tmp_path / "config" / "taskrun"
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_key_makes_a_private_file_in_a_private_folder_and_prints_its_path(
+    own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["key"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == own_folder / "authkey"
+    assert (mode(path), mode(own_folder)) == (0o600, 0o700)
+    assert re.fullmatch(r"[0-9a-f]{64}\n", path.read_text())
+    before = path.read_text()
+    assert main(["key"]) == 0
+    assert path.read_text() == before
+
+
+def test_key_makes_the_file_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "new" / "one", tmp_path / "two"
+    assert main(["key", "--authkey-file", str(first)]) == 0
+    monkeypatch.setenv("TASKRUN_AUTHKEY_FILE", str(second))
+    assert main(["key"]) == 0
+    assert capsys.readouterr().out.split() == [str(first), str(second)]
+    assert mode(first) == mode(second) == 0o600 and mode(first.parent) == 0o700
+    assert authkey.authkey() == second.read_bytes().strip()
+
+
+def test_a_key_is_not_made_where_others_could_replace_it(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(UsageError, match="can be changed by others: chmod 700"):
+        authkey.made_file(str(shared / "key"))
+    assert list(shared.iterdir()) == []
+
+
+def test_whitespace_around_a_key_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(f"\n {KEY} \n")
+    path.chmod(0o600)
+    assert authkey.authkey(str(path)) == KEY.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "permissions", "reason"),
+    [
+        (KEY, 0o644, "can be read by others: chmod 600"),
+        (KEY, 0o620, "can be read by others: chmod 600"),
+        (KEY[:-1], 0o600, "has 15 bytes, and needs at least 16"),
+        ("", 0o600, "is empty, and needs at least 16 bytes"),
+        (" \n", 0o600, "is empty, and needs at least 16 bytes"),
+        (None, 0, "there is no authkey file"),
+    ],
+)
+def test_a_refusal_names_the_path_and_the_reason_and_never_the_key(
+    tmp_path: Path, content: str | None, permissions: int, reason: str
+) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_text(content)
+        path.chmod(permissions)
+    with pytest.raises(UsageError, match=reason) as caught:
+        authkey.authkey(str(path))
+    assert str(path) in str(caught.value)
+    assert KEY[:-1] not in str(caught.value)
+
+
+def test_commands_refuse_a_key_file_that_others_can_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "key"
+    path.write_text(KEY)
+    path.chmod(0o644)
+    for command in (["key"], ["state", "tls://127.0.0.1:1"]):
+        assert main([*command, "--authkey-file", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} can be read by others" in said and KEY not in said
+
+
+def test_a_key_in_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKRUN_AUTHKEY", KEY)
+    assert authkey.authkey() == KEY.encode()
+    assert "TASKRUN_AUTHKEY" not in os.environ
+    monkeypatch.setattr(authkey, "_taken", {})
+    monkeypatch.setenv("TASKRUN_AUTHKEY", "short")
+    with pytest.raises(UsageError, match="TASKRUN_AUTHKEY has 5 bytes"):
+        authkey.authkey()
