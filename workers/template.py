@@ -362,7 +362,11 @@ def _leave_the_terminal() -> None:
     # written whole, also where PYTHONUNBUFFERED is set.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, write_through=False, errors="backslashreplace")
+            stream.reconfigure(line_buffering=True, write_through=False)
+            # Where this is the process of a worker's own pool, the stream is as it should be, and
+            # would fail: it was made for a file, and its descriptor is now a pipe.
+            if stream.errors != "backslashreplace":
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _watch_process(pid: int) -> int | None:
