@@ -45,8 +45,9 @@ types: $(VENV)/.installed $(VENV)/.dev ## mypy --strict on taskrun and taskrun.w
 bench: $(VENV)/.installed $(VENV)/.bench ## the benchmarks, minutes long
 	$(bin)/python benchmarks/run.py $(ARGS)
 
-soak: $(VENV)/.installed $(VENV)/.test ## a million calls on ten thousand simulated workers
+soak: $(VENV)/.installed $(VENV)/.test ## a million simulated calls; all crashes, start methods, Pythons
 	$(bin)/python benchmarks/core_scale.py $(ARGS)
+	TASKRUN_SOAK=1 $(bin)/pytest tests/test_pool_crashes.py tests/conformance
 
 clean: ## remove what the other commands made
 	rm -rf .venv .venv-3.* build .pytest_cache .mypy_cache .ruff_cache .hypothesis

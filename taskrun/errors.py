@@ -126,7 +126,13 @@ class ArgumentError(CallError):
 
 
 class TaskExit(CallError):
-    """The task raised SystemExit, KeyboardInterrupt or another BaseException."""
+    """The task raised SystemExit, KeyboardInterrupt or another BaseException.
+
+    ``exited``: it was SystemExit, and ``code`` is what that had.
+    """
+
+    exited = False
+    code: str | int | None = None
 
 
 # -- raised by a task on purpose ------------------------------------------------------

@@ -19,9 +19,11 @@ from concurrent.futures.process import (
 from functools import partial
 from typing import Any
 
-from taskrun.errors import RunError, WorkerLost
+from taskrun.errors import ArgumentError, ResultError, RunError, TaskExit, WorkerLost
+from taskrun.failures import guarded
 from taskrun.pool import Pool
 from taskrun.pooling.driver import Driver
+from taskrun.pooling.remote import Submit, SubmitAny
 from taskrun.pooling.results import decoded, raw_of
 
 __all__ = ["Executor"]
@@ -29,6 +31,22 @@ __all__ = ["Executor"]
 
 class ExecutorWorkerLost(WorkerLost, BrokenProcessPool):
     """The worker that executed a call has died; the executor itself goes on."""
+
+
+class ExecutorArgumentError(ArgumentError, BrokenProcessPool):
+    """The arguments could not be unpickled in the worker; the executor itself goes on."""
+
+
+class ExecutorResultError(ResultError, BrokenProcessPool):
+    """The result could not be unpickled; the executor itself goes on."""
+
+
+class ExecutorTaskExit(TaskExit, SystemExit):
+    """The call has called ``sys.exit``."""
+
+    def __init__(self, message: str, code: str | int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ExecutorBroken(RunError, BrokenProcessPool):
@@ -84,6 +102,8 @@ class _FutureJob:
             future.set_result(value)
         elif future._driver is not None and value is future._driver.error:
             future.set_exception(_broken(value))
+        elif not raw[1]:
+            future.set_exception(_unreadable(value))
         else:
             future.set_exception(_translated(value))
 
@@ -94,10 +114,21 @@ def _broken(error: BaseException | None) -> ExecutorBroken:
     return made
 
 
+def _unreadable(error: BaseException) -> ExecutorResultError:
+    said = f"the result cannot be unpickled: {type(error).__name__}: {guarded(error, str)}"
+    made = ExecutorResultError(said)
+    made.__cause__ = error
+    return made
+
+
 def _translated(error: BaseException) -> BaseException:
     """As those expect it who know the standard library's executor."""
     if type(error) is WorkerLost:
         return ExecutorWorkerLost(*error.args)
+    if type(error) is ArgumentError:
+        return ExecutorArgumentError(*error.args).with_traceback(error.__traceback__)
+    if type(error) is TaskExit and error.exited:
+        return ExecutorTaskExit(str(error), error.code)
     text = getattr(error.__cause__, "tb", None)
     if text is not None:
         cause = _RemoteTraceback(text)
@@ -120,6 +151,7 @@ class Executor(concurrent.futures.Executor):
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         self._pool = Pool(max_workers, initializer, initargs, max_tasks_per_child, mp_context)
+        self._pool._kinds = Submit, SubmitAny
         self._pool._driver.waits_at_exit = True  # as the standard library's
         weakref.finalize(self, _close, self._pool).atexit = False
 

@@ -22,7 +22,7 @@ from taskrun.pooling.driver import Driver, Job
 from taskrun.pooling.functions import Recipes, dumps_call, is_stateless
 from taskrun.pooling.looping import Loop
 from taskrun.pooling.memory import limits
-from taskrun.pooling.remote import Apply, InitializerFailed, Map, Setup, Starmap
+from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap
 from taskrun.pooling.results import (
     AsyncResult,
     Callback,
@@ -110,6 +110,7 @@ class Pool:
 
             context = get_context()
         self._processes = processes
+        self._kinds: tuple[type[Apply], type[ApplyAny]] = Apply, ApplyAny
         starter = Starter(context, Setup(initializer, tuple(initargs)), limits(maxrss))
         in_main = known_names(starter.method)
         self._driver = Driver(processes, starter, maxtasksperchild, _initializer_failed)
@@ -166,13 +167,13 @@ class Pool:
         args, kwds = tuple(args), {} if kwds is None else dict(kwds)
         try:
             if is_stateless(func):
-                recipe = self._recipes.recipe(Apply, func, timeout, retries)
+                recipe = self._recipes.recipe(self._kinds[0], func, timeout, retries)
                 if len(args) == 1 and type(args[0]) in _SCALARS and not kwds:
                     blob = _dumps_scalar(args)
                 else:
                     blob = dumps_call((args, kwds))
             else:
-                recipe = self._recipes.any(timeout, retries)
+                recipe = self._recipes.any(timeout, retries, self._kinds[1])
                 blob = dumps_call(((func, args, kwds), {}))
         except Exception as error:
             result.failed(error)

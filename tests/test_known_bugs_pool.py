@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -30,6 +32,7 @@ from taskrun.errors import (
     TaskExit,
     WorkerLost,
 )
+from taskrun.executor import Executor
 from taskrun.pool import Pool
 
 SECONDS = 20.0  # for what must come at all
@@ -360,6 +363,7 @@ def test_an_unclosed_pool_is_collected() -> None:
 
 SCRIPT = """
 import sys, time, multiprocessing
+from taskrun.executor import Executor
 from taskrun.pool import Pool
 def work(x): return x
 if __name__ == "__main__":
@@ -586,6 +590,7 @@ def test_what_is_of_the_users_classes_stays_so(pool: Pool) -> None:
 
 INTERRUPTED = """
 import os, signal, threading, time
+from taskrun.executor import Executor
 from taskrun.pool import Pool
 def work(x): time.sleep(60)
 if __name__ == "__main__":
@@ -611,3 +616,60 @@ def test_ctrl_c_reaches_the_main_thread_at_once(wait: str, tmp_path: Path) -> No
         [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+# -- threads in the parent ------------------------------------------------------------
+
+
+BUSY = ["json.tool", "cProfile", "dbm.dumb", "colorsys"]
+
+
+def be_busy(module: str, stop: threading.Event) -> None:
+    """Hold the locks that a fork in the wrong moment leaves held for ever: of imports, of
+    logging, of the standard streams, of the allocator."""
+    while not stop.is_set():
+        sys.modules.pop(module, None)
+        importlib.import_module(module)
+        logging.getLogger("busy").debug("%s", len(bytes(1_000_000)))
+        sys.stderr.flush()
+
+
+def import_and_log(number: int) -> int:
+    for module in BUSY:
+        importlib.import_module(module)
+    logging.getLogger("busy").debug("%s", number)
+    sys.stderr.flush()
+    return number
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_parent_with_threads_may_have_forked_pools_and_their_replacements() -> None:
+    # gh-84559, gh-50970, gh-93580: no warning of 3.12's, no lock that stays held
+    stop = threading.Event()
+    threads = [threading.Thread(target=be_busy, args=(module, stop)) for module in BUSY]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(4):
+            with forked() as pool:
+                for _ in range(3):
+                    numbers = pool.map_async(import_and_log, range(20), 1).get(SECONDS)
+                    assert numbers == list(range(20))
+                    os.kill(pool.workers()[0].pid, signal.SIGKILL)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(SECONDS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("most", [1, 2])
+def test_an_executor_whose_workers_are_replaced_goes_on(method: str, most: int) -> None:
+    # gh-115634: there the last call of a worker left the others without one
+    context = multiprocessing.get_context(method)
+    with Executor(1, mp_context=context, max_tasks_per_child=most) as executor:
+        futures = [executor.submit(twice, number) for number in range(7)]
+        assert [future.result(SECONDS) for future in futures] == [2 * x for x in range(7)]
+        # It is idle now, and has a worker that may do no more.
+        pids = [executor.submit(own_pid, number).result(SECONDS) for number in range(4)]
+    assert max(map(pids.count, pids)) <= most

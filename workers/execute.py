@@ -441,7 +441,11 @@ def _room_to_recurse() -> Iterator[None]:
 def _exit(known: Known, error: BaseException) -> TaskExit:
     said = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else repr(error)
     what = "called" if isinstance(error, SystemExit) else "raised"
-    return TaskExit(f"{known.name} {what} {said}").with_traceback(error.__traceback__)
+    made = TaskExit(f"{known.name} {what} {said}").with_traceback(error.__traceback__)
+    if isinstance(error, SystemExit):
+        made.exited = True
+        made.code = error.code if isinstance(error.code, int | None) else str(error.code)
+    return made
 
 
 def _set_environment(values: dict[str, str | None]) -> None:

@@ -97,7 +97,7 @@ class Known:
         blob, links = args
         try:
             positional, keywords = loads_arguments(blob, links)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._unreadable("its arguments", error) from error
         if self._bare:
             return positional, keywords
@@ -134,7 +134,7 @@ class Known:
         except Exception as error:
             raise self._unreadable(f"argument {name!r}", error) from error
 
-    def _unreadable(self, what: str, error: Exception) -> ArgumentError:
+    def _unreadable(self, what: str, error: BaseException) -> ArgumentError:
         return ArgumentError(
             f"{what} of {self.name} cannot be unpickled in the worker: "
             f"{type(error).__name__}: {error}"

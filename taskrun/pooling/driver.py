@@ -147,12 +147,14 @@ class Driver:
         self._to_loop(lambda: self._cancel(jobs()))
 
     def cancel_queued(self, cancel: Callable[[Job], None]) -> None:
-        """Have ``cancel`` called, by the loop's thread, with each job whose call has not begun."""
+        """Have ``cancel`` called, by the loop's thread, with each job whose call has not begun,
+        nor is the next of a worker that is about to start."""
 
         def ask() -> None:
-            waiting = [job for _, _, job in self._inbox]
-            waiting += [job for id, job in self._jobs.items() if not self._core.is_assigned(id)]
-            for job in waiting:
+            waiting = [job for id, job in self._jobs.items() if not self._core.is_assigned(id)]
+            begun = len(self._jobs) - len(waiting)
+            waiting += [job for _, _, job in self._inbox]
+            for job in waiting[max(0, self.processes - begun) :]:
                 self.loop.call_back(partial(cancel, job))
 
         self._to_loop(ask)

@@ -76,11 +76,13 @@ class Recipes:
             self._learn(key, self._made(ApplyAny, blob, timeout, retries))
         return self._known[key]
 
-    def any(self, timeout: float | None = None, retries: int = 0) -> Recipe:
+    def any(
+        self, timeout: float | None = None, retries: int = 0, kind: type[ApplyAny] = ApplyAny
+    ) -> Recipe:
         """The recipe for calls whose function comes with the arguments."""
-        key = (ApplyAny, None, timeout, retries)
+        key = (kind, None, timeout, retries)
         if key not in self._known:
-            blob = pickle.dumps(ApplyAny(), PROTOCOL)
+            blob = pickle.dumps(kind(), PROTOCOL)
             self._learn(key, self._made(ApplyAny, blob, timeout, retries))
         return self._known[key]
 

@@ -12,6 +12,7 @@ import pickle
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, Final, NamedTuple
 
 from taskrun import blobs, failures
@@ -152,6 +153,19 @@ class Apply:
         return _pickled(value)
 
 
+class Submit(Apply):
+    """For an Executor: a result that cannot be pickled raises what pickling it raised."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if _failure is not None:
+            _check()
+        value = self.function(*args, **kwargs)
+        kind = type(value)
+        if kind in PLAIN or (kind is int and -_INT_MAX < value < _INT_MAX):
+            return value
+        return dumps(value)
+
+
 class ApplyAny:
     """Calls the function that comes with its arguments: one that may change between calls."""
 
@@ -177,6 +191,14 @@ class Map:
     def __call__(self, items: Sequence[Any]) -> Any:
         _check()
         return _pickled(list(map(self.function, items)))
+
+
+class SubmitAny(ApplyAny):
+    """The same, for an Executor."""
+
+    def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        _check()
+        return dumps(function(*args, **kwargs))
 
 
 class MapAny:
@@ -252,6 +274,22 @@ def dumps(obj: Any, to: Place | None = None, seen: Seen | None = None) -> Portab
     pickler.dispatch_table = _table
     pickler.dump(obj)
     return draft.sealed(to, seen)
+
+
+def forget_other_imports() -> None:
+    """In a fork: what other threads were importing nobody imports here, nor lets go of.
+
+    Python knows that of its one lock for all imports, but not of those of single modules.
+    """
+    from importlib import _bootstrap
+
+    own = get_ident()
+    locks: dict[str, Any] = _bootstrap._module_locks  # type: ignore[attr-defined]
+    for name, reference in list(locks.items()):
+        lock = reference()
+        if lock is not None and lock.owner not in (None, own):
+            del locks[name]
+            sys.modules.pop(name, None)  # half of it is there
 
 
 def flush_streams() -> None:

@@ -125,6 +125,7 @@ class Starter:
         if pid == 0:
             try:
                 remote.inherited = self._setup
+                remote.forget_other_imports()
                 sock = socket.socket(fileno=os.dup(fd))
                 os.close(fd)
                 template.serve(sock)

@@ -18,7 +18,6 @@ SECONDS = 30  # for one test
 SOAK = bool(os.environ.get("TASKRUN_SOAK"))
 
 _PROCESSES = "looks at executor._processes"
-_GOES_ON = "expects the executor to be broken; ours goes on, and names the call's error"
 
 # Tests that look at the standard library's insides, or ask for what ours does better.
 DIFFERENT = {
@@ -37,14 +36,6 @@ DIFFERENT = {
     "test_initializer": "looks at executor._broken",
     "test_interpreter_shutdown": "imports the class by its name from the standard library",
     "test_submit_after_interpreter_shutdown": "imports it by its name, too",
-    "test_cancel_futures": "expects a call to have begun when the workers are not up yet",
-    "test_error_at_task_unpickle": _GOES_ON,
-    "test_exit_at_task_unpickle": _GOES_ON,
-    "test_exit_during_func_exec_on_worker": "expects SystemExit; ours is a TaskExit",
-    "test_exit_during_result_pickle_on_worker": "expects SystemExit; ours is a TaskExit",
-    "test_error_during_result_pickle_on_worker": "expects the error itself, not its name",
-    "test_error_during_result_unpickle_in_result_handler": _GOES_ON,
-    "test_exit_during_result_unpickle_in_result_handler": _GOES_ON,
 }
 # Of the others some take ten seconds.
 CASES = [
