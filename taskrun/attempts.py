@@ -76,7 +76,8 @@ class Attempts(Books):
         if worker is not None:
             worker.home.heard(worker, self._now)
             self._follow()
-            worker.home.top_up(worker, self._now)
+            if not self.paused:
+                worker.home.top_up(worker, self._now)
 
     def on_yielded(self, event: m.Yielded) -> None:
         call = self._current(event.call, event.attempt)

@@ -71,6 +71,7 @@ class Books:
         self.status = 0
         self.stopping = ""  # why
         self.over = False
+        self.paused = False
         self.resources = Resources({"cpu": slots, **(resources or {})})
         self.graph = Graph(plan, self._new_call, recipe_ids, wanted)
         self._timers = Timers()
@@ -126,6 +127,10 @@ class Books:
     def worker(self, id: int) -> Worker | None:
         """A worker that is here."""
         return self._workers.get(id)
+
+    def workers(self) -> list[Worker]:
+        """All workers that are here."""
+        return list(self._workers.values())
 
     def parked_at(self, call: Call) -> str | None:
         """The limit that keeps a ready call, for people."""

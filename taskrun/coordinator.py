@@ -35,6 +35,7 @@ from taskrun.state.service import Service
 from taskrun.terminal import Target
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
+STEER = b"steer"  # the role of those who look at a run and steer it
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -70,6 +71,7 @@ class Run:
         self.plan = plan
         self.settings = settings
         self.status: int | None = None
+        self.began = 0.0  # wall clock
         self.reactor = reactor
         self.observer = Observers(observers)
         self.recipe_ids = itertools.count(1)
@@ -97,8 +99,10 @@ class Run:
             insecure_plain=settings.insecure_plain,
             file=settings.state,
         )
+        self._state.roles[STEER] = self._steered_by
+        self._steering: Any = None
         self._here: Here | None = None
-        self._engine = self._make_engine()
+        self.engine = self._make_engine()
         self._timer: Any = None
         self._timer_at: float | None = None
         self._signalled: int | None = None
@@ -150,6 +154,7 @@ class Run:
 
     def execute(self) -> int:
         """Run to the end; gives the exit status."""
+        self.began = time.time()
         try:
             signals = Signals(self.reactor, self._signal, self._here)
             with signals, collecting_rarely():
@@ -173,7 +178,7 @@ class Run:
 
     def _run_engine(self) -> None:
         try:
-            self._engine.start(self.reactor, self.post, self.observer)
+            self.engine.start(self.reactor, self.post, self.observer)
             self.observer.run_started(self)
             self._perform(self.core.begin(time.monotonic()))
             self.reactor.run_until(lambda: self.status is not None)
@@ -181,7 +186,7 @@ class Run:
             self._failure = str(error)
             self.status = error.exit_status
         finally:
-            self._engine.close(time.monotonic() + CLOSE_SECONDS)
+            self.engine.close(time.monotonic() + CLOSE_SECONDS)
 
     def post(self, event: m.Event) -> None:
         """Take an event, on the loop's thread."""
@@ -197,6 +202,14 @@ class Run:
         call = self.core.calls[began.call]
         if call.attempt == began.attempt and call.worker == began.worker:
             self.observer.call_began(call, began.attempt, worker_name(began.worker), began.wall)
+
+    def _steered_by(self, peer: Any) -> None:
+        """Somebody wants to look at the run, or to change it."""
+        if self._steering is None:
+            from taskrun.steering import Steering  # few runs are asked
+
+            self._steering = Steering(self)
+        self._steering.admit(peer)
 
     def stop(self, reason: str) -> None:
         """Stop gracefully: start nothing more, interrupt what runs."""
@@ -226,7 +239,7 @@ class Run:
     # -- what commands mean here ------------------------------------------------------
 
     def _make_performers(self) -> dict[type, Callable[[Any], None]]:
-        engine, observer = self._engine.perform, self.observer
+        engine, observer = self.engine.perform, self.observer
         names: dict[int | None, str] = {}
 
         def name(worker: int | None) -> str:
@@ -271,7 +284,7 @@ class Run:
         if first and self.status is None:
             self.stop(self._stopped_by)
             return
-        self._engine.kill()
+        self.engine.kill()
         self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
 
 

@@ -61,6 +61,7 @@ class Scheduler(Children):
             m.CancelCalls: self.on_cancel_calls,
             m.CancelChild: self.on_cancel_child,
             m.Stop: self.on_stop,
+            m.Pause: self.on_pause,
             m.GiveUp: self.on_give_up,
             m.Tick: self.on_tick,
         }
@@ -105,6 +106,8 @@ class Scheduler(Children):
 
     def _schedule(self) -> bool:
         """Assign what can be assigned; False where a call cannot start, and was failed."""
+        if self.paused and not self.stopping:
+            return True
         homes = self._busy_homes
         try:
             for home in homes:
@@ -314,6 +317,17 @@ class Scheduler(Children):
         self.status = max(self.status, 1)
         self._stop(event.reason, interrupt=True)
 
+    def on_pause(self, event: m.Pause) -> None:
+        self.paused = event.paused
+        if event.paused:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Workers give back what they have not begun."""
+        for worker in self._workers.values():
+            if worker.home is self.placement and worker.running > 1:
+                self.placement.reclaim(worker, len(worker.calls))
+
     def on_give_up(self, event: m.GiveUp) -> None:
         self.status = 3
         self.stopping = event.reason
@@ -326,13 +340,10 @@ class Scheduler(Children):
         """Start nothing more but teardown; take back what has not begun."""
         first, self.stopping = not self.stopping, self.stopping or reason
         self._feeding = False
-        for worker in list(self._workers.values()):
-            if interrupt:
-                for call in worker.calls.values():
-                    if not call.ending and not call.teardown:
-                        self._interrupt(call, "cancelled")
-            elif worker.home is self.placement and worker.running > 1:
-                self.placement.reclaim(worker, len(worker.calls))
+        if interrupt:
+            self._interrupt_all()
+        else:
+            self._take_back()
         if not first:
             return
         self._clear_ready()
@@ -343,6 +354,12 @@ class Scheduler(Children):
                 self._end_untried(call)
             elif call.state is WAITING and call.family is None:
                 self._end(call, CANCELLED)
+
+    def _interrupt_all(self) -> None:
+        for worker in self._workers.values():
+            for call in worker.calls.values():
+                if not call.ending and not call.teardown:
+                    self._interrupt(call, "cancelled")
 
     def _clear_ready(self) -> None:
         """Nothing that is ready starts, but teardown."""

@@ -44,6 +44,8 @@ def _why(scheduler: Scheduler, call: Call) -> str:
 
 
 def _why_ready(scheduler: Scheduler, call: Call) -> str:
+    if scheduler.paused:
+        return "is ready and waits, because the run is paused"
     if (limit := scheduler.parked_at(call)) is not None:
         return f"is ready and waits until {limit} lets it pass"
     lacking = scheduler.resources.lacking(call.recipe.resources)

@@ -246,6 +246,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """Start nothing new, or go on again."""
+
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """The run cannot go on (restart limit, engine lost): everything ends now."""
 
@@ -273,6 +280,7 @@ Event: TypeAlias = (
     | CancelCalls
     | CancelChild
     | Stop
+    | Pause
     | GiveUp
     | Tick
 )

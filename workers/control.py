@@ -174,7 +174,6 @@ def _stack_of(thread: int) -> str:
     import traceback
 
     ours = os.path.dirname(os.path.abspath(__file__)), os.path.dirname(sessions.__file__)
-    frames = traceback.extract_stack(sys._current_frames()[thread])
-    return "".join(
-        traceback.format_list([frame for frame in frames if not frame.filename.startswith(ours)])
-    )
+    stack = traceback.extract_stack(sys._current_frames()[thread])
+    frames = [frame for frame in stack if not frame.filename.startswith((*ours, "<string>"))]
+    return "".join(traceback.format_list(frames))

@@ -1,0 +1,224 @@
+"""``taskrun status, explain, stack, cancel, pause, unpause``: look at a live run and steer it."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from taskrun.cli.options import CONTEXT, tls_options
+from taskrun.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from taskrun.transport import Wire
+
+ANSWER_SECONDS = 10.0
+WATCH_SECONDS = 1.0
+SHOWN = 20  # running calls that people are shown
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _steering(name: str, *more: Any) -> Callable[[Command], click.Command]:
+    """A command that asks a live run; ``more``: its own arguments and options."""
+
+    def made(function: Command) -> click.Command:
+        options: list[Any] = [
+            *more,
+            click.option("--json", "json", is_flag=True, help="Write JSON."),
+            click.option("--authkey-file", metavar="F", help="Where the key is."),
+            tls_options,
+        ]
+        for option in reversed(options):
+            function = option(function)
+        return click.command(name, context_settings=CONTEXT)(function)
+
+    return made
+
+
+def _words(metavar: str) -> Any:
+    return click.argument("words", nargs=-1, metavar=metavar)
+
+
+# -- asking ---------------------------------------------------------------------------
+
+
+class Asked:
+    """A connection to a live run."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def __call__(self, do: str, **more: Any) -> Any:
+        """Ask, and give the answer.  Raises UsageError with what the run says, RunError where
+        it says nothing."""
+        try:
+            self._wire.send(json_module.dumps({"do": do, **more}).encode())
+            answer = json_module.loads(bytes(self._wire.recv(ANSWER_SECONDS)))
+        except (OSError, EOFError, TimeoutError) as error:
+            raise RunError(f"the run at {self._wire.name} does not answer: {error}") from None
+        if "error" in answer:
+            raise UsageError(answer["error"])
+        return answer["ok"]
+
+
+@contextmanager
+def asking(address: str | None, authkey_file: str | None, tls: dict[str, Any]) -> Iterator[Asked]:
+    """A connection to the run at ``address``, or this user's only one."""
+    from taskrun import addresses
+    from taskrun.authkey import authkey
+    from taskrun.coordinator import STEER
+    from taskrun.errors import DialError
+    from taskrun.transport import dial_blocking
+    from taskrun.transport.tls import Certificates
+
+    files = (tls.get("tls_cert"), tls.get("tls_key"), tls.get("tls_ca"))
+    given = Certificates(*files) if any(files) else None
+    try:
+        wire = dial_blocking(addresses.find(address), authkey(authkey_file), STEER, tls=given)
+    except DialError as error:
+        raise UsageError(str(error)) from None
+    with wire:
+        yield Asked(wire)
+
+
+def _only_address(words: tuple[str, ...], command: str) -> str | None:
+    if len(words) > 1:
+        raise UsageError(f"{command} takes an ADDRESS or nothing, not {' '.join(words)}")
+    return words[0] if words else None
+
+
+def _address_and_call(words: tuple[str, ...], command: str) -> tuple[str | None, str]:
+    if not 1 <= len(words) <= 2:
+        said = " ".join(words) or "nothing"
+        raise UsageError(f"{command} takes [ADDRESS] and a CALL such as 'fetch[3]', not {said}")
+    return (words[0] if len(words) == 2 else None), words[-1]
+
+
+def _tell(value: Any, json: bool) -> None:
+    click.echo(json_module.dumps(value) if json else str(value).rstrip("\n"))
+
+
+# -- the commands ---------------------------------------------------------------------
+
+
+@_steering(
+    "status",
+    _words("[ADDRESS]"),
+    click.option("--watch", is_flag=True, help="Show it anew every second, until the run ends."),
+)
+def status(
+    words: tuple[str, ...], watch: bool, json: bool, authkey_file: str | None, **tls: Any
+) -> None:
+    """Show what the live run at ADDRESS, or your only one, is doing: how far
+    each task is, what runs where and since when."""
+    with asking(_only_address(words, "status"), authkey_file, tls) as ask:
+        if not watch:
+            _show(ask("status"), json)
+            return
+        before = 0
+        while True:
+            try:
+                now = ask("status")
+            except RunError:
+                return  # it is over
+            before = _show(now, json, before)
+            time.sleep(WATCH_SECONDS)
+
+
+@_steering("explain", _words("[ADDRESS] CALL"))
+def explain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Say why CALL runs, waits, was skipped or is tried again."""
+    address, call = _address_and_call(words, "explain")
+    with asking(address, authkey_file, tls) as ask:
+        _tell(ask("explain", call=call), json)
+
+
+@_steering("stack", _words("[ADDRESS] CALL"))
+def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Show where in its code the running CALL is, without stopping it."""
+    address, call = _address_and_call(words, "stack")
+    with asking(address, authkey_file, tls) as ask:
+        _tell(ask("stack", call=call), json)
+
+
+@_steering("cancel", _words("[ADDRESS] CALL|run"))
+def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Cancel CALL, queued or running, with all that needs it; or the whole
+    run, as Ctrl-C does."""
+    address, call = _address_and_call(words, "cancel")
+    with asking(address, authkey_file, tls) as ask:
+        _tell(ask("cancel", call=call), json)
+
+
+@_steering("pause", _words("[ADDRESS]"))
+def pause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Start no more calls; what runs goes on."""
+    with asking(_only_address(words, "pause"), authkey_file, tls) as ask:
+        _tell(ask("pause"), json)
+
+
+@_steering("unpause", _words("[ADDRESS]"))
+def unpause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Start calls again."""
+    with asking(_only_address(words, "unpause"), authkey_file, tls) as ask:
+        _tell(ask("unpause"), json)
+
+
+# -- how a status looks ---------------------------------------------------------------
+
+
+def _show(now: dict[str, Any], json: bool, before: int = 0) -> int:
+    """Show a status, in the place of one of ``before`` lines; gives how many it has."""
+    import sys
+
+    if json:
+        click.echo(json_module.dumps(now))
+        return 0
+    lines = list(_lines(now))
+    again = before and sys.stdout.isatty()
+    click.echo(f"\x1b[{before}F\x1b[J" if again else "", nl=False)
+    click.echo("\n".join(lines))
+    return len(lines)
+
+
+def _lines(now: dict[str, Any]) -> Iterator[str]:
+    from taskrun import text
+
+    what = now["file"] or "a run"
+    state = now["stopping"] or ("paused" if now["paused"] else "")
+    yield f"{what}, pid {now['pid']}, {text.duration(now['seconds'])}" + (state and f", {state}")
+    left = f", about {text.duration(now['eta'])} left" if now["eta"] else ""
+    rate = f", {now['rate']:,.4g} calls/s" if now["rate"] else ""
+    yield f"{now['done']:,} of {now['total']:,} calls ended{rate}{left}"
+    columns = ("done", "running", "ready", "failed", "total")
+    rows: list[tuple[str, ...]] = [("task", *columns)]
+    rows += [(task["task"], *(f"{task[column]:,}" for column in columns)) for task in now["tasks"]]
+    yield from _table(rows)
+    running = now["running"]
+    if running:
+        yield ""
+        rows = [("running", "worker", "since", "attempt")]
+        rows += [_running(call, text.duration) for call in running[:SHOWN]]
+        yield from _table(rows)
+    if len(running) > SHOWN:
+        yield f"and {len(running) - SHOWN:,} more"
+
+
+def _running(call: dict[str, Any], duration: Callable[[float], str]) -> tuple[str, ...]:
+    since = duration(max(0.0, time.time() - call["since"])) if call["since"] else ""
+    if call["waits"]:
+        since = f"{since} (waits)".strip()
+    return (call["label"] or call["call"], f"w{call['worker']}", since, str(call["attempt"]))
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    for row in rows:
+        first, *others = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        yield "  " + "  ".join(cells).rstrip()

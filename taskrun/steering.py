@@ -1,0 +1,222 @@
+"""What others may ask of a live run, from any terminal: how it goes, why, and to change it.
+
+Requests come by the run's own addresses, from whoever has proved the key, as one JSON
+object a frame: ``{"do": "status"}``, ``{"do": "cancel", "call": "fetch[3]"}``.  The answer is
+``{"ok": ...}`` or ``{"error": "..."}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from taskrun import messages as m
+from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call
+from taskrun.errors import UsageError
+from taskrun.explain import explain
+from taskrun.model import nearest
+
+if TYPE_CHECKING:
+    from taskrun.coordinator import Run
+    from taskrun.transport import Peer
+
+STACK_SECONDS: Final = 5.0  # that a worker has to say where it is
+MOST_SHOWN: Final = 1000  # running calls that a status lists
+RARELY: Final = 20  # a status costs at most this fraction of the loop's time
+WHOLE_RUN: Final = "run"
+
+
+class Steering:
+    """Answers for one run; all on the loop's thread."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._core = run.core
+        self._counted: tuple[float, float, list[dict[str, Any]]] | None = None
+        self._last = (time.monotonic(), 0)
+        self._rate: float | None = None
+        self._do: dict[str, Callable[[dict[str, Any], Callable[[Any], None]], None]] = {
+            "status": self._status,
+            "explain": self._explain,
+            "stack": self._stack,
+            "cancel": self._cancel,
+            "pause": self._pause,
+            "unpause": self._unpause,
+        }
+
+    def admit(self, peer: Peer) -> None:
+        """Somebody with the key wants to ask."""
+        peer.listen(lambda frame: self._on_request(peer, bytes(frame)), lambda reason: None)
+
+    def _on_request(self, peer: Peer, frame: bytes) -> None:
+        def answer(value: Any) -> None:
+            if not peer.closed:
+                peer.send(json.dumps({"ok": value}).encode())
+
+        try:
+            request = json.loads(frame)
+            self._do[request["do"]](request, answer)
+        except UsageError as error:
+            peer.send(json.dumps({"error": str(error)}).encode())
+        except (ValueError, LookupError, TypeError):
+            peer.send(json.dumps({"error": "this run does not know what that asks"}).encode())
+
+    # -- looking ----------------------------------------------------------------------
+
+    def _status(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        run, core = self._run, self._core
+        tasks = self._count()
+        done = sum(task["done"] for task in tasks)
+        total = sum(task["total"] for task in tasks)
+        rate = self._measure(done)
+        answer(
+            {
+                "pid": os.getpid(),
+                "file": run.plan.file,
+                "seconds": round(time.time() - run.began, 3),
+                "paused": core.paused,
+                "stopping": core.stopping,
+                "slots": core.placement.slots,
+                "done": done,
+                "total": total,
+                "rate": rate,
+                "eta": round((total - done) / rate, 1) if rate else None,
+                "tasks": tasks,
+                "running": [self._running(call) for call in self._first_running()],
+                "workers": [
+                    {"worker": worker.id, "pid": worker.pid, "calls": worker.running}
+                    for worker in core.workers()
+                ],
+            }
+        )
+
+    def _count(self) -> list[dict[str, Any]]:
+        """How many calls of each task are in which state; not counted anew all the time."""
+        now = time.monotonic()
+        if self._counted is not None and now < self._counted[1]:
+            return self._counted[2]
+        tasks: dict[str, dict[str, Any]] = {}
+        for call in self._core.calls:
+            if call.placeholder:
+                continue
+            name = call.recipe.name
+            counts = tasks.get(name)
+            if counts is None:
+                counts = tasks[name] = {"task": name, "total": 0, "done": 0, "running": 0,
+                                        "ready": 0, "failed": 0}  # fmt: skip
+            counts["total"] += 1
+            state = call.state
+            if state in FINAL:
+                counts["done"] += 1
+                counts["failed"] += state is FAILED
+            elif state is RUNNING:
+                counts["running"] += 1
+            elif state is READY:
+                counts["ready"] += 1
+        took = time.monotonic() - now
+        self._counted = (now, now + RARELY * took, list(tasks.values()))
+        return self._counted[2]
+
+    def _measure(self, done: int) -> float | None:
+        """Calls a second, since somebody asked last."""
+        now = time.monotonic()
+        since, before = self._last
+        if before == 0 and done:
+            self._rate = done / max(time.time() - self._run.began, 0.001)
+            self._last = (now, done)
+        elif now - since >= 0.5:
+            self._rate = (done - before) / (now - since)
+            self._last = (now, done)
+        return None if self._rate is None else round(self._rate, 3)
+
+    def _first_running(self) -> Iterable[Call]:
+        shown = 0
+        for worker in self._core.workers():
+            for call in worker.calls.values():
+                if shown < MOST_SHOWN:
+                    shown += 1
+                    yield call
+
+    def _running(self, call: Call) -> dict[str, Any]:
+        wait = self._core.wait_of(call)
+        return {
+            "call": call.name,
+            "label": call.label,
+            "attempt": call.attempt,
+            "worker": call.worker,
+            "since": call.wall or None,
+            "waits": wait is not None,
+            "begun": call.began is not None,
+        }
+
+    def _explain(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        answer(explain(self._core, self._find(request["call"])))
+
+    def _stack(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        call = self._find(request["call"])
+        if call.state is not RUNNING or call.worker is None:
+            raise UsageError(f"{call.title} is not running: it is {call.state}")
+        ask = getattr(self._run.engine, "stack", None)
+        if ask is None:
+            raise UsageError("this engine cannot look into its workers")
+        answered: list[str] = []
+
+        def give_up() -> None:
+            if not answered:
+                answered.append("")
+                answer(f"w{call.worker} does not answer: C code may hold the interpreter's lock\n")
+
+        def on_stack(text: str) -> None:
+            if not answered:
+                answered.append(text)
+                answer(text or "in no code of the task's just now\n")
+
+        self._run.reactor.call_at(time.monotonic() + STACK_SECONDS, give_up)
+        ask(call.worker, on_stack)
+
+    # -- changing ---------------------------------------------------------------------
+
+    def _cancel(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        if request["call"] == WHOLE_RUN:
+            self._run.stop("taskrun cancel")
+            answer("the run is being stopped")
+            return
+        call = self._find(request["call"])
+        if call.state in FINAL:
+            raise UsageError(f"{call.title} has ended: it is {call.state}")
+        self._run.observer.notice(f"taskrun cancel: {call.title}")
+        self._run.post(m.CancelCalls((call.id,), "taskrun cancel"))
+        answer(f"{call.title} is cancelled")
+
+    def _pause(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        self._set_paused(True)
+        answer("nothing new starts until taskrun unpause")
+
+    def _unpause(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        self._set_paused(False)
+        answer("the run goes on")
+
+    def _set_paused(self, paused: bool) -> None:
+        if paused != self._core.paused:
+            self._run.observer.notice("paused: taskrun unpause goes on" if paused else "goes on")
+            self._run.post(m.Pause(paused))
+
+    # -- which call -------------------------------------------------------------------
+
+    def _find(self, name: str) -> Call:
+        """The call of that name or label.  Raises UsageError."""
+        titled = None
+        for call in self._core.calls:
+            if call.recipe.name[:1] == name[:1] and call.name == name:
+                return call
+            if call.label == name and (titled is None or titled.state in FINAL):
+                titled = call
+        if titled is not None:
+            return titled
+        names = [call.name for call in self._core.calls[:10_000]]
+        near = nearest(name, names)
+        hint = f"did you mean {near!r}?" if near else "taskrun status shows what runs"
+        raise UsageError(f"there is no call {name!r} in this run; {hint}")

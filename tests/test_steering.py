@@ -1,0 +1,175 @@
+"""Looking at a live run from another terminal, and steering it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Ended, Running, Runs, started, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+TASKS = """
+@task
+def work(n=each(range(6))):
+    mark(f"begun{n}")
+    while not os.path.exists("go on"): time.sleep(0.01)
+    return n
+
+@task
+def total(all=result(work, errors="skip")): return sum(all)
+"""
+
+
+@pytest.fixture
+def live(runs: Runs) -> Running:
+    """A run with two calls that go on, and others that wait."""
+    running = runs.start_exec(TASKS, "-j2")
+    running.await_file(runs.folder / "begun0")
+    running.await_file(runs.folder / "begun1")
+    return running
+
+
+def ask(runs: Runs, live: Running, command: str, *words: str) -> Ended:
+    return runs.run(command, f"unix:{socket_of(live)}", *words)
+
+
+def socket_of(live: Running) -> Path:
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp")
+    names = [
+        f"taskrun/run-{live.process.pid}.sock",
+        f"taskrun-{os.getuid()}/run-{live.process.pid}.sock",
+    ]
+    found = [folder / name for name in names if (folder / name).exists()]
+    assert found, f"no socket of {live.process.pid} in {folder}"
+    return found[0]
+
+
+def status(runs: Runs, live: Running) -> Any:
+    return json.loads(ask(runs, live, "status", "--json").check().out)
+
+
+def go_on(runs: Runs) -> None:
+    (runs.folder / "go on").touch()
+
+
+def test_status_says_how_far_each_task_is_and_what_runs_where(runs: Runs, live: Running) -> None:
+    now = status(runs, live)
+    assert now["pid"] == live.process.pid and now["slots"] == 2 and now["total"] == 7
+    assert [(one["task"], one["running"], one["ready"]) for one in now["tasks"]] == [
+        ("work", 2, 4), ("total", 0, 0)
+    ]  # fmt: skip
+    assert sorted(one["call"] for one in now["running"]) == ["work[0]", "work[1]"]
+    shown = ask(runs, live, "status").check().out
+    assert "0 of 7 calls ended" in shown and "work[0]" in shown
+    go_on(runs)
+    assert live.end().status == 0
+
+
+def test_explain_says_why_a_call_does_not_run(runs: Runs, live: Running) -> None:
+    assert "waits for work (6 open)" in ask(runs, live, "explain", "total").check().out
+    assert "waits for a slot" in ask(runs, live, "explain", "work[5]").check().out
+    wrong = ask(runs, live, "explain", "wrok[5]")
+    assert wrong.status == 2 and "did you mean 'work[" in wrong.err
+
+
+def test_stack_shows_where_a_running_call_is_without_stopping_it(runs: Runs, live: Running) -> None:
+    said = ask(runs, live, "stack", "work[0]").check().out
+    assert "in work" in said and "time.sleep(0.01)" in said
+    assert "taskrun/workers" not in said and "<string>" not in said
+    assert "is not running" in ask(runs, live, "stack", "total").err
+    go_on(runs)
+    assert live.end().status == 0
+
+
+def test_cancel_ends_a_running_call_and_a_queued_one(runs: Runs, live: Running) -> None:
+    ask(runs, live, "cancel", "work[0]").check()
+    ask(runs, live, "cancel", "work[5]").check()
+    go_on(runs)
+    ended = live.end()
+    assert "work   4 ok, 2 cancelled" in ended.err
+    assert "taskrun cancel: work[5]" in ended.err
+
+
+def test_cancel_run_stops_it_as_ctrl_c_does(runs: Runs, live: Running) -> None:
+    ask(runs, live, "cancel", "run").check()
+    ended = live.end()
+    assert ended.status == 1 and "stopped: taskrun cancel" in ended.err
+
+
+def test_a_paused_run_starts_nothing_until_it_is_unpaused(runs: Runs, live: Running) -> None:
+    ask(runs, live, "pause").check()
+    assert "the run is paused" in ask(runs, live, "explain", "work[4]").check().out
+    go_on(runs)
+    wait_until(lambda: status(runs, live)["done"] == 2)
+    now = status(runs, live)
+    assert now["paused"] and now["running"] == []
+    assert not (runs.folder / "begun2").exists()
+    ask(runs, live, "unpause").check()
+    assert live.end().status == 0
+
+
+def test_the_address_may_be_left_out_where_there_is_one_run(
+    runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    folder = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    alone = {"XDG_RUNTIME_DIR": folder}
+    running = runs.start_exec(TASKS, "-j2", env=alone)
+    running.await_file(runs.folder / "begun0")
+    assert runs.run("status", env=alone).status == 0
+    assert runs.run("status", "a", "b", env=alone).status == 2
+    go_on(runs)
+    running.end()
+    gone = runs.run("status", env=alone)
+    assert gone.status == 2 and "no run of yours is alive" in gone.err
+
+
+def test_whoever_has_another_key_is_refused(runs: Runs, live: Running) -> None:
+    other = runs.folder / "key"
+    other.write_text("0123456789abcdef0123")
+    other.chmod(0o600)
+    refused = ask(runs, live, "status", "--authkey-file", str(other))
+    assert refused.status == 2 and "Traceback" not in refused.err
+    assert "0123456789abcdef" not in refused.err
+
+
+def test_a_request_that_means_nothing_is_refused_and_the_run_goes_on(
+    runs: Runs, live: Running
+) -> None:
+    from taskrun.authkey import authkey
+    from taskrun.transport import dial_blocking
+
+    with dial_blocking(str(socket_of(live)), authkey(), b"steer") as wire:
+        for garbage in (
+            b"",
+            b"\xff\xfe",
+            b"[]",
+            b'{"do": "fly"}',
+            b'{"do": 3}',
+            b'{"do": "cancel"}',
+        ):
+            wire.send(garbage)
+            assert "error" in json.loads(bytes(wire.recv(10)))
+    go_on(runs)
+    assert live.end().status == 0
+
+
+def test_watching_ends_with_the_run(runs: Runs, live: Running) -> None:
+    watching = runs.start("status", f"unix:{socket_of(live)}", "--watch")
+    watching.await_line("calls ended")
+    go_on(runs)
+    live.end()
+    assert watching.end().status == 0
