@@ -196,7 +196,7 @@ class Run:
         if self.core.stopping and self.settings.engine is not None and not self._taken_back:
             # What an engine was given in advance does not begin any more.
             self._taken_back = True
-            self._engine.perform(m.Reclaim(1, sys.maxsize))
+            self.engine.perform(m.Reclaim(1, sys.maxsize))
 
     def _announce(self, began: m.Began) -> None:
         call = self.core.calls[began.call]

@@ -138,7 +138,7 @@ WRONG_COMMANDS = [
     (["run", "tasks.py"], "no such command 'run'; did you mean 'exec'?"),
     (["lst"], "no such command 'lst'; did you mean 'list'?"),
     (["tasks.py"], "did you mean 'exec tasks.py'?"),
-    (["zzz"], "there are exec, map, list, graph, state, key, completion"),
+    (["zzz"], "there are exec, map, list, graph, status, explain, stack, cancel, pause, unpause, "),
     (["exec", "--keep-gonig"], "'--keep-going'"),
     (["exec", "-j", "x"], "'x' is not a valid integer"),
     (["exec", "-j", "0"], "-j 0 leaves nobody to do the work"),
