@@ -29,13 +29,13 @@ from taskrun.loading import Loaded
 from taskrun.model import Plan, Task
 from taskrun.observers import Observer, Observers
 from taskrun.reactor import Reactor
+from taskrun.roles import STEER
 from taskrun.settings import Settings, memory_here
 from taskrun.signals import Here, Signals
 from taskrun.state.service import Service
 from taskrun.terminal import Target
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
-STEER = b"steer"  # the role of those who look at a run and steer it
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 

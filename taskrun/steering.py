@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call
@@ -20,7 +20,10 @@ from taskrun.explain import explain
 from taskrun.model import nearest
 
 if TYPE_CHECKING:
-    from taskrun.coordinator import Run
+    from taskrun.core import Scheduler
+    from taskrun.model import Plan
+    from taskrun.observers import Observers
+    from taskrun.reactor import Reactor
     from taskrun.transport import Peer
 
 STACK_SECONDS: Final = 5.0  # that a worker has to say where it is
@@ -29,10 +32,27 @@ RARELY: Final = 20  # a status costs at most this fraction of the loop's time
 WHOLE_RUN: Final = "run"
 
 
+class Steered(Protocol):
+    """A run, as far as it can be steered.  ``began``: wall clock."""
+
+    core: Scheduler
+    engine: Any
+    observer: Observers
+    plan: Plan
+    reactor: Reactor
+    began: float
+
+    def post(self, event: m.Event) -> None:
+        """Have the core take an event."""
+
+    def stop(self, reason: str) -> None:
+        """Stop in order, as Ctrl-C does."""
+
+
 class Steering:
     """Answers for one run; all on the loop's thread."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Steered) -> None:
         self._run = run
         self._core = run.core
         self._counted: tuple[float, float, list[dict[str, Any]]] | None = None

@@ -71,8 +71,8 @@ def asking(address: str | None, authkey_file: str | None, tls: dict[str, Any]) -
     """A connection to the run at ``address``, or this user's only one."""
     from taskrun import addresses
     from taskrun.authkey import authkey
-    from taskrun.coordinator import STEER
     from taskrun.errors import DialError
+    from taskrun.roles import STEER
     from taskrun.transport import dial_blocking
     from taskrun.transport.tls import Certificates
 
