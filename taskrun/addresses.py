@@ -92,7 +92,13 @@ def prepare_unix(path: str) -> None:
     alone; one that nobody listens on any more is removed.  Raises UsageError."""
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise UsageError(f"unix:{path}: a socket's path has at most {_LONGEST_PATH} bytes")
-    make_private(os.path.dirname(path) or os.curdir)
+    try:
+        make_private(os.path.dirname(path) or os.curdir)
+    except UsageError as error:
+        raise UsageError(
+            f"unix:{path} is not in a folder that only you can look into, such as one that "
+            f"taskrun makes for it ({error})"
+        ) from None
     if os.path.exists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise UsageError(f"unix:{path} is there already, and is no socket")
     if os.path.exists(path) and _is_live(path):
@@ -131,7 +137,7 @@ def check_private(folder: str) -> None:
     if status.st_uid != os.getuid():
         raise UsageError(f"the folder {folder} belongs to another user")
     if stat.S_IMODE(status.st_mode) & 0o077:
-        raise UsageError(f"the folder {folder} is open to others: chmod 700 {folder}")
+        raise UsageError(f"the folder {folder} is open to others: its mode has to be 700")
 
 
 def listen_for_run() -> socket.socket:

@@ -74,6 +74,13 @@ class StateLost(StateError, ConnectionError):
     """Raised when the coordinator that holds the state is gone, or cannot be reached."""
 
 
+class StateRefused(StateError):
+    """Raised when the coordinator that holds the state does not trust us, or we not it:
+    another key, or an address of the wrong form."""
+
+    exit_status = 2
+
+
 # -- how one call can end, other than with its own exception --------------------------
 
 

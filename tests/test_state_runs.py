@@ -316,8 +316,9 @@ def test_state_is_reached_by_tls_too(runs: Runs, address: str) -> None:
     with pytest.raises(StateError, match="authkey") as caught:
         connect(f"tls://127.0.0.1:{port}", b"not the key of this run")
     assert b"not the key" not in str(caught.value).encode()
-    with pytest.raises(StateError, match=f"write tls://127.0.0.1:{port}"):
+    with pytest.raises(StateError, match=f"write tls://127.0.0.1:{port}") as caught:
         connect(f"127.0.0.1:{port}")
+    assert caught.value.exit_status == 2
     with connect(f"tls://127.0.0.1:{port}") as seen:
         seen.list("big").append("x" * 3_000_000)
         assert len(seen.list("big")[0]) == 3_000_000

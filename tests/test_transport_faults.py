@@ -335,6 +335,12 @@ def test_another_users_process_is_turned_away_from_a_unix_socket() -> None:
         assert "belongs to another user" in meeting.here.notices[0]
 
 
+def test_a_unix_socket_among_others_is_refused_with_the_reason() -> None:
+    with pytest.raises(UsageError, match="not in a folder that only you can look into"):
+        listen("/tmp/socket of a test", KEY, Reactor(), print)
+    assert not os.path.exists("/tmp/socket of a test")
+
+
 # -- TLS as it is ---------------------------------------------------------------------
 
 

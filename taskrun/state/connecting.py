@@ -30,7 +30,7 @@ def connect(
     and who must have signed the coordinator's.
 
     Raises UsageError where there is no such run or key, StateLost where nobody answers,
-    StateError where the key is not the right one.
+    StateRefused where the key is not the right one, or the address has another form.
     """
     if address is None or isinstance(address, str):
         address = addresses.find(address)

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from taskrun import context
 from taskrun.addresses import shown
-from taskrun.errors import DialError, StateError, StateLost
+from taskrun.errors import DialError, StateError, StateLost, StateRefused
 from taskrun.manager import protocol
 from taskrun.state.clients import concluded, refuse_deadlock, settle
 from taskrun.state.wire import (
@@ -68,7 +68,7 @@ class Connection:
         except BaseException as error:
             self.close()
             if isinstance(error, protocol.ProtocolError):
-                raise StateError(
+                raise StateRefused(
                     f"{shown(address)} does not accept this authkey: {error}"
                 ) from None
             raise
@@ -96,7 +96,7 @@ class Connection:
             route = Route.to(address, self._certificates())
             made, self._rest = open_socket(route, authkey, protocol.MANAGER, _DIAL_SECONDS)
         except DialError as error:
-            raise (StateLost if error.retry else StateError)(str(error)) from None
+            raise (StateLost if error.retry else StateRefused)(str(error)) from None
         return made
 
     def _certificates(self) -> Any:

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class Dialling:
         self._targets: deque[tuple[int, Any]] = deque()
         self._timer = reactor.call_at(monotonic() + timeout, self._on_timeout)
         reactor.call_soon(self._look_up)
+        _diallings.add(self)
 
     # -- where to ---------------------------------------------------------------------
 
@@ -304,6 +306,22 @@ class Dialling:
         self._timer.cancel()
         self._drop()
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the connection is the parent's."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+_diallings: weakref.WeakSet[Dialling] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for dialling in list(_diallings):
+        dialling._leave_to_parent()
+    _diallings.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 _TEXTS: dict[type, str] = {
     proof.WrongKey: "does not accept this authkey, or does not have it: both sides need the same",
