@@ -40,6 +40,10 @@ class BenchmarkError(Exception):
     """A command failed, hung, left processes behind, or gave a wrong answer."""
 
 
+class Unavailable(Exception):
+    """What a benchmark compares with is not on this machine."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """What one run of a command took: wall time until it ended, CPU time of its whole tree."""

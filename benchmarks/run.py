@@ -16,9 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import BenchmarkError, OthersLoad, adopt_orphans, python_version, wait_until_quiet
-from suite import BENCHMARKS, Benchmark
+import servers
+import suite
+from measure import (
+    BenchmarkError,
+    OthersLoad,
+    Unavailable,
+    adopt_orphans,
+    python_version,
+    wait_until_quiet,
+)
+from suite import Benchmark
 
+BENCHMARKS = (*suite.BENCHMARKS, *servers.BENCHMARKS)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 COLUMNS = (
     "benchmark", "what", "taskrun", "compared with", "its figure", "ratio", "target", "verdict",
@@ -50,10 +60,11 @@ def main(arguments: Sequence[str]) -> int:
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what runs, as Ctrl-C does
     chosen = [one for one in BENCHMARKS if not options.names or one.name in options.names]
-    results = [measured for one in chosen if (measured := attempt(one, options)) is not None]
+    attempts = [attempt(one, options) for one in chosen]
+    results = [measured for measured in attempts if isinstance(measured, Measured)]
     if not options.dry:
         RESULTS.write_text(document(results, RESULTS.read_text() if RESULTS.exists() else ""))
-    return 0 if len(results) == len(chosen) and all(one.reached for one in results) else 1
+    return 0 if None not in attempts and all(one.reached for one in results) else 1
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,10 +83,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def attempt(benchmark: Benchmark, options: argparse.Namespace) -> Measured | None:
+def attempt(benchmark: Benchmark, options: argparse.Namespace) -> Measured | Unavailable | None:
+    """The figures, or why there are none to be had here; None where it failed."""
     print(f"{benchmark.name}: {benchmark.what}", flush=True)
     try:
         measured = measure(benchmark, options.rounds or benchmark.rounds, options.patience)
+    except Unavailable as reason:
+        print(f"  left out: {reason}", flush=True)
+        return reason
     except BenchmarkError as error:
         print(f"  FAILED: {error}", flush=True)
         return None

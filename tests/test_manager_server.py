@@ -34,7 +34,7 @@ from manager_support import (
 )
 
 from taskrun.manager import SyncManager
-from taskrun.manager.protocol import answer_to, framed, header
+from taskrun.manager.protocol import Frames, answer_to, framed, header
 
 __all__ = ["deadline"]  # a fixture, used by all
 
@@ -259,12 +259,31 @@ def test_the_empty_key_is_taken_where_it_is_the_key() -> None:
             managers.SyncManager(address=server.address, authkey=b"a").connect()
 
 
-@pytest.mark.parametrize("sent", [length(257), length(-2), length(0x7FFFFFFF), header(1 << 31)])
+LENGTHS = [length(257), length(-2), length(0x7FFFFFFF), header(1 << 31), length(-1) + bytes(8)]
+
+
+@pytest.mark.parametrize("sent", LENGTHS)
 def test_a_length_that_no_handshake_has_closes_the_connection(sent: bytes) -> None:
     with running() as server, server.dial() as bare:
         bare.sendall(sent)
         assert is_closed(bare)
         assert works(server)
+
+
+def test_a_replayed_answer_opens_no_other_connection() -> None:
+    with running() as server:
+        with server.dial() as honest:
+            frames = Frames(1000)
+            challenge = receive(honest, frames).removeprefix(b"#CHALLENGE#")
+            answer = framed(answer_to(KEY, challenge))
+            honest.sendall(answer)
+            assert receive(honest, frames) == b"#WELCOME#"
+        with server.dial() as other:
+            frames = Frames(1000)
+            assert receive(other, frames) != b"#CHALLENGE#" + challenge
+            other.sendall(answer)
+            assert receive(other, frames) == b"#FAILURE#"
+            assert is_closed(other)
 
 
 def test_nothing_is_unpickled_before_the_key_is_proved(tmp_path: Path) -> None:
@@ -285,8 +304,6 @@ def test_nothing_is_unpickled_before_the_key_is_proved(tmp_path: Path) -> None:
 
 
 def greet_half(bare: socket.socket) -> Any:
-    from taskrun.manager.protocol import Frames
-
     frames = Frames(1000)
     challenge = receive(bare, frames).removeprefix(b"#CHALLENGE#")
     bare.sendall(framed(answer_to(KEY, challenge)))
@@ -317,23 +334,22 @@ def test_more_than_may_be_in_the_handshake_make_room_for_the_honest() -> None:
         assert time.monotonic() - began < 9  # sooner than at the deadline of the silent ones
 
 
-def test_one_byte_now_and_then_does_not_move_the_deadline() -> None:
-    with running(handshake_timeout=1.0) as server, server.dial() as bare:
+def test_a_byte_every_half_second_does_not_move_the_deadline() -> None:
+    with running(handshake_timeout=2.0) as server, server.dial() as bare:
+        active = server.client().dict(a=1)
         began = time.monotonic()
-        bare.setblocking(False)
-        slowly = iter(length(200) + bytes(200))
-        closed = False
-        while not closed and time.monotonic() - began < 10:
+        bare.settimeout(0.5)
+        for byte in length(200) + bytes(16):
             try:
-                bare.send(bytes([next(slowly)]))
-                time.sleep(0.1)
-                closed = not bare.recv(1000)
-            except BlockingIOError:
-                pass
+                bare.sendall(bytes([byte]))
+                while bare.recv(1000):
+                    pass
+                break
+            except TimeoutError:
+                assert active["a"] == 1
             except OSError:
-                closed = True
-        assert closed
-        assert 0.5 < time.monotonic() - began < 5
+                break
+        assert 1.9 < time.monotonic() - began < 5
 
 
 def test_fuzzed_connections_leave_the_server_as_it_was() -> None:
@@ -376,6 +392,21 @@ time.sleep(60)
         client.kill()
         wait_for(lambda: not server.server._peers)
         assert works(server)
+
+
+def test_over_tcp_the_references_of_a_killed_client_stay_as_in_the_standard_library() -> None:
+    code = """
+kept = [manager.dict(), manager.list()]
+say(manager._number_of_objects())
+time.sleep(60)
+"""
+    with running(TCP) as server, Client(server.address, code) as client:
+        assert client.hear() == "2"
+        mine = server.client().dict()
+        client.kill()
+        wait_for(lambda: len(server.server._peers) == 0)
+        assert len(server.server.objects.counted()) == 3
+        mine["a"] = 1
 
 
 def test_the_references_of_a_killed_client_are_released() -> None:

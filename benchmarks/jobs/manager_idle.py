@@ -1,23 +1,21 @@
-"""Eleven thousand idle clients on one thread; and then they all speak, in pieces.
+"""A Manager server, taskrun's or the standard library's, with idle clients; prints one figure.
 
-    python benchmarks/manager_idle.py [--clients 11000] [--theirs 1000]
+    manager_idle.py taskrun|stdlib memory|latency|speak CLIENTS
 
-Measured: the server's threads and resident memory, for each idle client; the latency of one
-active client without and with the idle ones beside it; then every client sends three
-requests, each in three parts, and must get its three answers.  The standard library's
-server is measured beside it with fewer clients: it has a thread for each.
+``memory``: KiB of the server's resident memory for each; taskrun's must have one thread.
+``latency``: median microseconds of a get by one active client beside them.  ``speak``:
+seconds until each has sent three requests, each in three parts, and got its three answers.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import os
 import pickle
 import resource
 import socket
 import statistics
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,46 +113,30 @@ def speak(clients: list[socket.socket], ident: str) -> float:
     return time.perf_counter() - began
 
 
-def measure(name: str, kind: type[managers.SyncManager], number: int) -> None:
-    with served(kind) as manager:
+def main(side: str, what: str, number: int) -> float:
+    raise_limit(number)
+    gc.freeze()
+    with served(SyncManager if side == "taskrun" else managers.SyncManager) as manager:
         pid = manager._process.pid
         stock = managers.SyncManager(address=manager.address, authkey=KEY)
         stock.connect()
         shared = stock.dict(a=1)
-        alone = latency(shared)
-        memory = status(pid, "VmRSS")
-        began = time.perf_counter()
+        latency(shared, 100)  # all that it needs is there
+        before = status(pid, "VmRSS")
         clients = [connect(manager.address) for _ in range(number)]
-        connecting = time.perf_counter() - began
-        memory, threads = status(pid, "VmRSS") - memory, status(pid, "Threads")
-        beside = latency(shared)
-        print(
-            f"{name}: {number:,} idle clients, connected in {connecting:.1f} s:"
-            f" {threads:,} threads, {memory / number:.2f} KiB each"
-        )
-        print(
-            f"{name}: one active client: {alone * 1e6:.0f} us alone, {beside * 1e6:.0f} us"
-            f" beside them ({beside / alone - 1:+.0%})"
-        )
-        took = speak(clients, shared._token.id)
-        print(f"{name}: {3 * number:,} requests in three parts: {took:.2f} s, none lost")
+        if side == "taskrun":
+            assert status(pid, "Threads") == 1, "more than one thread"
+        if what == "memory":
+            figure = (status(pid, "VmRSS") - before) / number
+        elif what == "latency":
+            figure = latency(shared) * 1e6
+        else:
+            figure = speak(clients, shared._token.id)
         for client in clients:
             client.close()
         del shared
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, default=11_000)
-    parser.add_argument("--theirs", type=int, default=1_000)
-    options = parser.parse_args()
-    raise_limit(options.clients)
-    gc.freeze()
-    print(f"{os.cpu_count()} cores")
-    measure("ours", SyncManager, options.clients)
-    if options.theirs:
-        measure("theirs", managers.SyncManager, options.theirs)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    print(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
