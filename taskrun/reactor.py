@@ -94,7 +94,7 @@ class Reactor:
         self._timers: list[tuple[float, int, Timer]] = []
         self._ticket = 0
         self._inbox: deque[Callback] = deque()
-        self._woken = False
+        self._woken = self._closed = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -184,6 +184,9 @@ class Reactor:
             self._wake_writer.send(b"\0")
         except BlockingIOError:
             pass  # it is full of wake-ups already
+        except OSError:
+            if not self._closed:  # meanwhile, by the loop's own thread
+                raise
 
     def _on_wakeup(self) -> None:
         # Unset before the inbox is emptied: what is posted from now on wakes again.
@@ -253,7 +256,8 @@ class Reactor:
         return number
 
     def close(self) -> None:
-        """Let go of everything; nothing is called any more."""
+        """Let go of everything; nothing is called any more, whatever is posted."""
+        self._closed = True
         self._poller.close()
         self._interests.clear()
         self._timers.clear()

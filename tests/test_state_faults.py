@@ -25,6 +25,7 @@ from taskrun.state.remote import Connection, _readable
 
 __all__ = ["live", "own_runtime"]
 pytestmark = pytest.mark.timeout(300 if os.environ.get("STATE_SOAK") else 90)
+NO_TLS = (None, None, None)
 SOAK = bool(os.environ.get("STATE_SOAK"))
 
 
@@ -78,7 +79,7 @@ def test_a_client_killed_in_the_middle_of_a_request_is_forgotten(live: Live) -> 
 
     def half(other: Connected) -> None:
         other.counter("c").add(1)
-        connection = other._client._connection()
+        connection = other._client.connect()
         connection._socket.sendall(framed(pickle.dumps(("counter.add", "c", None, (1,))))[:-3])
         sent.set()
         time.sleep(60)
@@ -110,7 +111,7 @@ def _getters(live: Live) -> int:
 
 def test_the_locks_of_an_attempt_are_free_when_it_has_ended(live: Live) -> None:
     live.running.add((7, 1))
-    holder = Connection(live.service.address, live.service.authkey, ("client", "w1"))
+    holder = Connection(live.service.address, live.service.authkey, ("client", "w1"), NO_TLS)
     holder.send(("lock.acquire", "l", None, (("attempt", 7, 1), "a place", True)))
     assert holder.receive() == (0, True)
     state = live.connect()
@@ -122,6 +123,62 @@ def test_the_locks_of_an_attempt_are_free_when_it_has_ended(live: Live) -> None:
     holder.send(("lock.acquire", "l", None, (("attempt", 7, 1), "a place", True)))
     assert holder.receive()[1] == ("StateError", ("call 7, attempt 1 has ended: it gets no lease",))
     holder.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kind", ["lock", "semaphore"])
+def test_a_lock_that_did_not_reach_whoever_asked_for_it_is_free(
+    live: Live, kind: str, waits: bool
+) -> None:
+    # As when acquire_async() is cancelled just then; its attempt goes on.
+    live.running.add((7, 1))
+    owner, place = ("attempt", 7, 1), "a place"
+    options = (1,) if kind == "semaphore" else None
+    state = live.connect()
+    ours = state.lock("x") if kind == "lock" else state.semaphore("x", 1)
+    if waits:
+        ours.acquire()
+    asks = Connection(live.service.address, live.service.authkey, ("client", "w1"), NO_TLS)
+    asks.send((f"{kind}.acquire", "x", options, (owner, place, True)))
+    if waits:
+        wait_until(lambda: state.value("x")["waiting"] == 1)
+        ours.release()
+    wait_until(lambda: ours.locked())
+    asks.close()
+    assert ours.acquire(timeout=20)
+
+
+def test_a_lock_that_was_acknowledged_stays_with_its_attempt(live: Live) -> None:
+    live.running.add((7, 1))
+    asks = Connection(live.service.address, live.service.authkey, ("client", "w1"), NO_TLS)
+    asks.send(("lock.acquire", "x", None, (("attempt", 7, 1), "a place", True)))
+    assert asks.receive() == (0, True)
+    asks.send("acknowledge")
+    before = len(live.service.sessions)
+    asks.close()
+    wait_until(lambda: len(live.service.sessions) < before)
+    assert not live.connect().lock("x").acquire(blocking=False)
+
+
+def test_an_operation_within_another_one_takes_no_reply_of_it(live: Live) -> None:
+    # A finalizer or a signal handler that comes between a request and its reply.
+    state = live.connect()
+    c = state.counter("c")
+    c.add(0)  # this thread has a connection
+    receive = Connection.receive
+    within: list[Any] = []
+
+    def interrupted(self: Connection) -> Any:
+        if not within:
+            within.append("begun")
+            within.append(c.add(100))
+        return receive(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "receive", interrupted)
+        outer = c.add(1)
+    assert sorted((outer, within[1])) in ([1, 101], [100, 101])
+    assert outer - within[1] in (1, -100)
 
 
 def test_a_forked_child_uses_a_connection_of_its_own(live: Live) -> None:
@@ -165,7 +222,7 @@ def test_who_waits_when_the_coordinator_goes_is_told(own_runtime: Any) -> None:
 
 
 def test_an_answer_that_came_together_with_another_is_seen(live: Live) -> None:
-    both = Connection(live.service.address, live.service.authkey, ("client", "both"))
+    both = Connection(live.service.address, live.service.authkey, ("client", "both"), NO_TLS)
     request = framed(pickle.dumps(("counter.add", "c", None, (1,))))
     both._socket.sendall(request + request)
     wait_until(lambda: live.service.store.execute(("counter.get", "c", None, ()), None)[1] == 2)  # type: ignore[arg-type]
@@ -208,7 +265,7 @@ def test_garbage_after_the_handshake_ends_that_client_only(live: Live) -> None:
     state.counter("c").add(1)
     chance = random.Random(5)
     for number in range(60):
-        wild = Connection(live.service.address, live.service.authkey, ("client", "wild"))
+        wild = Connection(live.service.address, live.service.authkey, ("client", "wild"), NO_TLS)
         sock = wild._socket
         try:
             if number % 3 == 0:
@@ -227,7 +284,7 @@ def test_garbage_after_the_handshake_ends_that_client_only(live: Live) -> None:
 
 
 def test_a_request_that_names_code_is_not_unpickled(live: Live) -> None:
-    wild = Connection(live.service.address, live.service.authkey, ("client", "wild"))
+    wild = Connection(live.service.address, live.service.authkey, ("client", "wild"), NO_TLS)
     wild._send_bytes(pickle.dumps(("dict.set", "d", None, ("k", socket.gethostname))))
     with pytest.raises(StateLost):
         wild.receive()

@@ -205,7 +205,7 @@ def test_a_set_says_what_was_new(made: Any) -> None:
 def test_a_counter_adds_and_says_what_it_has_become(made: Any) -> None:
     c = made.counter("c")
     assert (c.add(), c.add(4), c.add(-2.5), c.get(), c.set(7), c.get()) == (1, 5, 2.5, 2.5, 2.5, 7)
-    with pytest.raises(TypeError, match="adds numbers, not str"):
+    with pytest.raises(TypeError, match="takes numbers, not str"):
         c.add("x")
 
 
@@ -508,3 +508,106 @@ def test_who_watches_too_slowly_is_told_what_was_missed(made: Any) -> None:
             else:
                 seen += 1
     assert missed and seen + missed == 60_000
+
+
+# -- what others do meanwhile, and what is passed by mistake --------------------------
+
+
+class Text(str):
+    """A str of a class that the coordinator does not know."""
+
+
+class Number(int):
+    """The same of an int."""
+
+
+def test_what_cannot_be_a_key_cannot_be_looked_up_either(made: Any) -> None:
+    d, s, wrong = made.dict("d"), made.set("s"), Path("x")
+    for look in (
+        lambda: d[wrong],
+        lambda: d.get(wrong),
+        lambda: wrong in d,
+        lambda: d.pop(wrong, None),
+        lambda: d.__delitem__(wrong),
+        lambda: d.get_many([wrong]),
+        lambda: d.delete_many([wrong]),
+        lambda: wrong in s,
+        lambda: s.discard(wrong),
+        lambda: s.discard_many([wrong]),
+        lambda: s.__iand__({wrong}),
+    ):
+        with pytest.raises(TypeError, match="cannot be a key"):
+            look()
+    assert len(d) == len(s) == 0  # and the connection is as it was
+
+
+def test_subclasses_of_numbers_and_strings_are_what_they_extend(made: Any) -> None:
+    made.dict(Text("d"))["a"] = Text("kept")
+    assert made.dict("d")["a"] == "kept"
+    assert made.counter("c").add(Number(2)) == 2 and made.counter("c").add(True) == 3
+    items = made.list("l")
+    items.extend(range(5))
+    assert items[Number(1) :] == [1, 2, 3, 4] and items[Number(1)] == 1
+    with pytest.raises(TypeError):
+        items[1.5:]
+
+
+def test_sort_loses_nothing_that_came_meanwhile(made: Any) -> None:
+    items = made.list("l")
+    items.extend([3, 1])
+    late = [2, 5]
+
+    def key(value: int) -> int:
+        if late:
+            items.append(late.pop())
+        return value
+
+    items.sort(key=key)
+    assert items == [1, 2, 3, 5]
+
+
+def test_remove_does_not_take_what_was_put_in_that_place_meanwhile(made: Any) -> None:
+    items = made.list("l")
+    items.extend(["a", "b"])
+
+    class OnceEqual:
+        def __eq__(self, other: object) -> bool:
+            if other == "a":
+                items[0] = "other"
+            return other == "a"
+
+        __hash__ = None  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match="not in list"):
+        items.remove(OnceEqual())
+    assert items == ["other", "b"]
+
+
+def test_index_of_a_list_is_that_of_a_list(made: Any) -> None:
+    items = made.list("l")
+    items.extend("abcab")
+    assert (items.index("b"), items.index("b", 2), items.index("c", -3)) == (1, 4, 2)
+    with pytest.raises(ValueError, match="not in list"):
+        items.index("c", 3)
+
+
+class RaisesKeyError:
+    """Raises it when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return {}.__getitem__, ("inner",)
+
+
+def test_a_value_that_cannot_be_loaded_is_not_taken_for_a_missing_one(made: Any) -> None:
+    d = made.dict("d")
+    d["k"] = RaisesKeyError()
+    for take in (d.get, d.pop):
+        with pytest.raises(KeyError, match="inner"):
+            take("k", "default")
+
+
+def test_an_iteration_goes_on_after_others_waits_in_its_thread(made: Any) -> None:
+    d, q = made.dict("d"), made.queue("q")
+    d.update(dict.fromkeys(range(2500), 0))
+    q.put_many(range(2500))
+    assert [q.get(timeout=20) for _ in d] == list(range(2500))

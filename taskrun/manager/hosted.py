@@ -87,6 +87,8 @@ _CONSTANT = {
     "append", "discard", "extend", "get", "insert", "pop", "popitem", "set", "setdefault",
     "update",
 }  # fmt: skip
+_SHOWING = {"__repr__", "__str__"}
+_SHOWN = 100  # items; each may be large in itself
 _MULTIPLY = {"__imul__", "__mul__", "__rmul__"}
 
 
@@ -99,6 +101,6 @@ def takes_long(value: Any, method: str, args: tuple[Any, ...]) -> bool:
     if method == "__getitem__" and not (args and type(args[0]) is slice):
         return False
     try:
-        return len(value) > LONG
+        return len(value) > (LONG if method not in _SHOWING else _SHOWN)
     except TypeError:  # it has no length
         return False

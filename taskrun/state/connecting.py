@@ -48,8 +48,12 @@ class Connected:
     """
 
     def __init__(
-        self, address: Any, authkey: bytes, tls: tuple[str | None, str | None, str | None]
+        self,
+        address: Any,
+        authkey: bytes,
+        tls: tuple[str | None, str | None, str | None] = (None, None, None),
     ) -> None:
+        """``tls``: a certificate, its key, and who signs the others'."""
         self.address = address
         self._client = RemoteClient(address, authkey, tls=tls)
         self._client.connect().close()  # now, rather than at first use, it is told

@@ -65,16 +65,16 @@ class Dict(_Container, MutableMapping[Any, Any]):
     __hash__ = Handle.__hash__
 
     def __getitem__(self, key: Any) -> Any:
-        return as_copy(from_stored(self._do("get", key)), "dict", self.name, key)
+        return as_copy(from_stored(self._do("get", check_key(key))), "dict", self.name, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._do("set", check_key(key), to_stored(value))
 
     def __delitem__(self, key: Any) -> None:
-        self._do("delete", key)
+        self._do("delete", check_key(key))
 
     def __contains__(self, key: object) -> bool:
-        return bool(self._do("contains", key))
+        return bool(self._do("contains", check_key(key)))
 
     def __iter__(self) -> Iterator[Any]:
         return (key for page in self._pages("keys") for key in page)
@@ -86,19 +86,18 @@ class Dict(_Container, MutableMapping[Any, Any]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of ``key``, or ``default``."""
-        try:
-            return self[key]
-        except KeyError:
-            return default
+        version, stored = self._do("read", check_key(key))
+        return as_copy(from_stored(stored), "dict", self.name, key) if version else default
 
     def pop(self, key: Any, default: Any = MISSING) -> Any:
         """Remove ``key`` and give its value; of all who try, one gets it."""
         try:
-            return from_stored(self._do("pop", key))
+            stored = self._do("pop", check_key(key))
         except KeyError:
             if default is MISSING:
                 raise
             return default
+        return from_stored(stored)
 
     def popitem(self) -> tuple[Any, Any]:
         """Remove the item that came last, and give it."""
@@ -122,11 +121,11 @@ class Dict(_Container, MutableMapping[Any, Any]):
 
     def get_many(self, keys: Iterable[Any]) -> dict[Any, Any]:
         """The items of those ``keys`` that are there, in one round trip."""
-        return {key: from_stored(stored) for key, stored in self._do("get_many", list(keys))}
+        return {key: from_stored(stored) for key, stored in self._do("get_many", _keys(keys))}
 
     def delete_many(self, keys: Iterable[Any]) -> int:
         """Delete those ``keys`` that are there, in one round trip; gives how many were."""
-        return int(self._do("delete_many", list(keys)))
+        return int(self._do("delete_many", _keys(keys)))
 
     def update_at(self, key: Any, function: Callable[[Any], Any], default: Any = MISSING) -> Any:
         """Set ``key`` to ``function(value)``, in one step as far as others can see; gives
@@ -186,6 +185,10 @@ class _Values(ValuesView[Any]):
 
     def __contains__(self, value: object) -> bool:
         return any(value == one for one in self)
+
+
+def _keys(keys: Iterable[Any]) -> list[Any]:
+    return [check_key(key) for key in keys]
 
 
 def _to_pairs(items: dict[Any, Any]) -> list[tuple[Any, Any]]:
@@ -253,21 +256,24 @@ class List(_Container, MutableSequence[Any]):
         """Remove the first item that equals ``value``; the comparison is done here, and again
         where the list has changed meanwhile."""
         while True:
-            version, values = self._do("read")
-            place = [from_stored(one) for one in values].index(value)
-            if self._do("delete_if", place, version):
+            moves, _, stored = self._do("read")
+            place = [from_stored(one) for one in stored].index(value)
+            if self._do("delete_if", place, moves, stored[place]):
                 return
 
     def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
         """Sort it in place; the comparison is done here, as for :meth:`remove`."""
         while True:
-            version, stored = self._do("read")
+            _, version, stored = self._do("read")
             values = sorted(map(from_stored, stored), key=key, reverse=reverse)
             if self._do("replace_if", [to_stored(value) for value in values], version):
                 return
 
     def reverse(self) -> None:
         self._do("reverse")
+
+    def index(self, value: Any, *between: int) -> int:
+        return self[:].index(value, *between)  # type: ignore[no-any-return]
 
     def copy(self) -> list[Any]:
         """A plain list of what is there now."""
@@ -281,7 +287,10 @@ def _index(index: Any) -> int:
 
 
 def _parts(part: slice) -> tuple[Any, Any, Any]:
-    return part.start, part.stop, part.step
+    start, stop, step = (
+        None if one is None else _index(one) for one in (part.start, part.stop, part.step)
+    )
+    return start, stop, step
 
 
 class Set(_Container, MutableSet[Any]):
@@ -295,7 +304,7 @@ class Set(_Container, MutableSet[Any]):
         return set(it)
 
     def __contains__(self, item: object) -> bool:
-        return bool(self._do("contains", item))
+        return bool(self._do("contains", check_key(item)))
 
     def __iter__(self) -> Iterator[Any]:
         return (item for page in self._pages() for item in page)
@@ -326,7 +335,7 @@ class Set(_Container, MutableSet[Any]):
 
     def add_many(self, items: Iterable[Any]) -> list[Any]:
         """Add many items, in one round trip; gives those that were new, in order."""
-        new: list[Any] = self._do("update", [check_key(item) for item in items])
+        new: list[Any] = self._do("update", _keys(items))
         return new
 
     def update(self, *others: Iterable[Any]) -> None:
@@ -335,7 +344,7 @@ class Set(_Container, MutableSet[Any]):
 
     def discard(self, item: Any) -> bool:  # type: ignore[override]
         """Remove an item; gives whether it was there."""
-        return bool(self._do("discard", item))
+        return bool(self._do("discard", check_key(item)))
 
     def remove(self, item: Any) -> None:
         if not self.discard(item):
@@ -343,7 +352,7 @@ class Set(_Container, MutableSet[Any]):
 
     def discard_many(self, items: Iterable[Any]) -> int:
         """Remove those ``items`` that are there, in one round trip; gives how many were."""
-        return int(self._do("discard_many", list(items)))
+        return int(self._do("discard_many", _keys(items)))
 
     def pop(self) -> Any:
         """Remove the item that came first, and give it."""
@@ -362,5 +371,5 @@ class Set(_Container, MutableSet[Any]):
         return self
 
     def __iand__(self, other: Iterable[Any]) -> Set:
-        self._do("keep", list(other))
+        self._do("keep", _keys(other))
         return self

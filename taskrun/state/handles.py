@@ -42,7 +42,7 @@ class Handle:
     def __init__(self, name: str, *options: Any, client: Client | None = None) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"the name of a shared object is a str, not {name!r}")
-        self.name = name
+        self.name = str.__str__(name)  # of a subclass the coordinator knows nothing
         self._options = options or None
         self._bound = client
 
@@ -161,7 +161,7 @@ class Counter(Handle):
 
     def add(self, amount: float = 1) -> Any:
         """Add ``amount``; gives what the counter has become."""
-        return self._do("add", amount)
+        return self._do("add", _plain(amount))
 
     def get(self) -> Any:
         """What it is now."""
@@ -169,10 +169,21 @@ class Counter(Handle):
 
     def set(self, value: float) -> Any:
         """Set it; gives what it was before."""
-        return self._do("set", value)
+        return self._do("set", _plain(value))
 
     def _described(self) -> str:
         return str(self.get())
+
+
+def _plain(number: Any) -> Any:
+    """An int or float; those of numpy, for example, become one.  Raises TypeError."""
+    if type(number) in (int, float):
+        return number
+    from numbers import Integral, Real
+
+    if not isinstance(number, Real):
+        raise TypeError(f"a counter takes numbers, not {type(number).__name__}")
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 # -- what can be waited for -----------------------------------------------------------

@@ -153,20 +153,22 @@ class Dict(Hosted):
 
 
 class List(Hosted):
-    """Values in order.  ``version`` changes whenever the places of items do."""
+    """Values in order.  ``moves`` changes whenever the places of items do, ``version``
+    whenever anything does."""
 
     kind = "list"
 
     def __init__(self, name: str, options: tuple[Any, ...], ears: list[Ear]) -> None:
         super().__init__(name, options, ears)
         self.items: list[Stored] = []
-        self.version = 0
+        self.moves = self.version = 0
 
     def __len__(self) -> int:
         return len(self.items)
 
     def _moved(self, since: int) -> None:
         """Everything from index ``since`` on may be different."""
+        self.moves += 1
         self.version += 1
         self.tell(CHANGED, since)
 
@@ -176,6 +178,7 @@ class List(Hosted):
     def set(self, index: int, value: Stored) -> None:
         _check_stored(value)
         self.items[index] = value
+        self.version += 1
         self.tell(SET, index % len(self.items), value)
 
     def slice(self, start: Any, stop: Any, step: Any) -> list[Stored]:
@@ -194,6 +197,7 @@ class List(Hosted):
     def append(self, value: Stored) -> None:
         _check_stored(value)
         self.items.append(value)
+        self.version += 1
         self.tell(SET, len(self.items) - 1, value)
 
     def extend(self, values: list[Stored]) -> None:
@@ -201,6 +205,7 @@ class List(Hosted):
             _check_stored(value)
         start = len(self.items)
         self.items.extend(values)
+        self.version += 1
         if self._ears:
             for place, value in enumerate(values, start):
                 self.tell(SET, place, value)
@@ -218,9 +223,9 @@ class List(Hosted):
         self._moved(index if index >= 0 else len(self.items) + 1 + index)
         return value
 
-    def delete_if(self, index: int, version: int) -> bool:
-        """Delete an item, if nothing has moved since the list had that version."""
-        if version != self.version:
+    def delete_if(self, index: int, moves: int, value: Stored) -> bool:
+        """Delete an item, if it is still in that place."""
+        if moves != self.moves or self.items[index] != value:
             return False
         self.pop(index)
         return True
@@ -231,8 +236,9 @@ class List(Hosted):
         self.set_slice(None, None, None, values)
         return True
 
-    def read(self) -> tuple[int, list[Stored]]:
-        return self.version, self.items
+    def read(self) -> tuple[int, int, list[Stored]]:
+        """(moves, version, values)."""
+        return self.moves, self.version, list(self.items)
 
     def reverse(self) -> None:
         self.items.reverse()
@@ -240,6 +246,7 @@ class List(Hosted):
 
     def clear(self) -> None:
         self.items.clear()
+        self.moves += 1
         self.version += 1
         self.tell(CLEARED)
 

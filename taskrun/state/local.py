@@ -13,8 +13,7 @@ from taskrun import context
 from taskrun.errors import StateError
 from taskrun.state.clients import concluded, refuse_deadlock, settle
 from taskrun.state.store import Store
-from taskrun.state.stored import Stored
-from taskrun.state.waiting import Queue, Wait
+from taskrun.state.waiting import Wait
 from taskrun.state.wire import LEASED, MISSED, PARKED, Owner, Reply, Request
 
 MOST_CHANGES: Final = 10_000  # kept for one who watches
@@ -29,7 +28,7 @@ class Caller:
     def __init__(self, wake: Callable[[], object] = lambda: None) -> None:
         """``wake`` is called when there is an answer, perhaps on another thread."""
         self.wait: Wait | None = None
-        self.taken: tuple[Queue, int, Stored] | None = None
+        self.undo: Callable[[], object] | None = None
         self.answers: deque[Reply] = deque()
         self._came = threading.Event()
         self._wake = wake

@@ -246,18 +246,18 @@ class RemoteClient:
         self._all.add(made)
         return made
 
-    def _connection(self) -> Connection:
-        """This thread's."""
+    def _take(self) -> Connection:
+        """This thread's connection.  Until it is put back nobody uses it: what is executed on
+        top of this operation (another call, a finalizer, a signal handler) makes its own."""
         found: Connection | None = getattr(self._thread, "connection", None)
-        if found is None:
-            found = self._thread.connection = self.connect()
-        return found
-
-    def _drop(self) -> None:
-        connection = getattr(self._thread, "connection", None)
         self._thread.connection = None
-        if connection is not None:
-            connection.close()
+        return found or self.connect()
+
+    def _put_back(self, connection: Connection) -> None:
+        other: Connection | None = getattr(self._thread, "connection", None)
+        self._thread.connection = connection  # it may have iterations that go on
+        if other is not None:
+            other.close()
 
     def close(self) -> None:
         """End all connections; what they hold is released."""
@@ -275,33 +275,32 @@ class RemoteClient:
     # -- operations -------------------------------------------------------------------
 
     def call(self, request: Request) -> Any:
+        connection = self._ask(request)
         try:
-            reply = self._ask(request).receive()
+            reply = connection.receive()
         except BaseException:
-            self._drop()
+            connection.close()
             raise
+        self._put_back(connection)
         return reply[1] if reply[0] == OK else concluded(reply)
 
     def _ask(self, request: Request) -> Connection:
         """Send a request.  Where the connection has ended meanwhile, it has not been read,
         and goes over a new one."""
-        connection = self._connection()
+        connection = self._take()
         try:
             connection.send(request)
         except OSError:
-            self._drop()
-            connection = self._connection()
+            connection.close()
+            connection = self.connect()
             connection.send(request)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def wait(self, request: Request, timeout: float | None) -> Any:
-        try:
-            connection = self._ask(request)
-        except BaseException:
-            self._drop()
-            raise
-        # Meanwhile another call may be executed on top of this one, in this thread.
-        self._thread.connection = None
+        connection = self._ask(request)
         try:
             reply = connection.receive()
             if reply[0] == PARKED:
@@ -310,10 +309,7 @@ class RemoteClient:
         except BaseException:
             connection.close()
             raise
-        if self._thread.connection is None:
-            self._thread.connection = connection
-        else:
-            connection.close()
+        self._put_back(connection)
         return concluded(reply)
 
     def _wait(
@@ -398,11 +394,11 @@ async def _readable(connection: Connection, timeout: float | None, *, alone: boo
 
 
 def _acknowledge(connection: Connection, request: Request, reply: Reply) -> None:
-    if request[0] == "queue.get" and reply[0] == OK:
+    if (request[0] == "queue.get" or request[0] in LEASED) and reply[0] == OK:
         try:
             connection.send(ACKNOWLEDGE)
         except OSError:
-            pass  # the coordinator is gone, but the item is here
+            pass  # the coordinator is gone, but an item is here
 
 
 _clients: weakref.WeakSet[RemoteClient] = weakref.WeakSet()

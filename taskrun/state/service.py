@@ -224,7 +224,7 @@ class Service:
         except (LookupError, TypeError):
             connection.close()  # it says something else
             return
-        self.sessions.add(Session(self, connection, owner, received))
+        Session(self, connection, owner, received)  # it enters itself
 
     def report(self) -> None:
         """In an ``except`` block: what should not happen is shown."""

@@ -11,8 +11,7 @@ from typing import Any, Final, Protocol
 from taskrun.manager import pickling, protocol
 from taskrun.reactor import Reactor
 from taskrun.state.store import Store
-from taskrun.state.stored import Stored
-from taskrun.state.waiting import Queue, Wait
+from taskrun.state.waiting import Wait
 from taskrun.state.wire import (
     ACKNOWLEDGE,
     CHANGE,
@@ -60,7 +59,7 @@ class Session:
         self, service: Host, connection: socket.socket, owner: Owner, received: bytes
     ) -> None:
         self.wait: Wait | None = None
-        self.taken: tuple[Queue, int, Stored] | None = None
+        self.undo: Callable[[], object] | None = None
         self._service = service
         self._store: Store = service.store
         self._reactor: Reactor = service.reactor
@@ -70,6 +69,7 @@ class Session:
         self._unsent = bytearray()
         self._missed = 0
         self._closed = False
+        service.sessions.add(self)
         self._store.joined(self, owner)
         self._reactor.add_reader(connection.fileno(), self._on_readable)
         self._send(protocol.framed(pickle.dumps(("#RETURN", None))))
@@ -117,7 +117,7 @@ class Session:
     def _handle(self, payload: bytes) -> None:
         request = _loaded(payload)
         if request == ACKNOWLEDGE:
-            self.taken = None
+            self.undo = None
         elif request == WITHDRAW:
             reply = self._store.withdraw(self)
             if reply is not None:

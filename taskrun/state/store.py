@@ -146,13 +146,13 @@ class Store:
             self._clients[owner].add(client)
 
     def left(self, client: Client, owner: Owner) -> None:
-        """It is gone: it waits for nothing any more, and an item that did not reach it goes
-        back.  With the last connection of an owner go its leases."""
+        """It is gone: it waits for nothing any more, and what did not reach it goes back.
+        With the last connection of an owner go its leases."""
         with self.mutex:
             client.wait = None
-            if client.taken is not None:
-                (queue, number, value), client.taken = client.taken, None
-                queue.put_back(number, value)
+            undo, client.undo = client.undo, None
+            if undo is not None:
+                undo()
             self._cursors.pop(client, None)
             self._forget_watcher(client)
             self._clients[owner].discard(client)
@@ -173,10 +173,6 @@ class Store:
                 return None
             client.wait = None
             return TIMED_OUT, None
-
-    def acknowledge(self, client: Client) -> None:
-        """The item that ``client`` took has arrived."""
-        client.taken = None
 
     def put_back(self, name: str, value: Any) -> None:
         """Whoever took an item of a queue was interrupted."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import queue
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Final, Protocol
 
 from taskrun.errors import StateError
@@ -27,7 +28,8 @@ class Client(Protocol):
     """Who asks; it waits for one thing at a time."""
 
     wait: Wait | None
-    taken: tuple[Queue, int, Stored] | None
+    undo: Callable[[], object] | None
+    """Takes back what was given to it, until it has acknowledged that."""
     acknowledges: bool
 
     def answer(self, reply: Reply) -> object:
@@ -55,10 +57,12 @@ class Waits:
 
     def __init__(self) -> None:
         self._waits: deque[Wait] = deque()
+        self._tidy_at = 16
 
     def add(self, wait: Wait) -> None:
-        if len(self._waits) > 2 * len(self) + 8:
-            self._waits = deque(self)  # most were withdrawn
+        if len(self._waits) >= self._tidy_at:
+            self._waits = deque(self)  # many may have been withdrawn
+            self._tidy_at = 2 * len(self._waits) + 16
         self._waits.append(wait)
 
     def __iter__(self) -> Iterator[Wait]:
@@ -154,7 +158,7 @@ class Queue(Hosted):
 
     def _give(self, client: Client, number: int, value: Stored) -> None:
         if client.acknowledges:
-            client.taken = (self, number, value)
+            client.undo = partial(self.put_back, number, value)
 
     def _fill(self) -> None:
         while not self._is_full() and (putter := self._putters.take()) is not None:
@@ -203,35 +207,42 @@ class Lock(Hosted):
         return len(self._waits)
 
     def acquire(self, client: Client, owner: Owner, place: Any, parks: bool) -> Reply:
-        if self._holder == (owner, place):
-            self._depth += 1
-            return OK, True
-        if self._holder is None:
-            self._take(owner, place)
+        if self._holder in (None, (owner, place)):
+            self._take(client if parks else None, owner, place)
             return OK, True
         if not parks:
             return OK, False
         self._waits.add(Wait(client, owner, place))
         return PARKED, self._holder
 
-    def _take(self, owner: Owner, place: Any) -> None:
-        self._holder, self._depth = (owner, place), 1
+    def _take(self, client: Client | None, owner: Owner, place: Any) -> None:
+        self._holder = owner, place
+        self._depth += 1
+        if client is not None and client.acknowledges:
+            client.undo = partial(self._undo, owner, place)
+
+    def _undo(self, owner: Owner, place: Any) -> None:
+        if self._holder == (owner, place):
+            self._release()
 
     def release(self, client: Client, owner: Owner, place: Any) -> Reply:
         if self._holder != (owner, place):
             held = "is not held" if self._holder is None else "is held by somebody else"
             raise RuntimeError(f"release of state lock {self.name!r}, which {held}")
+        self._release()
+        return DONE
+
+    def _release(self) -> None:
         self._depth -= 1
         if not self._depth:
             self._pass_on()
-        return DONE
 
     def _pass_on(self) -> None:
-        self._holder = None
+        self._holder, self._depth = None, 0
         wait = self._waits.take()
         if wait is not None:
             assert wait.owner is not None
-            self._take(wait.owner, wait.detail)
+            self._take(wait.client, wait.owner, wait.detail)
             wait.end((OK, True))
 
     def locked(self, client: Client) -> Reply:
@@ -266,16 +277,22 @@ class Semaphore(Hosted):
 
     def acquire(self, client: Client, owner: Owner, place: Any, parks: bool) -> Reply:
         if self._free:
-            self._take(owner)
+            self._take(client if parks else None, owner)
             return OK, True
         if not parks:
             return OK, False
         self._waits.add(Wait(client, owner))
         return PARKED, None
 
-    def _take(self, owner: Owner) -> None:
+    def _take(self, client: Client | None, owner: Owner) -> None:
         self._free -= 1
         self._held[owner] += 1
+        if client is not None and client.acknowledges:
+            client.undo = partial(self._undo, owner)
+
+    def _undo(self, owner: Owner) -> None:
+        if owner in self._held:
+            self._give_back(owner, 1)
 
     def release(self, client: Client, owner: Owner, place: Any) -> Reply:
         if not self._held[owner]:
@@ -291,7 +308,7 @@ class Semaphore(Hosted):
         self._free += count
         while self._free and (wait := self._waits.take()) is not None:
             assert wait.owner is not None
-            self._take(wait.owner)
+            self._take(wait.client, wait.owner)
             wait.end((OK, True))
 
     def locked(self, client: Client) -> Reply:

@@ -4,7 +4,8 @@ A request is ``(operation, name, options, args)``: ``("dict.set", "seen", None, 
 value))``.  The object is made when it is first named.  On a connection, a request gets
 one final reply, which a blocking operation may precede by a PARKED; with WITHDRAW the
 client has enough of waiting, and gets TIMED_OUT unless the other reply was faster.
-ACKNOWLEDGE says that the last item of a queue has arrived, and gets no reply.
+ACKNOWLEDGE says that what was waited for (an item of a queue, a lock, a permit) has arrived,
+and gets no reply; what has not when the connection ends goes back.
 """
 
 from __future__ import annotations
