@@ -252,6 +252,36 @@ def test_taskrun_state_shows_a_live_run(runs: Runs) -> None:
     watch.end().check()
 
 
+def test_taskrun_state_shows_what_it_cannot_load(runs: Runs) -> None:
+    run = runs.start_exec(
+        """
+        class Page: pass
+
+        @task
+        def work():
+            state.dict("pages").update(a=Page(), b=2)
+            state.list("l").append(Page())
+            print("filled", flush=True)
+            state.queue("go").get(timeout=60)
+            state.dict("pages")["c"] = Page()
+        """,
+        "-j1",
+    )
+    run.await_line("filled")
+    elsewhere = runs.folder / "elsewhere"
+    elsewhere.mkdir()
+    said = "<a value that cannot be loaded here: ModuleNotFoundError: No module named 'tasks'>"
+    for words in (("get", "pages"), ("dump",), ("dump", "--json"), ("get", "pages", "a")):
+        assert said in runs.run("state", *words, cwd=elsewhere).check().out
+    assert runs.run("state", "get", "pages", "b", cwd=elsewhere).check().out == "2\n"
+    with connect() as seen:
+        changes = seen.dict("pages").watch()
+        seen.queue("go").put(1)
+        assert next(changes).key == "c"
+        changes.close()
+    run.end().check()
+
+
 def test_several_live_runs_must_be_told_apart(runs: Runs) -> None:
     both = [runs.start_exec(HELD, "-j1") for _ in range(2)]
     for run in both:

@@ -9,7 +9,7 @@ from taskrun.authkey import authkey as find_authkey
 from taskrun.state.containers import Dict, List, Set
 from taskrun.state.handles import Barrier, Counter, Event, Lock, Queue, Semaphore, Watch
 from taskrun.state.remote import RemoteClient
-from taskrun.state.stored import from_stored
+from taskrun.state.stored import loaded
 
 
 def connect(
@@ -79,12 +79,13 @@ class Connected:
         return found
 
     def value(self, name: str) -> Any:
-        """What is in the object of that name, as plain Python.  Raises KeyError."""
+        """What is in the object of that name, as plain Python; an ``Unloadable`` stands for
+        what this process cannot load.  Raises KeyError."""
         kind, exported = self._client.call(("state.export", name, None, ()))
         if kind == "dict":
-            return {key: from_stored(value) for key, value in exported}
+            return {key: loaded(value) for key, value in exported}
         if kind in ("list", "queue"):
-            return [from_stored(value) for value in exported]
+            return [loaded(value) for value in exported]
         return set(exported) if kind == "set" else exported
 
     def watch(self) -> Watch:

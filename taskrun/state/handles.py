@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from taskrun.state.clients import Client, place, refuse_to_block
 from taskrun.state.home import current
-from taskrun.state.stored import from_stored, to_stored
+from taskrun.state.stored import from_stored, loaded, to_stored
 from taskrun.state.wire import CHANGE, Reply, Request
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
@@ -25,7 +25,8 @@ class Change(NamedTuple):
 
     ``action``: ``set`` (of a dict, a list's index, a counter), ``deleted``, ``added`` and
     ``removed`` (of a set), ``cleared``, ``changed`` (a list, from index ``key`` on), or
-    ``missed``: whoever watches was too slow, and ``value`` changes were left out.
+    ``missed``: whoever watches was too slow, and ``value`` changes were left out.  For a value
+    that cannot be loaded here there is an ``Unloadable``.
     """
 
     name: str
@@ -148,7 +149,7 @@ def _change(watched: str, reply: Reply) -> Change:
     if reply[0] != CHANGE:
         return Change(watched, "missed", value=reply[1])
     name, _, action, key, value = reply[1]
-    return Change(name, action, key, from_stored(value))
+    return Change(name, action, key, loaded(value))
 
 
 # -- a number -------------------------------------------------------------------------

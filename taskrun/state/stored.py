@@ -51,6 +51,25 @@ def from_stored(stored: Stored) -> Any:
     return pickle.loads(stored[0]) if type(stored) is tuple else stored
 
 
+class Unloadable:
+    """Stands for a value whose class is not known here, or that raises while it is loaded."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __repr__(self) -> str:
+        kind = type(self.error).__name__
+        return f"<a value that cannot be loaded here: {kind}: {self.error}>"
+
+
+def loaded(stored: Stored) -> Any:
+    """The value itself, or an Unloadable: for whoever looks at many."""
+    try:
+        return from_stored(stored)
+    except Exception as error:  # it may be anything, of anybody's code
+        return Unloadable(error)
+
+
 def is_stored(value: object) -> bool:
     """Whether somebody sent a value in this form."""
     if type(value) is tuple:
