@@ -70,6 +70,15 @@ def is_exposed(address: Address) -> bool:
     return secured(address) is not address
 
 
+def from_afar(address: Address | None) -> Address | None:
+    """What others have to dial to reach a listening ``address``; None: only this machine can."""
+    if not isinstance(address, tuple) or is_loopback(address[0]):
+        return None
+    host, port = address[:2]
+    host = socket.getfqdn() if host in ("0.0.0.0", "::") else host
+    return Tls(host, port) if isinstance(address, Tls) else (host, port)
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host, as written, is this machine itself."""
     parts = host.split(".")

@@ -33,6 +33,15 @@ def authkey(file: str | None = None) -> bytes:
         return _made(path)
 
 
+def for_guests(key: bytes, run: bytes) -> bytes:
+    """A key for the processes of another engine, and for one run only: it says nothing about
+    ``key``, and means nothing to other runs.  The authkey is the message, as in
+    ``taskrun.transport.proof``, and for the same reason."""
+    import hmac  # few runs need it
+
+    return hmac.digest(b"taskrun guests of run " + run, key, "sha256").hex().encode()
+
+
 def made_file(file: str | None = None) -> str:
     """The path of the key file: the one that is meant, or that ``TASKRUN_AUTHKEY_FILE``
     names, or this user's own.  It is made if it is not there.  Raises UsageError."""

@@ -342,12 +342,12 @@ class Kept:
     def __init__(self, place: Any, part: tuple[int, int | None]) -> None:
         self.place = place
         self.part = part
-        self.value: Encoded = self
+        self.value: Encoded = MISSING
 
     def brought(self) -> Encoded:
-        """The value.  Raises LookupError where the engine ended before it was brought."""
-        if self.value is self:
-            raise LookupError("this value stayed with the engine, which has ended")
+        """The value.  Raises LookupError where it could not be brought."""
+        if self.value is MISSING:
+            raise LookupError("this value was lost with the engine, or with its worker there")
         return self.value
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import secrets
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from harness import Ended, Runs, started
+from harness import Ended, Runs, started, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -16,7 +22,7 @@ THREADS = "concurrent.futures:ThreadPoolExecutor"
 PROCESSES = "concurrent.futures:ProcessPoolExecutor"
 LOKY = "loky:get_reusable_executor"
 NEEDS = {LOKY: "loky", "dask": "distributed", "ray": "ray"}
-ENGINES = ["own", "inline", "fake", THREADS, PROCESSES, LOKY, "dask"]
+ENGINES = ["own", "inline", "fake", THREADS, PROCESSES, LOKY, "dask", "ray"]
 
 
 @pytest.fixture
@@ -24,19 +30,62 @@ def runs(tmp_path: Path) -> Iterator[Runs]:
     yield from started(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a Ray cluster on this machine, and what its clients have to know: to start
+    one takes ten seconds, so that the tests here share it."""
+    if importlib.util.find_spec("grpc") is None:
+        pytest.skip("ray[client] is not installed")
+    port, client_port = free_port(), free_port()
+    known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    folder = tmp_path_factory.mktemp("ray")
+    with open(folder / "log", "wb") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+             "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--port={port}",
+             f"--ray-client-server-port={client_port}", "--include-dashboard=false",
+             "--disable-usage-stats"],
+            env={**os.environ, **known}, cwd=folder, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: accepts(client_port), 60, "Ray does not listen")
+        yield f"ray://127.0.0.1:{client_port}", known
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        _, alive = psutil.wait_procs([*children, psutil.Process(head.pid)], 10)
+        for process in alive:
+            process.kill()
+        head.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Bench:
     """Runs task files on one engine."""
 
-    def __init__(self, runs: Runs, engine: str) -> None:
+    def __init__(self, runs: Runs, engine: str, env: dict[str, str]) -> None:
         self.runs = runs
         self.engine = engine
+        self.env = env
 
     @property
     def words(self) -> list[str]:
         return {"own": [], "inline": ["--inline"]}.get(self.engine, ["--engine", self.engine])
 
     def exec(self, source: str, *words: str, **how: Any) -> Ended:
-        return self.runs.exec(source, *self.words, "-j", "2", *words, deadline=60.0, **how)
+        how = {"deadline": 60.0, "env": self.env, **how}
+        return self.runs.exec(source, *self.words, "-j", "2", *words, **how)
 
     def json(self, source: str, *words: str, **how: Any) -> Ended:
         return self.exec(source, "--json", *words, **how)
@@ -47,7 +96,9 @@ def bench(request: pytest.FixtureRequest, runs: Runs) -> Bench:
     package = NEEDS.get(request.param)
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    return Bench(runs, request.param)
+    if request.param == "ray":
+        return Bench(runs, *request.getfixturevalue("ray_cluster"))
+    return Bench(runs, request.param, {})
 
 
 def test_values_go_from_call_to_call(bench: Bench) -> None:
@@ -222,3 +273,21 @@ def test_what_cannot_run_after_a_failure_is_skipped(bench: Bench) -> None:
     )
     assert ended.status == 1
     assert ended.states == {"broken": "failed", "after": "skipped", "tolerant": "ok"}
+
+
+def test_calls_share_state(bench: Bench) -> None:
+    ended = bench.exec(
+        """
+        from taskrun import state
+        seen = state.dict("seen")
+        turn = state.lock("turn")
+
+        @task
+        def note(n=each(range(6))):
+            with turn: seen[n] = n * n
+
+        @task(after=[note])
+        def read(): print("seen", sorted(seen.items()))
+        """
+    ).check()
+    assert "seen [(0, 0), (1, 1), (2, 4), (3, 9), (4, 16), (5, 25)]" in ended.out

@@ -22,8 +22,8 @@ from taskrun import sessions
 from taskrun.messages import ENDED, SILENT
 from taskrun.model import Failure
 from taskrun.wire import READ_SIZE, Decoder, header
-from taskrun.workers import guest
-from taskrun.workers.briefs import Apart, Chunk
+from taskrun.workers import guest, house
+from taskrun.workers.briefs import Apart, Brief, Chunk
 from taskrun.workers.settings import python_command
 
 GRACE: Final = 2.0  # seconds between interrupt, TERM and KILL
@@ -133,7 +133,7 @@ def execute(brief: bytes, work: Chunk, inputs: Sequence[Any]) -> Answer:
     began = time()
     _working[record[1:3]] = child
     try:
-        child.send((guest.as_alone(brief), work, list(inputs)))
+        child.send((_for_child(brief), work, list(inputs)))
         answer, late = _await(child, work.apart)
     except (OSError, EOFError):
         how = _drop(child)
@@ -153,6 +153,19 @@ def execute(brief: bytes, work: Chunk, inputs: Sequence[Any]) -> Answer:
         return said + _time_is_up(record, work.apart, began), {}
     assert answer is not None
     return answer
+
+
+_for_children: dict[bytes, bytes] = {}
+
+
+def _for_child(brief: bytes) -> bytes:
+    """What a child is told of a run: it executes one call at a time and nothing else."""
+    found = _for_children.get(brief)
+    if found is None:
+        about: Brief = pickle.loads(brief)
+        house.end_with(about.coordinator)
+        found = _for_children[brief] = pickle.dumps(about._replace(alone=True))
+    return found
 
 
 def _child() -> Child:

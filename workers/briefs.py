@@ -16,28 +16,35 @@ Part = tuple[int, int | None]
 """A call, and which of its value's items; None: the value itself."""
 
 
+class TaskFile(NamedTuple):
+    """A task file: the module that it is imported as, where it is, and what is in it."""
+
+    module: str
+    path: str
+    source: bytes
+
+
 class Brief(NamedTuple):
     """What is the same for all chunks of a run.
 
-    ``run`` is its random name.  ``module``, ``file`` and ``source``: the task file, None where
-    there is none.  ``folder``: the working folder, where it is ours to say.  ``notes``: the
-    folder of the notes, ``keep``: whether large values stay with the engine.  ``alone``: the
-    process executes nothing but one chunk at a time.  ``state``: the addresses of the shared
-    state, and a key that is for this run only.
+    ``run`` is its random name.  ``file``: None where there is none.  ``folder``: the working
+    folder, where it is ours to say.  ``notes``: the folder of the notes, ``keep``: whether
+    large values stay with the engine.  ``alone``: the process executes nothing but one chunk
+    at a time.  ``coordinator``: its pid, where the processes are on its machine, and to end
+    with it.  ``state``: the addresses of the shared state, and a key that is for this run only.
     """
 
     run: str
     engine: str
     path: list[str]
-    module: str | None
-    file: str | None
-    source: bytes | None
+    file: TaskFile | None
     folder: str | None
     environment: dict[str, str]
     set_by_user: dict[str, frozenset[str]]
     notes: str | None
     keep: bool
     alone: bool
+    coordinator: int | None
     state: tuple[tuple[Any, ...], bytes] | None = None
 
 

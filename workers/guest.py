@@ -39,18 +39,6 @@ LONGEST_NOTE: Final = 256 * 1024  # bytes of a record that is worth a note
 _MOST_RUNS: Final = 4  # runs that a thread knows at a time
 
 
-def as_alone(brief: bytes) -> bytes:
-    """A brief for a process that executes one call at a time and nothing else."""
-    found = _alone.get(brief)
-    if found is None:
-        about: Brief = pickle.loads(brief)
-        found = _alone[brief] = pickle.dumps(about._replace(alone=True))
-    return found
-
-
-_alone: dict[bytes, bytes] = {}
-
-
 # -- the runs that this thread executes calls of --------------------------------------
 
 
@@ -111,7 +99,7 @@ class Guest:
         self._streams = Streams(self, alone=brief.alone)
         self._executor = Executor(
             self,
-            Home(brief.module, preloaded),
+            Home(brief.file.module if brief.file else None, preloaded),
             self,
             self._streams,
             thread_variables=frozenset(brief.environment),
@@ -232,9 +220,11 @@ class Guest:
     def client(self) -> Any:
         """The client of the run's shared state.  Raises StateError where it is out of reach."""
         if self._state is None:
+            from taskrun.manager.protocol import GUEST
             from taskrun.state.remote import RemoteClient
 
-            self._state = RemoteClient(*self._reachable(), self._executor.attempt)
+            attempt = self._executor.attempt
+            self._state = RemoteClient(*self._reachable(), attempt, role=GUEST)
         return self._state
 
     def _reachable(self) -> tuple[Any, bytes]:

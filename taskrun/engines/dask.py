@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from itertools import count
 from time import monotonic
 from typing import Any, Final
@@ -24,6 +25,7 @@ from taskrun.workers.briefs import VERSION
 from taskrun.workers.guests import dask as there
 
 CONNECT: Final = 10.0  # seconds for a scheduler to answer
+FETCH: Final = 60.0  # seconds for a value, or a chunk's records, to arrive
 GONE: Final = 4.0  # seconds without the scheduler after which it is not waited for any more
 OWN: Final = frozenset(("cpu", "memory"))  # resources that are counted here, not by Dask
 _CONFIG: Final = {
@@ -53,7 +55,7 @@ class DaskHost:
         self._keys = count(1)
         self._prefix = f"taskrun-{os.urandom(6).hex()}"
         self._missed: float | None = None
-        self._at_work: dict[tuple[int, int], Any] = {}
+        self._cancelled: set[str] = set()
 
     # -- beginning and ending ---------------------------------------------------------
 
@@ -174,24 +176,32 @@ class DaskHost:
             priority=terms.priority,
             resources=self._their(terms.resources or {}) or None,
         )
-        future.add_done_callback(lambda future: done(self._result(future)))
+        takes = bool(inputs)
+        future.add_done_callback(lambda future: done(self._result(future, takes)))
         return future
 
-    def _result(self, future: Any) -> Result:
-        """On a thread of Dask's."""
+    def _result(self, future: Any, takes: bool) -> Result:
+        """On a thread of Dask's; ``takes``: whether kept values were among the arguments."""
         status = future.status
         if status == "finished":
             try:
-                records, values = future.result(timeout=60)
+                records, values = future.result(timeout=FETCH)
             except Exception as error:
                 return Lost(f"ended before its result was fetched ({_first_line(error)})")
-            place = None if values is None else distributed.Future(values, self._client)
-            return Returned(records, place)
+            return Returned(records, values and self._place(values))
         if status == "error":
-            return self._failed(future.exception(timeout=60))
+            return self._failed(future.exception(timeout=FETCH))
         if self._client.status != "running":
             return Broken(f"the Dask scheduler at {self.name} is gone")
-        return Withdrawn() if future.cancelled() else Lost("is gone")
+        if future.key in self._cancelled:
+            return Withdrawn()
+        if takes:
+            return Refused("values that it takes were lost with the worker that had them")
+        return Refused(f"{self.name} has cancelled it")
+
+    def _place(self, values: str) -> Any:
+        """The future of values that are there already."""
+        return distributed.Future(values, self._client, state="memory")
 
     def _failed(self, error: BaseException) -> Result:
         if isinstance(error, KilledWorker):
@@ -202,6 +212,7 @@ class DaskHost:
 
     def cancel(self, handle: Any) -> None:
         """See ``hosts.Host``; what is being executed goes on."""
+        self._cancelled.add(handle.key)
         handle.cancel(reason="the call was cancelled")
 
     def interrupt(self, call: int, attempt: int) -> bool:
@@ -215,7 +226,10 @@ class DaskHost:
 
     def fetch(self, place: Any) -> Mapping[Any, Any]:
         """See ``hosts.Host``."""
-        found: Mapping[Any, Any] = place.result(timeout=60)
+        try:
+            found: Mapping[Any, Any] = place.result(timeout=FETCH)
+        except (OSError, TimeoutError, CancelledError) as error:
+            raise LookupError(_first_line(error)) from error
         return found
 
     # -- resources --------------------------------------------------------------------

@@ -1,15 +1,16 @@
-"""A stand-in for engines that are not ours: executes chunks in this thread, loses what it is
-told to lose.  For tests of tasks and of taskrun itself; nothing is started."""
+"""A stand-in for engines that are not ours: executes chunks one by one in a thread, loses what
+it is told to lose.  For tests of tasks and of taskrun itself; no process is started."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
 from taskrun.engines.hosts import Done, Lost, Returned, Terms
 from taskrun.workers.briefs import VERSION
-from taskrun.workers.chunks import execute
+from taskrun.workers.chunks import execute, leave
 
 
 class FakeHost:
@@ -32,6 +33,7 @@ class FakeHost:
         self.places: dict[int, dict[Any, Any]] = {}
         self._slots = slots
         self._ids = count(1)
+        self._thread = ThreadPoolExecutor(1)
 
     def open(self) -> int:
         """See ``hosts.Host``."""
@@ -40,18 +42,23 @@ class FakeHost:
     def submit(
         self, brief: bytes, chunk: bytes, inputs: Sequence[Any], terms: Terms, done: Done
     ) -> None:
-        """See ``hosts.Host``; it is executed at once."""
+        """See ``hosts.Host``."""
         self.submitted += 1
         self.terms.append(terms)
-        if self.losses:
-            self.losses -= 1
+        lost, self.losses = self.losses > 0, max(0, self.losses - 1)
+        self._thread.submit(self._execute, brief, chunk, list(inputs), done, lost)
+
+    def _execute(
+        self, brief: bytes, chunk: bytes, inputs: list[Place], done: Done, lost: bool
+    ) -> None:
+        if lost:
             done(Lost("was killed by a test"))
             return
         records, values = execute(VERSION, brief, chunk, [place.values for place in inputs])
         done(Returned(records, Place(self, next(self._ids), values) if values else None))
 
     def cancel(self, handle: Any) -> None:
-        """See ``hosts.Host``; nothing is ever on its way."""
+        """See ``hosts.Host``; what is on its way is executed."""
 
     def interrupt(self, call: int, attempt: int) -> bool:
         """See ``hosts.Host``."""
@@ -72,10 +79,9 @@ class FakeHost:
 
     def close(self, brief: bytes | None, deadline: float) -> None:
         """See ``hosts.Host``."""
-        from taskrun.workers.chunks import leave
-
         if brief is not None:
             leave(brief)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Place:

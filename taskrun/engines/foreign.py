@@ -35,7 +35,7 @@ from taskrun.errors import RunError
 from taskrun.model import Failure
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor
-from taskrun.workers.briefs import Apart, Brief, Chunk
+from taskrun.workers.briefs import Apart, Brief, Chunk, TaskFile
 from taskrun.workers.settings import environment_additions
 
 WORKER: Final = 1
@@ -451,25 +451,26 @@ class ForeignEngine:
     def _later(self, seconds: float, callback: Callable[[], None]) -> Any:
         return self._reactor.call_at(monotonic() + seconds, callback)
 
+    def _task_file(self) -> TaskFile | None:
+        if self._file is None or self._module is None:
+            return None
+        with open(self._file, "rb") as file:
+            return TaskFile(self._module, os.path.abspath(self._file), file.read())
+
     def _make_brief(self) -> Brief:
-        source = None
-        if self._file is not None:
-            with open(self._file, "rb") as file:
-                source = file.read()
         here = self._host.here
         own = here and self._host.alone
         return Brief(
             run=os.urandom(8).hex(),
             engine=self._host.name,
             path=[os.path.abspath(path) for path in sys.path],
-            module=self._module,
-            file=None if self._file is None else os.path.abspath(self._file),
-            source=source,
+            file=self._task_file(),
             folder=os.getcwd() if own else None,
             environment=environment_additions(dict(os.environ)) if own else {},
             set_by_user={task: frozenset(values) for task, values in self._constants.items()},
             notes=None if self._notes is None else self._notes.folder,
             keep=self._host.keeps,
             alone=self._host.alone,
+            coordinator=os.getpid() if here else None,
             state=None if self._state is None else self._state(),
         )

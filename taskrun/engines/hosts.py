@@ -87,7 +87,7 @@ class Host(Protocol):
         cannot be told."""
 
     def fetch(self, place: Any) -> Mapping[Any, Any]:
-        """The values at a place, by part."""
+        """The values at a place, by part.  Raises LookupError where they are lost."""
 
     def missing(self, resources: Mapping[str, float]) -> str | None:
         """Which of these nobody there has; None: somebody has them all."""

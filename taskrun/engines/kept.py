@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from taskrun.model import Kept, Left, Taken
+from taskrun.model import MISSING, Kept, Left, Taken
 
 
 class Store(Protocol):
@@ -48,12 +48,18 @@ class Keeping:
         return _taken(arguments, places), places
 
     def bring_home(self) -> None:
-        """Fetch the values that somebody still has a token of."""
+        """Fetch the values that somebody still has a token of; those that are lost stay so."""
         brought: dict[int, Mapping[Any, Any]] = {}
         for token in list(self._tokens):
             if id(token.place) not in brought:
-                brought[id(token.place)] = self._store.fetch(token.place)
-            token.value = brought[id(token.place)][token.part]
+                brought[id(token.place)] = self._fetch(token.place)
+            token.value = brought[id(token.place)].get(token.part, MISSING)
+
+    def _fetch(self, place: Any) -> Mapping[Any, Any]:
+        try:
+            return self._store.fetch(place)
+        except LookupError:
+            return {}
 
 
 def _taken(encoded: Any, places: list[Any]) -> Any:

@@ -8,6 +8,7 @@ again: which attempt follows which is the core's affair.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ from taskrun.errors import RunError
 from taskrun.workers.briefs import VERSION
 from taskrun.workers.guests import ray as there
 
-CONNECT: Final = 10.0  # seconds for a cluster to answer
+CONNECT: Final = 30.0  # seconds for a cluster to answer: it starts a process first
+FETCH: Final = 60.0  # seconds for a value, or a chunk's records, to arrive
 OWN: Final = frozenset(("cpu", "memory", "gpu"))
 _DEAD = (
     exceptions.WorkerCrashedError,
@@ -82,11 +84,13 @@ class RayHost:
         self._listen()
 
     def _begin(self) -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # they are outcomes of calls
         if not (self.here and ray.is_initialized()):  # else it is the user's own
             if self.here:
                 self._start()
             else:
-                ray.init(address=self._address, log_to_driver=False)
+                ray.init(address=self._address, logging_level="ERROR")
             self._mine = True
         self._execute = ray.remote(max_retries=0, num_returns=2)(there.execute)
 
@@ -183,7 +187,7 @@ class RayHost:
 
     def _result(self, records: Any, values: Any) -> Result:
         try:
-            told, kept = ray.get(records, timeout=60)
+            told, kept = ray.get(records, timeout=FETCH)
         except exceptions.TaskCancelledError:
             return Withdrawn()
         except _DEAD as error:
@@ -210,7 +214,10 @@ class RayHost:
 
     def fetch(self, place: Any) -> Mapping[Any, Any]:
         """See ``hosts.Host``."""
-        found: Mapping[Any, Any] = ray.get(place, timeout=60)
+        try:
+            found: Mapping[Any, Any] = ray.get(place, timeout=FETCH)
+        except exceptions.RayError as error:
+            raise LookupError(_first_line(error)) from error
         return found
 
     def missing(self, resources: Mapping[str, float]) -> str | None:

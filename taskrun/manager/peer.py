@@ -25,16 +25,18 @@ class Peer:
     """A client, as long as the loop serves it."""
 
     __slots__ = (
-        "_asked", "_finishing", "_frames", "_left", "_unsent",
+        "_asked", "_finishing", "_frames", "_guest", "_left", "_unsent",
         "pid", "server", "socket", "tcp",
     )  # fmt: skip
 
-    def __init__(self, server: Host, connection: socket.socket) -> None:
+    def __init__(self, server: Host, connection: socket.socket, *, guest: bool = False) -> None:
+        """``guest``: it may speak of the named state, and of nothing else."""
         self.server = server
         self.socket = connection
         self.tcp = connection.family != socket.AF_UNIX
         self.pid = _process_of(connection) if not self.tcp else None
         self._frames = protocol.Frames(pickling.LARGEST_INLINE)
+        self._guest = guest
         self._asked = False  # whether its first request is behind it
         self._left = False  # whether it is closed, or has a thread
         self._finishing = False  # whether to close when everything is sent
@@ -151,7 +153,9 @@ class Peer:
     def _on_first(self) -> None:
         frames = self._frames
         payload = frames.pop()
-        if frames.oversized is not None:
+        if frames.oversized is not None and self._guest:
+            self.close()
+        elif frames.oversized is not None:
             self.promote()
         elif payload is None:
             self._acknowledge()
@@ -159,6 +163,9 @@ class Peer:
             self._on_first_request(payload)
 
     def _on_first_request(self, payload: bytes) -> None:
+        if self._guest:
+            self._on_guest(pickling.load_plain(payload))
+            return
         try:
             request = pickling.load_plain(payload)
         except pickling.NotPlain:
@@ -181,6 +188,12 @@ class Peer:
             self._on_frames()
         else:
             self.finish()
+
+    def _on_guest(self, request: Any) -> None:
+        if self.server.sessions is not None and _asks_for_a_session(request):
+            self._hand_over(request)
+        else:
+            self.close()
 
     def _hand_over(self, request: Any) -> None:
         """The connection speaks something else from now on."""

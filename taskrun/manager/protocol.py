@@ -38,6 +38,7 @@ FAILURE = b"#FAILURE#"
 LONGEST_GREETING = 256  # bytes of one message of the handshake
 
 MANAGER = b"manager"
+GUEST = b"guest"  # a process of another engine: it has a key of its own, and gets to the state
 """The role (see ``taskrun.transport.proof``) in which one is dialled by TLS for what the
 standard library's clients get without."""
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from taskrun.addresses import Tls
@@ -55,6 +55,7 @@ class Server:
 
     ``serializer`` is the standard library's name for how it is spoken to; ``"tls"`` are
     pickles over TLS.  ``roles`` gets the connections of other roles than MANAGER.
+    ``keys`` may have one for the role GUEST, whose connections get to the named state only.
 
     ``on_shutdown`` is called when a client asks the server to end; without it that is
     refused.  ``report`` is called in an ``except`` block for what should not happen.
@@ -79,6 +80,7 @@ class Server:
         sessions: Callable[[socket.socket, Any, bytes], object] | None = None,
         notice: Callable[[str], object] = no_notice,
         roles: Roles | None = None,
+        keys: Mapping[bytes, bytes] | None = None,
     ) -> None:
         if not isinstance(authkey, bytes):
             raise TypeError(f"the authkey is {type(authkey).__name__}, not bytes")
@@ -92,9 +94,10 @@ class Server:
         self.objects = Objects(registry, self._later, self._watch)
         self.administration = Administration(self.objects, on_shutdown)
         self._roles = {} if roles is None else roles
+        self._keys = {} if keys is None else keys
         self._gate = Gate(
             self.authkey, reactor, self._on_admitted, stock=True, notice=notice, report=report,
-            offers=lambda role: role == protocol.MANAGER or role in self._roles,
+            offers=self._offers, keys=self._keys,
             allow_md5=allow_md5, timeout=handshake_timeout, most_greeting=most_greeting,
         )  # fmt: skip
         self._peers: set[Peer] = set()
@@ -160,11 +163,17 @@ class Server:
         """Whether anybody is connected, but for those that ``sessions`` has taken over."""
         return bool(self._peers or self._promoted or self._gate.is_busy)
 
+    def _offers(self, role: bytes) -> bool:
+        # Without a key of their own, guests would prove the authkey.
+        guests = role == protocol.GUEST and role in self._keys
+        return guests or role == protocol.MANAGER or role in self._roles
+
     def _on_admitted(self, admitted: Admitted) -> None:
-        if admitted.role is not None and admitted.role != protocol.MANAGER:
-            self._roles[admitted.role](peer_of(self.reactor, admitted))
+        take = None if admitted.role is None else self._roles.get(admitted.role)
+        if take is not None:
+            take(peer_of(self.reactor, admitted))
             return
-        peer = Peer(self, admitted.socket)
+        peer = Peer(self, admitted.socket, guest=admitted.role == protocol.GUEST)
         self._peers.add(peer)
         peer.start(admitted.rest)
 

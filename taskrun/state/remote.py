@@ -49,16 +49,17 @@ Files: TypeAlias = tuple[str | None, str | None, str | None]
 class Connection:
     """A socket, past the handshake; frames in and out, in pickles."""
 
-    def __init__(self, address: Any, authkey: bytes, owner: Owner, tls: Files) -> None:
+    def __init__(self, address: Any, authkey: bytes, owner: Owner, tls: Files, role: bytes) -> None:
         """Raises StateError or StateLost."""
         self._address = address
+        self._role = role
         self._tls = tls
         self._rest = b""
         self.alone = False
         self._socket = self._dial(address, authkey)
         try:
             self._socket.settimeout(_DIAL_SECONDS)
-            if isinstance(address, str):
+            if self._is_near(address):
                 protocol.greet(authkey, self._send_bytes, self._receive_greeting)
             self.send((None, OPEN, (owner,), {}))
             kind, content = self.receive()
@@ -74,7 +75,7 @@ class Connection:
             raise
 
     def _dial(self, address: Any, authkey: bytes) -> socket.socket:
-        if not isinstance(address, str):
+        if not self._is_near(address):
             return self._dial_far(address, authkey)
         # Workers are many, and near: this takes a tenth of the time.
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -88,13 +89,16 @@ class Connection:
             ) from None
         return made
 
+    def _is_near(self, address: Any) -> bool:
+        return isinstance(address, str) and self._role == protocol.MANAGER
+
     def _dial_far(self, address: Any, authkey: bytes) -> socket.socket:
         """Past the handshake already."""
         from taskrun.transport.dialling import Route, open_socket
 
         try:
             route = Route.to(address, self._certificates())
-            made, self._rest = open_socket(route, authkey, protocol.MANAGER, _DIAL_SECONDS)
+            made, self._rest = open_socket(route, authkey, self._role, _DIAL_SECONDS)
         except DialError as error:
             raise (StateLost if error.retry else StateRefused)(str(error)) from None
         return made
@@ -207,7 +211,7 @@ class RemoteClient:
     """A ``clients.Client`` of a coordinator.
 
     ``attempt`` gives the (call, attempt) that is being executed in this process.
-    ``tls``: see ``taskrun.connect``.
+    ``tls``: see ``taskrun.connect``.  ``role``: GUEST where ``authkey`` is a guest's.
     """
 
     def __init__(
@@ -217,8 +221,10 @@ class RemoteClient:
         attempt: Callable[[], tuple[int, int] | None] = lambda: None,
         *,
         tls: Files = (None, None, None),
+        role: bytes = protocol.MANAGER,
     ) -> None:
         self._address = address
+        self._role = role
         self._authkey = authkey
         self._attempt = attempt
         self._tls = tls
@@ -242,7 +248,7 @@ class RemoteClient:
         """A new connection.  Raises StateError or StateLost."""
         if self._closed:
             raise StateLost("this connection to shared state was closed")
-        made = Connection(self._address, self._authkey, self._own, self._tls)
+        made = Connection(self._address, self._authkey, self._own, self._tls, self._role)
         self._all.add(made)
         return made
 

@@ -70,6 +70,8 @@ class Service:
         self.roles: dict[bytes, Callable[[Peer], object]] = {}
         self._path = file
         self._find_store = find_store or self._new_store
+        self._keys: dict[bytes, bytes] = {}  # of roles that have one of their own
+        self._listening: addresses.Address | None = None
         self._socket: socket.socket | None = None
         self._server: Server | None = None
         self._store: Store | None = None
@@ -121,7 +123,7 @@ class Service:
             self._server = Server(
                 Registry(lambda: self.store), first, self.authkey, self.reactor,
                 sessions=self._on_session, report=self.report, notice=self._notice,
-                roles=self.roles,
+                roles=self.roles, keys=self._keys,
             )  # fmt: skip
             self._server.start()
         return self._server
@@ -133,6 +135,7 @@ class Service:
         found = self._serve(self._socket).open(
             address, self._files(), insecure_plain=self._insecure_plain
         )
+        self._listening = found
         self._notice(f"listening on {addresses.shown(found)}")
         if addresses.is_exposed(found):
             self._notice(_INSECURE)
@@ -159,8 +162,12 @@ class Service:
             self._file.close()
 
     def for_guests(self) -> tuple[tuple[Any, ...], bytes]:
-        """The addresses, nearest first, and the key, for workers of an engine not ours."""
-        return (self.address,), self.authkey
+        """The addresses, nearest first, and a key, for workers of an engine that is not ours."""
+        from taskrun.manager.protocol import GUEST
+
+        key = self._keys[GUEST] = authkey.for_guests(self.authkey, os.urandom(16))
+        far = addresses.from_afar(self._listening)
+        return (self.address, *([] if far is None else [far])), key
 
     # -- the store --------------------------------------------------------------------
 

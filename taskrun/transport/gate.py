@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -63,7 +63,8 @@ class Gate:
 
     ``notice`` gets a line for whatever an honest user would want to know; ``report`` is
     called in an ``except`` block for what should not happen.  ``stock``: clients of the
-    standard library may come, too, where there is no TLS.  ``offers`` says which roles may.
+    standard library may come, too, where there is no TLS.  ``offers`` says which roles may;
+    ``keys``: of roles that prove another key than the authkey.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Gate:
         notice: Callable[[str], object],
         report: Callable[[], object],
         offers: Callable[[bytes], bool] = bool,
+        keys: Mapping[bytes, bytes] | None = None,
         allow_md5: bool = True,
         timeout: float = HANDSHAKE_TIMEOUT,
         most_greeting: int = MOST_GREETING,
@@ -85,6 +87,7 @@ class Gate:
         self.stock = stock
         self.allow_md5 = allow_md5
         self.offers = offers
+        self.keys = keys
         self.report = report
         self.doors: list[Door] = []
         self._notice = notice
@@ -289,7 +292,7 @@ class Greeting:
         gate = self._gate
         self._answering = Answering(
             gate.authkey, binding, stock=gate.stock and binding == proof.PLAIN,
-            offers=gate.offers, allow_md5=gate.allow_md5,
+            offers=gate.offers, keys=gate.keys, allow_md5=gate.allow_md5,
         )  # fmt: skip
         self._send(self._answering.take_outgoing())
 

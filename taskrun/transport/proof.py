@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from taskrun.manager import protocol
@@ -96,7 +96,7 @@ class Answering:
     """
 
     __slots__ = (
-        "_authkey", "_binding", "_claimed", "_frames", "_nonce", "_offers", "_stock",
+        "_authkey", "_binding", "_claimed", "_frames", "_keys", "_nonce", "_offers", "_stock",
         "_with_stock", "done", "outgoing", "role",
     )  # fmt: skip
 
@@ -108,8 +108,11 @@ class Answering:
         stock: bool,
         offers: Callable[[bytes], bool] = bool,
         allow_md5: bool = True,
+        keys: Mapping[bytes, bytes] | None = None,
     ) -> None:
+        """``keys``: of roles that prove another key than the authkey."""
         self._authkey = authkey
+        self._keys = keys or {}
         self._binding = binding
         self._with_stock = stock
         self._offers = offers
@@ -160,13 +163,14 @@ class Answering:
     def _check(self, proof: bytes) -> None:
         assert self._nonce is not None
         transcript = (self._stock.question, self._nonce, self._claimed, self._binding)
-        expected = _proof(self._authkey, _DIALLER, *transcript)
+        key = self._keys.get(self._claimed, self._authkey)
+        expected = _proof(key, _DIALLER, *transcript)
         if not hmac.compare_digest(expected, proof):
             raise WrongKey("it does not have the authkey", framed(FAILURE))
         if not self._offers(self._claimed):
             role = self._claimed.decode(errors="replace")
             raise NotOffered(f"there is nothing here for a {role}", framed(NO_SUCH_ROLE))
-        self.outgoing += framed(WELCOME + _proof(self._authkey, _LISTENER, *transcript))
+        self.outgoing += framed(WELCOME + _proof(key, _LISTENER, *transcript))
         self.role = self._claimed
         self.done = True
 

@@ -1,0 +1,421 @@
+"""Engines that are not ours, when something goes wrong: what the run says, and what is left."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import Runs, started, wait_until
+
+from taskrun import errors
+from taskrun.engines.choosing import check
+
+pytestmark = pytest.mark.timeout(120)
+
+THREADS = "concurrent.futures:ThreadPoolExecutor"
+PROCESSES = "concurrent.futures:ProcessPoolExecutor"
+LOKY = "loky:get_reusable_executor"
+NEEDS = {LOKY: "loky", "dask": "distributed", "ray": "ray"}
+
+
+def needed(engine: str) -> pytest.ParameterSet:
+    package = NEEDS.get(engine)
+    missing = package is not None and importlib.util.find_spec(package) is None
+    skip = pytest.mark.skipif(missing, reason=f"{package} is not installed")
+    return pytest.param(engine, marks=skip)
+
+
+with_processes = pytest.mark.parametrize("engine", [*map(needed, (PROCESSES, LOKY, "dask"))])
+with_all = pytest.mark.parametrize("engine", [*map(needed, (PROCESSES, LOKY, "dask", "ray"))])
+with_dask = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="distributed is not installed"
+)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+# -- workers that die -----------------------------------------------------------------
+
+
+@with_all
+def test_a_call_whose_worker_is_killed_is_tried_again_or_named_and_the_run_goes_on(
+    runs: Runs, engine: str
+) -> None:
+    ended = runs.json(
+        """
+        @task(retries=1)
+        def die_once():
+            if current().attempt == 1:
+                print("the last words", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return "alive"
+
+        @task(after=[die_once])
+        def die(): os._exit(3)
+
+        @task
+        def many(n=each(range(50))): return n
+
+        @task
+        def total(values=result(many)): assert sum(values) == 1225
+        """,
+        "--engine", engine, "-j", "2", "-k", deadline=60,
+    )  # fmt: skip
+    assert ended.status == 1, ended.err
+    assert ended.states["die_once"] == ended.states["total"] == "ok"
+    assert ended.failure("die")["type"] == "WorkerLost"
+    assert "die" in ended.failure("die")["message"]
+    assert [state for name, state in ended.states.items() if state != "ok"] == ["failed"]
+
+
+@with_processes
+def test_a_worker_that_dies_loses_only_the_call_it_was_in(runs: Runs, engine: str) -> None:
+    ended = runs.json(
+        """
+        @task
+        def some(n=each(range(400))):
+            with open(f"{n}.begun", "a") as file: file.write("x")
+            if n == 250: os.kill(os.getpid(), signal.SIGKILL)
+            return n
+        """,
+        "--engine", engine, "-j", "1", "-k", deadline=60,
+    )  # fmt: skip
+    failed = [name for name, state in ended.states.items() if state != "ok"]
+    assert failed == ["some[250]"], ended.err
+    begun = [(runs.folder / f"{n}.begun").read_text() for n in range(400)]
+    assert begun == ["x"] * 400
+
+
+# -- timeouts and cancelling ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [THREADS, *map(needed, (PROCESSES, "dask"))])
+def test_a_timeout_ends_a_call_and_what_it_started(runs: Runs, engine: str) -> None:
+    ended = runs.json(
+        """
+        @task(timeout=0.7)
+        def slow():
+            print("began", flush=True)
+            sh("sleep 300")
+
+        @task(timeout=30)
+        def quick(): return os.getpid()
+
+        @task
+        def same(first=result(quick)): assert first != os.getppid()
+        """,
+        "--engine", engine, "-j", "2", "-k", deadline=60,
+    )  # fmt: skip
+    assert ended.status == 1, ended.err
+    assert ended.failure("slow")["type"] == "CallTimeout"
+    assert ended.states["quick"] == ended.states["same"] == "ok"
+
+
+@pytest.mark.parametrize("engine", [THREADS, *map(needed, (PROCESSES, LOKY, "dask"))])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_cancellable_calls_and_leaves_nothing(
+    runs: Runs, engine: str, number: signal.Signals
+) -> None:
+    running = runs.start_exec(
+        """
+        @task(cancellable=True)
+        def long(n=each(range(2))):
+            mark(f"began{n}", str(os.getpid()))
+            try: doze()
+            finally: mark(f"tidied{n}")
+        """,
+        "--engine", engine, "-j", "2",
+    )  # fmt: skip
+    for n in range(2):
+        wait_until(lambda n=n: (runs.folder / f"began{n}").exists())
+    running.signal(number)
+    ended = running.end(20)
+    assert ended.status == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], ended.err
+    assert "Traceback" not in ended.err
+    for n in range(2):
+        assert (runs.folder / f"tidied{n}").exists()
+
+
+@with_all
+def test_ctrl_c_ends_other_calls_too_where_their_processes_are_ours(
+    runs: Runs, engine: str
+) -> None:
+    running = runs.start_exec(
+        """
+        @task
+        def long(n=each(range(2))):
+            mark(f"began{n}")
+            doze()
+        """,
+        "--engine", engine, "-j", "2",
+    )  # fmt: skip
+    for n in range(2):
+        wait_until(lambda n=n: (runs.folder / f"began{n}").exists())
+    running.signal(signal.SIGINT)
+    assert running.end(30).status == 130
+
+
+@with_all
+def test_kill_9_of_the_coordinator_leaves_nothing(runs: Runs, engine: str) -> None:
+    running = runs.start_exec(
+        """
+        @task(cancellable=True)
+        def long():
+            mark("began")
+            doze()
+        """,
+        "--engine", engine, "-j", "1",
+    )  # fmt: skip
+    wait_until((runs.folder / "began").exists)
+    running.process.kill()
+    running.process.wait(10)
+    running.assert_gone(15)
+
+
+def test_what_runs_in_a_thread_is_named_as_still_running(runs: Runs) -> None:
+    running = runs.start_exec(
+        """
+        @task
+        def long():
+            mark("began")
+            time.sleep(6)
+        """,
+        "--engine", THREADS, "-j", "1",
+    )  # fmt: skip
+    wait_until((runs.folder / "began").exists)
+    running.signal(signal.SIGINT)
+    ended = running.end(20)
+    assert ended.status == 130
+    assert "long is still running on " + THREADS in ended.err
+
+
+# -- what an engine cannot do ---------------------------------------------------------
+
+
+def test_waiting_for_a_call_is_refused_where_no_slot_can_be_lent(runs: Runs) -> None:
+    ended = runs.exec(
+        """
+        import asyncio
+
+        @task(default=False)
+        def one(): return 1
+
+        @task
+        def waits(): return one.submit().result()
+
+        @task
+        async def awaits(): return await one.submit()
+        """,
+        "--engine", THREADS, "-k",
+    )  # fmt: skip
+    assert ended.status == 1
+    assert ended.err.count("no slot to lend: return the future") >= 2
+
+
+def test_a_resource_that_nobody_has_is_said_at_once(runs: Runs) -> None:
+    ended = runs.exec(
+        """
+        @task(resources={"gpu": 1})
+        def needy(): pass
+        """,
+        "--engine", THREADS,
+    ).check(3)  # fmt: skip
+    assert "needy needs gpu=1 (there is none)" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dusk", "did you mean dask?"),
+        ("dask://", "the address is missing"),
+        ("http://here:1", "it is dask, dask://HOST:PORT"),
+        ("nothing", "MODULE:FACTORY"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_a_usage_error(text: str, said: str) -> None:
+    with pytest.raises(errors.UsageError, match=said.replace("?", "[?]")):
+        check(text)
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("no_such_module:Executor", "No module named 'no_such_module'"),
+        ("concurrent.futures:ThreadExecutor", "there is no ThreadExecutor in concurrent.futures"),
+        ("builtins:dict", "which is no executor: it has no submit()"),
+    ],
+)
+def test_a_factory_that_makes_no_executor_is_said(runs: Runs, engine: str, said: str) -> None:
+    ended = runs.exec("@task\ndef one(): pass\n", "--engine", engine)
+    assert ended.status in (2, 3)
+    assert said in ended.err
+
+
+def test_a_missing_package_is_an_error_that_names_the_pip_command(runs: Runs) -> None:
+    hide = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "distributed" else find(name, *rest)
+from taskrun.cli.main import main
+raise SystemExit(main())
+"""
+    (runs.folder / "hidden.py").write_text(hide)
+    runs.write("@task\ndef one(): pass\n")
+    ended = runs.run(
+        "exec", "tasks.py", "--engine", "dask", program=(sys.executable, "hidden.py")
+    ).check(2)
+    assert "pip install 'taskrun[dask]'" in ended.err
+
+
+# -- a Dask scheduler that is not ours ------------------------------------------------
+
+
+class Cluster:
+    """A Dask scheduler and its workers, as others start them."""
+
+    def __init__(self, folder: Path, *options: str, workers: int = 2) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._folder = folder
+        words = "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard"
+        self.scheduler = self._start("scheduler", *words)
+        self.workers = [
+            self._start("worker", f"tcp://{self.address}", "--nthreads", "1", "--no-dashboard",
+                        "--local-directory", str(folder), *options)
+            for _ in range(workers)
+        ]  # fmt: skip
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", *words],
+            cwd=self._folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def close(self) -> None:
+        for process in (*self.workers, self.scheduler):
+            children = _children(process)
+            process.kill()
+            process.wait(10)
+            for child in children:
+                if child.is_running():
+                    child.kill()
+
+
+def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("dask"), "--resources", "lathe=1")
+    yield made
+    made.close()
+
+
+@with_dask
+def test_a_file_runs_on_a_scheduler_that_is_there(runs: Runs, cluster: Cluster) -> None:
+    ended = runs.exec(
+        """
+        from taskrun import state
+        seen = state.counter("seen")
+
+        @task
+        def data(): return bytes(3_000_000)
+
+        @task(timeout=20)
+        def size(data=result(data)): seen.add(1); return len(data)
+
+        @task(resources={"lathe": 1})
+        def turned(n=each(range(4))): print("turned", n); seen.add(1); return n
+
+        @task
+        def total(size=result(size), turned=result(turned)):
+            print("total", size, sum(turned), seen.get())
+        """,
+        "--engine", f"dask://{cluster.address}", "--resource", "lathe=2", deadline=60,
+    ).check()  # fmt: skip
+    assert "total | total 3000000 6 5" in ended.out
+    assert "turned[3] | turned 3" in ended.out
+
+
+@with_dask
+def test_a_resource_that_no_dask_worker_has_is_said(runs: Runs, cluster: Cluster) -> None:
+    ended = runs.exec(
+        """
+        @task(resources={"press": 1})
+        def pressed(): pass
+        """,
+        "--engine", f"dask://{cluster.address}", "--resource", "press=1", deadline=60,
+    ).check(1)  # fmt: skip
+    assert "needs press=1 (there is none): nobody on dask://" in ended.err
+
+
+@with_dask
+def test_a_killed_dask_worker_costs_the_call_an_attempt_that_is_counted(
+    runs: Runs, cluster: Cluster
+) -> None:
+    ended = runs.json(
+        """
+        @task
+        def die():
+            with open(os.environ["FOLDER"] + "/attempts", "a") as file: file.write("x")
+            os._exit(3)
+        """.replace('os.environ["FOLDER"]', repr(str(runs.folder))),
+        "--engine", f"dask://{cluster.address}", deadline=60,
+    )  # fmt: skip
+    assert ended.failure("die")["type"] == "WorkerLost"
+    assert (runs.folder / "attempts").read_text() == "x"
+
+
+@with_dask
+def test_a_killed_scheduler_is_a_clear_failure_within_ten_seconds(
+    runs: Runs, cluster: Cluster
+) -> None:
+    folder = runs.folder
+    running = runs.start_exec(
+        f"""
+        @task
+        def long():
+            open({str(folder / "began")!r}, "w").close()
+            time.sleep(20)
+        """,
+        "--engine", f"dask://{cluster.address}",
+    )  # fmt: skip
+    wait_until((folder / "began").exists)
+    cluster.scheduler.kill()
+    ended = running.end(15)
+    assert ended.status == 3, ended.err
+    assert f"the Dask scheduler at dask://{cluster.address} is gone" in ended.err
+
+
+@with_dask
+def test_an_unreachable_scheduler_is_named_within_its_time(runs: Runs) -> None:
+    port = free_port()
+    ended = runs.exec(
+        "@task\ndef one(): pass\n", "--engine", f"dask://127.0.0.1:{port}", deadline=25
+    )
+    assert ended.status == 3
+    assert f"the Dask scheduler at dask://127.0.0.1:{port} cannot be reached" in ended.err
