@@ -63,7 +63,7 @@ def test_a_call_whose_worker_is_killed_is_tried_again_or_named_and_the_run_goes_
         @task(after=[die_once])
         def die(): os._exit(3)
 
-        @task
+        @task(retries=5)  # an executor that loses a worker ends the others
         def many(n=each(range(50))): return n
 
         @task

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from time import monotonic
 from typing import Any, Final
 
 import ray
 from ray import exceptions
 
+from taskrun import sessions
 from taskrun.engines.hosts import Broken, Done, Lost, Refused, Result, Returned, Terms, Withdrawn
 from taskrun.errors import RunError
 from taskrun.workers.briefs import VERSION
 from taskrun.workers.guests import ray as there
 
+LEAVE: Final = 1.0  # seconds for Ray's processes to end by themselves
 CONNECT: Final = 30.0  # seconds for a cluster to answer: it starts a process first
 FETCH: Final = 60.0  # seconds for a value, or a chunk's records, to arrive
 OWN: Final = frozenset(("cpu", "memory", "gpu"))
@@ -54,6 +59,7 @@ class RayHost:
         self._waiting: dict[Any, tuple[Any, Done]] = {}
         self._news = threading.Condition()
         self._closed = False
+        self._session = ""
         self._gone: str | None = None
 
     # -- beginning and ending ---------------------------------------------------------
@@ -104,6 +110,7 @@ class RayHost:
             log_to_driver=False,
             logging_level="ERROR",
         )
+        self._session = ray.get_runtime_context().get_session_name()
 
     def _await_connection(self, opened: Future[None]) -> None:
         try:
@@ -130,6 +137,8 @@ class RayHost:
             self._news.notify()
         if self._mine and ray.is_initialized():
             ray.shutdown()
+            if self._session:
+                _await_end(self._session.encode(), min(deadline, monotonic() + LEAVE))
 
     # -- chunks -----------------------------------------------------------------------
 
@@ -229,6 +238,30 @@ class RayHost:
             if amount > have:
                 return f"{name}={amount:g} ({f'of {have:g}' if have else 'there is none'})"
         return None
+
+
+def _await_end(session: bytes, deadline: float) -> None:
+    """Wait for the processes of a Ray of ours to end; kill those that do not, as a worker that
+    was just being started."""
+    while pids := _processes_of(session):
+        if monotonic() > deadline:
+            sessions.send(pids, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def _processes_of(session: bytes) -> list[int]:
+    """The processes that have a Ray session's name in their command line (Linux)."""
+    found = []
+    for process in sessions.processes():
+        try:
+            with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+                command = file.read()
+        except OSError:
+            continue  # it has ended meanwhile
+        if session in command:
+            found.append(process.pid)
+    return found
 
 
 def _first_line(error: BaseException) -> str:
