@@ -24,6 +24,7 @@ from taskrun import messages as m
 from taskrun.core import Scheduler
 from taskrun.engines.base import Engine
 from taskrun.errors import RunError
+from taskrun.lanes import check_lanes
 from taskrun.limiting import LimitKeys
 from taskrun.loading import Loaded
 from taskrun.model import Plan, Task
@@ -45,8 +46,8 @@ def execute(
     """Run a plan to its end; gives the exit status.
 
     ``stdout``: where it goes, unless to this process's own.
-    Raises UsageError where the job log cannot be written, RunError (after all workers
-    have ended) where the run could not go on.
+    Raises UsageError where the job log cannot be written or a task's lane is not to be had,
+    RunError (after all workers have ended) where the run could not go on.
     """
     from taskrun.display import Display  # its parts come only with a run
 
@@ -68,6 +69,8 @@ class Run:
         wanted: Collection[str] = (),
         open_feed: bool = False,
     ) -> None:
+        if not settings.inline:
+            check_lanes(plan.tasks)
         self.plan = plan
         self.settings = settings
         self.status: int | None = None
@@ -87,6 +90,7 @@ class Run:
             open_feed=open_feed,
             engine=settings.engine is not None,
             limit_keys=LimitKeys(plan.tasks),
+            lanes=settings.lanes,
         )
         self._state = Service(
             reactor,
@@ -329,6 +333,8 @@ def execute_map(
     display = Display(settings, reactor, stdout, results=True)
     results = Results(display.show_result, keep_order)
     plan = Plan((), frozenset([task.name]), file=loaded.file, module=loaded.module)
+    if not settings.inline:
+        check_lanes([task])
     run = Run(plan, settings, [*display.observers, results], reactor, open_feed=True)
     feed = Feed(run, task, lines)
     results.taken = feed.taken

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Final
+
+LANE_JOBS: Final = {"thread": 1, "async": 1, "green": 1}
+"""How many workers a lane may have unless the person says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,8 @@ class Settings:
     ``tls_cert``, ``tls_key``, ``tls_ca``: files in PEM instead of a certificate made for the
     run; ``insecure_plain``: no TLS at that address, wherever it is.
     ``state``: a file in which the shared state is kept.  ``engine``: where calls are executed,
-    as ``--engine`` says it; None: by own workers.
+    as ``--engine`` says it; None: by own workers.  ``lane_jobs``: how many workers a lane may
+    have, where that is not the usual number.
     """
 
     jobs: int = 1
@@ -40,6 +45,14 @@ class Settings:
     insecure_plain: bool = False
     state: str | None = None
     engine: str | None = None
+    lane_jobs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def lanes(self) -> dict[str, int]:
+        """How many workers each lane may have that has workers of its own."""
+        if self.inline or self.engine is not None:
+            return {}
+        return {**LANE_JOBS, **self.lane_jobs}
 
 
 # -- what this machine has -------------------------------------------------------------

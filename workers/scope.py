@@ -15,6 +15,7 @@ from taskrun import blobs
 from taskrun.blobs import Portable
 from taskrun.context import Current, Future, Outside, left_until
 from taskrun.errors import CallError
+from taskrun.lanes import GREEN, check_green
 from taskrun.messages import (
     CANCEL,
     DEFINE,
@@ -94,6 +95,8 @@ class WorkerContext:
         if not (running.keys or set()).issuperset(keys):
             raise RuntimeError(f"{task.name}.submit(): a future of another call is no argument")
         reference, by_value = self._reference(task)
+        if task.options.lane == GREEN:
+            check_green(task.name)
         with _masked(running, self._thread):
             key = _key(running, reference, blob)
             future = Future(task.name, key)

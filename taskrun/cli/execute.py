@@ -15,6 +15,7 @@ from taskrun.cli.options import (
     words_argument,
 )
 from taskrun.errors import UsageError
+from taskrun.lanes import check_lanes
 from taskrun.model import Plan
 from taskrun.planning import estimate, make_plan
 
@@ -44,6 +45,8 @@ def execute(
     loaded, targets = load_words(words)
     plan = make_plan(loaded, targets, params)
     if dry_run:
+        if not options["inline"]:
+            check_lanes(plan.tasks)
         click.echo(dry_run_text(plan))
         return 0
     from taskrun.coordinator import execute as execute_plan

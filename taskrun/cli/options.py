@@ -12,7 +12,8 @@ from click.core import ParameterSource
 from taskrun.cli.split import split_words
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded, check_file, find_file, load
-from taskrun.settings import cores_here
+from taskrun.model import nearest
+from taskrun.settings import LANE_JOBS, cores_here
 
 if TYPE_CHECKING:
     from taskrun.settings import Settings
@@ -62,6 +63,24 @@ def _capacity(name: str, text: str) -> float:
     return much
 
 
+def _check_lane_jobs(
+    context: click.Context, parameter: click.Parameter, texts: Sequence[str]
+) -> dict[str, int]:
+    jobs = {}
+    for text in texts:
+        lane, _, much = text.partition("=")
+        if lane == "process":
+            raise UsageError("--lane-jobs process=...: how many processes there are is said by -j")
+        if lane not in LANE_JOBS:
+            near = nearest(lane, list(LANE_JOBS))
+            hint = f"did you mean {near}?" if near else f"lanes are {', '.join(LANE_JOBS)}"
+            raise UsageError(f"--lane-jobs {text}: there is no lane {lane!r}; {hint}")
+        if not much.isdecimal() or int(much) < 1:
+            raise UsageError(f"--lane-jobs takes LANE=N, such as async=2, not {text!r}")
+        jobs[lane] = int(much)
+    return jobs
+
+
 def _check_joblog(
     context: click.Context, parameter: click.Parameter, path: str | None
 ) -> str | None:
@@ -102,6 +121,10 @@ _OPTIONS = (
         help="How many workers. [default: the cores]",
     ),
     click.option("-k", "--keep-going", is_flag=True, help="Go on after a failure."),
+    click.option(
+        "--lane-jobs", multiple=True, metavar="LANE=N", envvar="TASKRUN_LANE_JOBS",
+        callback=_check_lane_jobs, help="How many workers a lane may have: async=2.",
+    ),
     click.option("--fail-fast", is_flag=True, help="On a failure end what runs, too."),
     click.option("--inline", is_flag=True, help="Run every call in this process, uncaptured."),
     click.option(

@@ -1,0 +1,417 @@
+"""Lanes, end to end: calls that wait share a worker, and keep all the promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Runs, started, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+needs_gevent = pytest.mark.skipif(
+    not importlib.util.find_spec("gevent"), reason="gevent is not installed"
+)
+LANES = ["thread", "async", pytest.param("green", marks=needs_gevent)]
+every_lane = pytest.mark.parametrize("lane", LANES)
+
+HEAD = """
+import asyncio
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+def in_lane(source: str, lane: str) -> str:
+    """``source`` with RUN, PAUSE and LANE in this lane's words."""
+    words = ("async def", "await asyncio.sleep") if lane == "async" else ("def", "time.sleep")
+    source = source.replace("RUN", words[0]).replace("PAUSE", words[1])
+    return HEAD + source.replace("LANE", repr(lane))
+
+
+# -- all together ---------------------------------------------------------------------
+
+
+@needs_gevent
+def test_one_file_uses_all_lanes_and_items_go_on_as_they_come(runs: Runs) -> None:
+    source = """
+import asyncio
+
+@task
+def numbers():
+    for number in range(4):
+        yield number
+        time.sleep(0.4)
+    mark("all are there")
+
+@task
+async def waits(n=each(numbers)):
+    await asyncio.sleep(0.01)
+    if n == 0: mark("first", str(os.path.exists("all are there")))
+    await sh_async("echo through sh")
+    return n * 10
+
+@task(lane="thread")
+def threaded(n=each(waits)): return n + 1
+
+@task(lane="green")
+def greened(n=each(threaded)):
+    time.sleep(0.01)
+    return n + 1, current().worker
+
+@task
+def total(found=result(greened)): print([n for n, _ in found], len({w for _, w in found}))
+"""
+    ended = runs.exec(source, "-j2", "--output", "raw").check()
+    assert "[2, 12, 22, 32] 1" in ended.out
+    assert (runs.folder / "first").read_text() == "False"
+    assert ended.out.count("through sh\n") == 4
+
+
+@every_lane
+def test_calls_submit_others_of_every_lane_and_wait_for_them(runs: Runs, lane: str) -> None:
+    wait = "await asyncio.gather(*futures)" if lane == "async" else "[f.result() for f in futures]"
+    source = in_lane(
+        f"""
+@task
+def square(n): return n * n
+
+@task
+async def double(n): return 2 * n
+
+@task(lane="thread", default=False)
+def negative(n): return -n
+
+@task(lane=LANE)
+RUN parent(n=each(range(20))):
+    futures = [one.submit(n) for one in (square, double, negative)]
+    return sum({wait})
+
+@task
+def total(found=result(parent)): print("total", sum(found))
+""",
+        lane,
+    )
+    ended = runs.exec(source, "-j2", "--output", "raw").check()
+    assert f"total {sum(n * n + n for n in range(20))}" in ended.out
+
+
+@every_lane
+def test_state_is_shared_and_what_a_call_holds_is_its_own(runs: Runs, lane: str) -> None:
+    locked = "async with" if lane == "async" else "with"
+    get = "await queue.get_async()" if lane == "async" else "queue.get()"
+    source = in_lane(
+        f"""
+count, inside, queue = state.counter("count"), state.counter("inside"), state.queue("queue")
+
+@task(lane=LANE)
+RUN add(n=each(range(100))):
+    count.add(1)
+    {locked} state.lock("one at a time"):
+        assert inside.add(1) == 1
+        PAUSE(0.001)
+        inside.add(-1)
+
+@task(lane=LANE)
+RUN take(n=each(range(20))): return {get}
+
+@task
+def put():
+    time.sleep(0.3)
+    for n in range(20): queue.put(n)
+
+@task
+def total(added=result(add), taken=result(take)): print("found", count.value, sum(taken))
+""",
+        lane,
+    )
+    assert "found 100 190" in runs.exec(source, "-j2", "--output", "raw").check().out
+
+
+@every_lane
+def test_so_many_workers_as_lane_jobs_says(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE)
+RUN who(n=each(range(60))):
+    PAUSE(0.5)
+    return os.getpid()
+
+@task
+def total(pids=result(who)): print("workers", len(set(pids)))
+""",
+        lane,
+    )
+    words = "-j1", "--output", "raw"
+    assert "workers 1\n" in runs.exec(source, *words).check().out
+    assert "workers 2\n" in runs.exec(source, *words, "--lane-jobs", f"{lane}=2").check().out
+    variables = {"TASKRUN_LANE_JOBS": f"{lane}=2"}
+    assert "workers 2\n" in runs.exec(source, *words, env=variables).check().out
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("asinc=2", "there is no lane 'asinc'; did you mean async?"),
+        ("async", "--lane-jobs takes LANE=N, such as async=2, not 'async'"),
+        ("async=0", "--lane-jobs takes LANE=N"),
+        ("process=2", "how many processes there are is said by -j"),
+    ],
+)
+def test_lane_jobs_that_cannot_be_are_refused(runs: Runs, text: str, says: str) -> None:
+    assert says in runs.exec("@task\ndef x(): 1\n", "--lane-jobs", text).check(2).err
+
+
+@every_lane
+def test_inline_runs_the_calls_of_a_lane_one_after_the_other(runs: Runs, lane: str) -> None:
+    source = in_lane("@task(lane=LANE)\nRUN pid(n=each(range(3))): print(n, os.getpid())\n", lane)
+    ended = runs.exec(source, "--inline", "--output", "raw").check()
+    said = [line.split() for line in ended.out.splitlines()]
+    assert [n for n, _ in said] == ["0", "1", "2"] and len({pid for _, pid in said}) == 1
+
+
+# -- ends -----------------------------------------------------------------------------
+
+
+@every_lane
+def test_a_timeout_ends_the_calls_that_take_too_long_and_no_others(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE, timeout=1)
+RUN naps(n=each([0.1, 60, 0.2, 60])):
+    PAUSE(n)
+
+@task(lane=LANE, timeout=1, retries=1)
+RUN second_time(n=each(range(3))):
+    PAUSE(60 if current().attempt == 1 else 0)
+""",
+        lane,
+    )
+    ended = runs.json(source, "-j2", "-k").check(1)
+    assert ended.seconds < 15
+    assert [ended.states[f"naps[{n}]"] for n in range(4)] == ["ok", "failed", "ok", "failed"]
+    assert ended.failure("naps[1]")["kind"] == "timeout"
+    assert {ended.states[f"second_time[{n}]"] for n in range(3)} == {"ok"}
+
+
+LOST = """
+SOME = 5000 if LANE != "thread" else 30
+
+@task(lane=LANE, retries=1)
+RUN often(n=each(range(SOME))):
+    state.counter("begun").add(1)
+    if current().attempt == 1: PAUSE(60)
+    with open("ended", "a") as file: file.write(f"{n}\\n")
+
+@task(lane=LANE)
+RUN once(n=each(range(SOME))):
+    state.counter("begun").add(1)
+    PAUSE(60)
+
+@task
+def killer():
+    import glob
+    while state.counter("begun").value < 2 * SOME or not os.path.exists("pid"): time.sleep(0.05)
+    os.kill(int(open("pid").read()), signal.SIGKILL)
+
+@task(lane=LANE)
+RUN pid():
+    mark("pid.part", str(os.getpid()))
+    os.rename("pid.part", "pid")
+"""
+
+
+@every_lane
+def test_every_call_of_a_killed_worker_has_an_outcome_and_none_runs_twice(
+    runs: Runs, lane: str
+) -> None:
+    source = in_lane(LOST, lane)
+    many = 5000 if lane != "thread" else 30
+    # Two workers would have to be killed: one has room for all.
+    ended = runs.json(source, "-j1", "-k", "--lane-jobs", "thread=2", deadline=100)
+    if lane == "thread":
+        ended.check(1)
+    assert ended.status == 1, ended.err[-2000:]
+    states = Counter((name.partition("[")[0], state) for name, state in ended.states.items())
+    lines = (runs.folder / "ended").read_text().split()
+    assert states["often", "ok"] == many == len(set(lines)) == len(lines)
+    assert states["once", "failed"] + states["once", "ok"] == many
+    kinds = {ended.failure(name)["kind"] for name in ended.states if name.startswith("once[")}
+    assert kinds == {"lost"}
+
+
+@every_lane
+def test_ctrl_c_ends_thousands_of_calls_and_leaves_nothing(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE)
+RUN nap(n=each(range(2000))):
+    if n == 20: mark("begun")
+    PAUSE(60)
+
+@task(always=True, lane=LANE)
+RUN clean(n=result(nap)): mark("cleaned")
+""",
+        lane,
+    )
+    running = runs.start_exec(source, "-j2", "--output", "raw")
+    running.await_file(runs.folder / "begun")
+    running.signal(signal.SIGINT)
+    ended = running.end()
+    assert ended.status == 130, ended.err
+    assert (runs.folder / "cleaned").exists()
+
+
+@every_lane
+def test_nothing_is_left_when_the_coordinator_is_killed(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE)
+RUN nap(n=each(range(20))):
+    if n == 10: mark("begun")
+    PAUSE(60)
+""",
+        lane,
+    )
+    running = runs.start_exec(source, "-j2")
+    running.await_file(runs.folder / "begun")
+    assert len(running.others()) >= 2
+    running.signal(signal.SIGKILL)
+    running.process.wait(10)
+    running.assert_gone()
+
+
+def test_a_thread_that_never_ends_holds_nobody_up(runs: Runs) -> None:
+    ended = runs.json(
+        """
+        @task(lane="thread", timeout=0.5)
+        def stuck():
+            while True: time.sleep(0.1)
+
+        @task(lane="thread", after=[])
+        def others(n=each(range(100))):
+            time.sleep(0.05)
+            return os.getpid()
+        """,
+        "-k",
+    ).check(1)
+    assert ended.failure("stuck")["kind"] == "timeout"
+    assert ended.states["others[99]"] == "ok"
+    assert ended.seconds < 15
+
+
+@every_lane
+def test_a_generator_that_is_tried_again_delivers_each_item_once(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE, retries=1)
+RUN numbers():
+    for number in range(6):
+        yield number
+        PAUSE(0.1)
+        if number == 3 and current().attempt == 1: raise OSError("again")
+
+@task
+def take(n=each(numbers)): print("took", n)
+""",
+        lane,
+    )
+    ended = runs.exec(source, "-j2", "--output", "raw").check()
+    took = sorted(line for line in ended.out.splitlines() if line.startswith("took"))
+    assert took == [f"took {n}" for n in range(6)]
+
+
+# -- green ----------------------------------------------------------------------------
+
+GREEN = """
+@task(lane="green")
+def fetch(): time.sleep(0.01)
+"""
+
+
+def test_gevent_that_is_not_installed_is_an_error_that_names_the_extra(runs: Runs) -> None:
+    (runs.folder / "site").mkdir()
+    (runs.folder / "site" / "sitecustomize.py").write_text(
+        "import sys; sys.modules['gevent'] = None\n"
+    )
+    without = {"PYTHONPATH": str(runs.folder / "site")}
+    for words in ((), ("--dry-run",)):
+        ended = runs.exec(GREEN, *words, env=without).check(2)
+        assert "fetch is in lane 'green', which needs gevent" in ended.err
+        assert "pip install 'taskrun[gevent]'" in ended.err
+    runs.exec(GREEN, "--inline", env=without).check()
+    submits = GREEN.replace("green", "green', default=False, name='fetch").replace('"', "'")
+    ended = runs.exec(submits + "\n@task\ndef go(): fetch.submit()\n", env=without).check(1)
+    assert "pip install 'taskrun[gevent]'" in ended.err
+
+
+@needs_gevent
+def test_a_task_file_that_patches_by_itself_is_refused(runs: Runs) -> None:
+    ended = runs.exec("from gevent import monkey; monkey.patch_all()\n" + GREEN).check(2)
+    assert "gevent.monkey has patched this process, which is the wrong one" in ended.err
+
+
+@needs_gevent
+def test_what_is_imported_before_gevent_can_patch_it_is_said(runs: Runs) -> None:
+    (runs.folder / "site").mkdir()
+    (runs.folder / "site" / "sitecustomize.py").write_text("import ssl\n")
+    ended = runs.exec(GREEN, env={"PYTHONPATH": str(runs.folder / "site")}).check(1)
+    assert "lane='green' cannot patch ssl: it was imported before" in ended.err
+
+
+@needs_gevent
+def test_plain_blocking_clients_switch_in_the_green_lane(runs: Runs) -> None:
+    source = """
+import http.server, threading, urllib.request
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        time.sleep(0.5)
+        self.send_response(200); self.send_header("Content-Length", "2"); self.end_headers()
+        self.wfile.write(b"ok")
+    def log_message(self, *_): pass
+
+@task(lane="green")
+def all_at_once():
+    import gevent
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    futures = [fetch.submit(f"http://127.0.0.1:{server.server_port}/") for _ in range(100)]
+    started = time.monotonic()
+    assert [f.result() for f in futures] == [b"ok"] * 100
+    print("took", time.monotonic() - started)
+
+@task(lane="green", default=False)
+def fetch(url): return urllib.request.urlopen(url, timeout=20).read()
+"""
+    ended = runs.exec(source, "--output", "raw").check()
+    assert float(ended.out.split()[1]) < 10
+
+
+def test_a_blocked_event_loop_is_told_in_the_run(runs: Runs) -> None:
+    running = runs.start_exec(
+        "@task\nasync def blocks(): time.sleep(4)\n@task\nasync def other(): pass\n"
+    )
+    said = running.await_line("blocks lets no other call of w1 run", err=True)
+    assert said.startswith("taskrun: ")
+    running.await_line("time.sleep(4)", err=True, deadline=1)
+    running.end().check()
+
+
+def test_the_pid_of_a_killed_worker_is_gone(runs: Runs) -> None:
+    running = runs.start_exec(
+        "@task(lane='thread')\ndef nap():\n    mark('pid', str(os.getpid())); doze()\n"
+    )
+    pid = int(running.await_file(runs.folder / "pid"))
+    os.kill(pid, signal.SIGKILL)
+    ended = running.end().check(1)
+    assert "killed by SIGKILL, with 1 calls in it" in ended.err
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
