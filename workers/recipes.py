@@ -167,6 +167,8 @@ class Home:
         """The task of ``reference``.  Raises LoadError."""
         try:
             if isinstance(reference, bytes):
+                if self._module is None and self._failure is not None:
+                    raise LoadError(*self._failure)
                 assert blob is not None
                 found = pickle.loads(blob)
             else:
@@ -182,10 +184,10 @@ class Home:
         return found if isinstance(found, Task) else _as_task(found)
 
     def _by_name(self, module: str, qualname: str) -> Any:
+        if module == self._module and self._failure is not None:
+            raise LoadError(*self._failure)
         found: Any = sys.modules.get(module)
         if found is None:
-            if module == self._module and self._failure is not None:
-                raise LoadError(*self._failure)
             found = __import__(module, fromlist=["*"])
         for part in qualname.split("."):
             found = getattr(found, part)

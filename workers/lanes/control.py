@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from taskrun.workers.outbox import Outbox
 
 BLOCKED: Final = 1.0  # seconds in which no other call could run, until that is said
-_LOOK: Final = 0.5  # seconds within which Python code lets a signal in
+_LOOK: Final = 0.3  # seconds within which Python code lets a signal in
 _GONE: Final = 71  # exit status of a worker whose coordinator is gone
 
 
@@ -129,7 +129,18 @@ class LaneControl:
     # -- a call that lets no other run ------------------------------------------------
 
     def _tell_who_blocks(self) -> None:
-        """Say which call it is, once.
+        """Say which call it is, if it is one, and not very many that each run for a moment."""
+        asked = self._asked
+        before, _ = self._look()
+        native.sleep(_LOOK)
+        running, stack = self._look()
+        if self._asked is not asked or asked is None or running is not before:
+            return  # it went on meanwhile
+        if text := _text(stack):
+            self._worker.warn_that_it_blocks(running, monotonic() - asked, text)
+
+    def _look(self) -> tuple[LaneRunning | None, StackSummary]:
+        """Which call runs now, and where in its code.
 
         A signal handler finds out: it runs in that call's own context.
         """
@@ -140,12 +151,7 @@ class LaneControl:
         while self._seen is None and self._asked is asked and monotonic() < deadline:
             native.sleep(0.01)
         self._looking = False
-        if self._asked is not asked or asked is None:
-            return  # it went on just now
-        running, stack = self._seen or (None, _stack_of(sys._current_frames()[self._main]))
-        text = _text(stack)
-        if text:
-            self._worker.warn_that_it_blocks(running, monotonic() - asked, text)
+        return self._seen or (None, _stack_of(sys._current_frames()[self._main]))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._looking and frame is not None:
@@ -159,13 +165,16 @@ def _stack_of(frame: FrameType) -> StackSummary:
 
 
 def _text(stack: StackSummary) -> str:
-    """A stack as a traceback shows it, from the first frame that is not ours nor the loop's."""
+    """A stack as a traceback shows it, without the frames at its ends that are ours or the
+    loop's."""
     import traceback
 
     frames = list(reversed(stack))
     foreign = _machinery()
     while frames and frames[0].filename.startswith(foreign):
         del frames[0]
+    while frames and frames[-1].filename.startswith(foreign):
+        del frames[-1]
     return "".join(traceback.format_list(frames))
 
 
