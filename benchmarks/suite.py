@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import lanes
 import psutil
 from measure import (
     JOBS,
@@ -333,5 +334,28 @@ BENCHMARKS = (
         "memory_chain", "coordinator, per finished call of a chain of submits", "bytes",
         partial(memory_per_call, "chain"), "1 KB", lambda: 1024.0,
         1.0, rounds=1,
+    ),
+    Benchmark(
+        "waits_async", "10,000 calls that wait 50 ms in the lane async", "s",
+        partial(lanes.waiting_seconds, "async"),
+        "asyncio.gather", partial(lanes.bare_seconds, "async"), 2.0,
+    ),
+    Benchmark(
+        "waits_green", "10,000 calls that wait 50 ms in the lane green", "s",
+        partial(lanes.waiting_seconds, "green"),
+        "gevent", partial(lanes.bare_seconds, "green"), 2.0,
+    ),
+    Benchmark(
+        "memory_async", "memory of a worker per waiting call of the lane async", "KB",
+        partial(lanes.memory_per_call, "async"), "10 KB", lambda: 10.0, 1.0, rounds=3,
+    ),
+    Benchmark(
+        "memory_green", "memory of a worker per waiting call of the lane green", "KB",
+        partial(lanes.memory_per_call, "green"), "16 KB", lambda: 16.0, 1.0, rounds=3,
+    ),
+    Benchmark(
+        "mixed", "200 calls of 20 ms beside 10,000 that wait 30 s", "calls/s",
+        partial(lanes.computing_rate, lanes.CALLS),
+        "the same beside one", partial(lanes.computing_rate, 1), 0.95, at_least=True, rounds=1,
     ),
 )  # fmt: skip

@@ -69,7 +69,7 @@ class Run:
         wanted: Collection[str] = (),
         open_feed: bool = False,
     ) -> None:
-        if not settings.inline:
+        if settings.lanes:
             check_lanes(plan.tasks)
         self.plan = plan
         self.settings = settings
@@ -333,7 +333,7 @@ def execute_map(
     display = Display(settings, reactor, stdout, results=True)
     results = Results(display.show_result, keep_order)
     plan = Plan((), frozenset([task.name]), file=loaded.file, module=loaded.module)
-    if not settings.inline:
+    if settings.lanes:
         check_lanes([task])
     run = Run(plan, settings, [*display.observers, results], reactor, open_feed=True)
     feed = Feed(run, task, lines)

@@ -45,7 +45,7 @@ def execute(
     loaded, targets = load_words(words)
     plan = make_plan(loaded, targets, params)
     if dry_run:
-        if not options["inline"]:
+        if not (options["inline"] or options.get("engine")):
             check_lanes(plan.tasks)
         click.echo(dry_run_text(plan))
         return 0
