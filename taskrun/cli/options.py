@@ -120,11 +120,11 @@ _OPTIONS = (
         "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
         help="How many workers. [default: the cores]",
     ),
-    click.option("-k", "--keep-going", is_flag=True, help="Go on after a failure."),
     click.option(
         "--lane-jobs", multiple=True, metavar="LANE=N", envvar="TASKRUN_LANE_JOBS",
         callback=_check_lane_jobs, help="How many workers a lane may have: async=2.",
     ),
+    click.option("-k", "--keep-going", is_flag=True, help="Go on after a failure."),
     click.option("--fail-fast", is_flag=True, help="On a failure end what runs, too."),
     click.option("--inline", is_flag=True, help="Run every call in this process, uncaptured."),
     click.option(
@@ -151,7 +151,7 @@ _OPTIONS = (
     click.option("--listen", metavar="ADDRESS", help="Let others join: HOST:PORT."),
     click.option(
         "--engine", metavar="E", callback=_check_engine,
-        help="Where calls run: dask, ray, ... [default: own workers]",
+        help="Where calls run instead: dask, ray, ...",
     ),
     click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
     *_TLS_OPTIONS,
