@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,24 @@ class Sample:
     seconds: float
     cpu: float
     out: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """``ours() / peer()`` must be at least, or at most, ``target``; medians of ``rounds``."""
+
+    name: str
+    what: str
+    unit: str
+    ours: Callable[[], float]
+    peer_name: str
+    peer: Callable[[], float]
+    target: float
+    at_least: bool = False
+    rounds: int = 5
+
+    def reached(self, ratio: float) -> bool:
+        return ratio >= self.target if self.at_least else ratio <= self.target
 
 
 def adopt_orphans() -> None:

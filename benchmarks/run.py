@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import servers
 import suite
 from measure import (
     BenchmarkError,
@@ -27,6 +26,8 @@ from measure import (
     wait_until_quiet,
 )
 from suite import Benchmark
+
+import servers
 
 BENCHMARKS = (*suite.BENCHMARKS, *servers.BENCHMARKS)
 RESULTS = Path(__file__).parent / "RESULTS.md"

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from measure import (
     JOBS,
     PYTHON,
     TASKRUN,
+    Benchmark,
     BenchmarkError,
     Sample,
     expect,
@@ -35,28 +35,10 @@ from measure import (
     script,
     taskrun,
 )
+from pool_suite import POOL_BENCHMARKS
 
 sys.path.append(str(JOBS))
 from work import DURATIONS, FAN_IN, LEAVES, checksum, spin
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """``ours() / peer()`` must be at least, or at most, ``target``; medians of ``rounds``."""
-
-    name: str
-    what: str
-    unit: str
-    ours: Callable[[], float]
-    peer_name: str
-    peer: Callable[[], float]
-    target: float
-    at_least: bool = False
-    rounds: int = 5
-
-    def reached(self, ratio: float) -> bool:
-        return ratio >= self.target if self.at_least else ratio <= self.target
-
 
 # -- start-up -------------------------------------------------------------------------
 
@@ -358,4 +340,5 @@ BENCHMARKS = (
         partial(lanes.computing_rate, lanes.CALLS),
         "the same beside one", partial(lanes.computing_rate, 1), 0.95, at_least=True, rounds=1,
     ),
+    *POOL_BENCHMARKS,
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Each coordinator has a folder, named so that others can tell whether it lives:
 
-    /dev/shm/taskrun-1000/4711-85213-4026531836/e1.w2-17
-             user         pid, start, namespace  maker and number
+    /dev/shm/taskrun-1000-data/4711-85213-4026531836/e1.w2-17
+             user              pid, start, namespace  maker and number
 
 and a second one on disk, for when the memory is full.  Its workers write there as well.
 What a process leaves behind is removed when it exits or, where it is killed, by its template
@@ -68,7 +68,7 @@ def own() -> Place:
     pid = os.getpid()
     if _own is None or _own[0] != pid:
         name = f"{pid}-{_start_of(pid)}-{_namespace()}"
-        folders = tuple(f"{root}/taskrun-{os.getuid()}/{name}" for root in _roots())
+        folders = tuple(f"{root}/taskrun-{os.getuid()}-data/{name}" for root in _roots())
         _own = pid, Place(folders, "c")
     return _own[1]
 
@@ -79,9 +79,9 @@ def is_settled() -> bool:
 
 
 def settle(settled: Place) -> None:
-    """In a worker: put blobs there."""
+    """In a worker: put blobs there, if the coordinator is a process of this machine."""
     global _settled
-    _settled = settled
+    _settled = Place(tuple(filter(_is_live, settled.folders)), settled.maker)
 
 
 def current() -> Place:
@@ -206,14 +206,26 @@ def sweep_around(place: Place) -> None:
 
 def _sweep(base: str) -> None:
     for name in _names(base):
-        pid, _, rest = name.partition("-")
-        start, _, namespace = rest.partition("-")
-        if pid.isdigit() and namespace == _namespace() and _start_of(int(pid)) != start:
+        pid, _, namespace = _parts(name)
+        if pid.isdigit() and namespace == _namespace() and not _is_live(name):
             _remove_folder(f"{base}/{name}")
 
 
+def _is_live(folder: str) -> bool:
+    """Whether the process whose folder this is can be seen from here."""
+    pid, start, namespace = _parts(os.path.basename(folder))
+    return namespace == _namespace() and _start_of(int(pid)) == start
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    pid, _, rest = name.partition("-")
+    start, _, namespace = rest.partition("-")
+    return pid, start, namespace
+
+
 @atexit.register
-def _remove_own() -> None:
+def leave() -> None:
+    """Remove the folders of this process, which is about to end."""
     if _own is not None and _own[0] == os.getpid():
         for folder in _own[1].folders:
             _remove_folder(folder)

@@ -181,12 +181,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr(places, "_notice", None)
     monkeypatch.setattr(places, "_complained", False)
     yield memory
-    places._remove_own()
+    places.leave()
 
 
 def refuse(path: Path) -> None:
     """Let nothing be written there, not even by root."""
-    (path / f"taskrun-{os.getuid()}").write_text("not a folder")
+    (path / f"taskrun-{os.getuid()}-data").write_text("not a folder")
 
 
 def test_without_room_in_memory_the_disk_is_used_and_one_warning_says_so(elsewhere: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_worker_without_room_is_told_of_by_one_warning(elsewhere: Path) -> Non
 
 
 def test_a_folder_that_others_may_look_into_is_not_used(elsewhere: Path) -> None:
-    base = elsewhere / f"taskrun-{os.getuid()}"
+    base = elsewhere / f"taskrun-{os.getuid()}-data"
     base.mkdir()
     base.chmod(0o755)
     with pytest.warns(RuntimeWarning, match="large data cannot go to"):
@@ -239,7 +239,7 @@ def test_a_small_memory_file_system_is_not_filled(elsewhere: Path) -> None:
         assert len(disk) == 2
         assert [len(blobs.loads(one)) for one in data] == [3_000_000] * 4
         del data
-        places._remove_own()
+        places.leave()
     finally:
         subprocess.run(["umount", elsewhere], check=True)
 
@@ -252,8 +252,8 @@ def length(data: Any) -> int:
 
 
 def blobs_there(data: Any) -> int:
-    base = os.path.dirname(places.current().folders[0])
-    return sum(len(found) for _, _, found in os.walk(base))
+    """How many the parent has made."""
+    return len([name for name in os.listdir(places.current().folders[0]) if name[0] == "c"])
 
 
 def zeros(size: int) -> array.array[float]:
@@ -296,6 +296,14 @@ def test_what_is_large_in_a_partial_is_there_once_and_not_for_ever(chunksize: in
         assert pool.map(function, range(9), chunksize) == [LARGE + n for n in range(9)]
         assert list(pool.imap(function, range(9), chunksize)) == [LARGE + n for n in range(9)]
         assert pool.apply(function, (1,)) == LARGE + 1
+        await_no_files()
+
+
+def test_what_is_large_in_a_closure_is_there_once_and_not_for_ever() -> None:
+    data = os.urandom(LARGE)
+    with Pool(2) as pool:
+        assert pool.map(lambda n: len(data) + n, range(9)) == [LARGE + n for n in range(9)]
+        assert pool.starmap(lambda n, m: len(data) + m, [(1, 2)] * 3) == [LARGE + 2] * 3
         await_no_files()
 
 
@@ -383,9 +391,8 @@ if __name__ == "__main__":
 """
 
 
-def test_after_kill_minus_9_of_everything_the_next_start_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("elsewhere")  # where nobody else starts meanwhile, and tidies up
+def test_after_kill_minus_9_of_everything_the_next_start_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     command = [sys.executable, str(path)]
@@ -440,12 +447,27 @@ def test_the_folder_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> Non
     assert blobs.loads(data) == b"x" * LARGE
 
 
+def test_a_worker_on_another_machine_puts_its_data_into_the_pickle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = places.own()
+    strange = [folder.replace(f"{os.getpid()}-", "1-7") for folder in here.folders]
+    monkeypatch.setattr(places, "_settled", None)
+    places.settle(places.Place(tuple(strange), "w1"))
+    assert places.current() == places.Place((), "w1")
+    data = dumps(b"x" * LARGE)
+    assert not files()
+    assert blobs.loads(pickle.loads(pickle.dumps(data))) == b"x" * LARGE
+    places.settle(here)
+    assert places.current() == here
+
+
 def test_a_forked_child_removes_nothing_of_its_parents() -> None:
     data = dumps(b"x" * LARGE)
     pid = os.fork()
     if pid == 0:
         del data
-        places._remove_own()
+        places.leave()
         os._exit(0)
     os.waitpid(pid, 0)
     assert blobs.loads(data) == b"x" * LARGE
@@ -484,6 +506,49 @@ def test_large_values_go_through_a_run_as_references(tmp_path: Path) -> None:
     done = run(str(path), jobs=2)
     assert done["size"] == [2_000_000] * 3
     assert done["whole"] == b"\1\2" + b"\1" * 4_000_000
+
+
+STREAM = """
+import os
+from taskrun import task, each, result, places
+
+@task
+def big(n=each(range(30))):
+    return bytes([n]) * 2_000_000
+
+@task
+def size(data=each(big)):
+    return len(os.listdir(places.current().folders[0]))
+
+@task
+def left(most=result(size)):
+    return max(most), len(os.listdir(places.current().folders[0]))
+"""
+
+
+def test_a_run_lets_large_values_go_as_soon_as_nobody_needs_them(tmp_path: Path) -> None:
+    from taskrun import run
+
+    path = tmp_path / "tasks.py"
+    path.write_text(STREAM)
+    most, left = run(str(path), "left", jobs=2)
+    assert left == 0
+    assert most < 30
+
+
+def nested_sum(size: int) -> tuple[int, list[str]]:
+    with Pool(1) as pool:
+        found = pool.apply(length, (bytes(size),))
+    return found, list(places.own().folders)
+
+
+def test_a_pool_in_a_worker_leaves_nothing_when_the_worker_ends() -> None:
+    with Pool(1) as pool:
+        found, folders = pool.apply(nested_sum, (LARGE,))
+        assert found == LARGE
+        pool.close()
+        pool.join()
+    assert not [folder for folder in folders if os.path.exists(folder)]
 
 
 def test_a_blob_is_removed_with_its_last_reference() -> None:

@@ -190,6 +190,7 @@ class Worker:
             from taskrun.pooling import remote
 
             remote.end()
+        places.leave()
         self._capture.flush()
         self.flush()
 

@@ -61,7 +61,7 @@ class Recipes:
         self, kind: type[Map], function: Any, timeout: float | None, retries: int
     ) -> tuple[Recipe, tuple[Any, ...]]:
         """The recipe for calls with some items each, and the arguments before the items."""
-        if not isinstance(function, _NAMED):
+        if not (isinstance(function, _NAMED) and self._is_found(function)):
             # What is large in it is there once, as long as there are calls; not in each call,
             # nor in each worker for ever.
             pickled = dumps_call(function)
