@@ -124,6 +124,10 @@ class Books:
         call = self._find(id)
         return call if call is not None and call.attempt == attempt else None
 
+    def find(self, id: int) -> Call | None:
+        """A call; where ended ones are not kept, one that has not ended."""
+        return self._find(id)
+
     def worker(self, id: int) -> Worker | None:
         """A worker that is here."""
         return self._workers.get(id)

@@ -59,8 +59,20 @@ class Current:
         if self._progress is not None:
             self._progress(done, total)
 
+    @property
+    def channel(self) -> Any:
+        """This call's end of the channel to whoever submitted it, or tells it something."""
+        return _ends().channel_here()
+
     def __repr__(self) -> str:
         return f"<call {self.call or '(outside a run)'} attempt {self.attempt} pid {self.pid}>"
+
+
+def _ends() -> Any:
+    """Channels, which are far above this ground floor; only those who use them pay for them."""
+    from importlib import import_module
+
+    return import_module("taskrun.state.ends")
 
 
 class Future:
@@ -103,6 +115,11 @@ class Future:
     def cancel(self) -> None:
         """Cancel the call, also while it runs; its outcome is then CallCancelled."""
         active().cancel(self)
+
+    @property
+    def channel(self) -> Any:
+        """This end of the channel to the call."""
+        return _ends().channel_to(self.key)
 
     def __await__(self) -> Generator[Any, None, Any]:
         if not self.done():

@@ -96,6 +96,7 @@ class Run:
             reactor,
             is_running=self.core.is_running,
             is_idle=lambda: self._timer_at is None,
+            line=self._line,
             notice=self.observer.notice,
             key_file=settings.authkey_file,
             listen=settings.listen,
@@ -215,6 +216,16 @@ class Run:
             self._steering = Steering(self)
         self._steering.admit(peer)
 
+    def _line(self, name: str) -> Any:
+        """Which channel of a call is meant."""
+        from taskrun.state.channels import line_of
+
+        return line_of(name, self.core.find)
+
+    def tell(self, call: int, message: Any) -> None:
+        """Send a message to a call.  Raises ChannelClosed where that has ended."""
+        self._state.tell(call, message)
+
     def stop(self, reason: str) -> None:
         """Stop gracefully: start nothing more, interrupt what runs."""
         self.observer.stopping(reason)
@@ -256,6 +267,11 @@ class Run:
                 state.attempt_ended(command.call.id, command.attempt)
             observer.attempt_ended(command, names.get(command.worker) or name(command.worker))
 
+        def call_ended(command: m.CallEnded) -> None:
+            observer.call_ended(command.call)
+            if state.is_used:
+                state.call_ended(command.call.id)
+
         return {
             m.StartWorkers: engine,
             m.StopWorker: engine,
@@ -265,7 +281,7 @@ class Run:
             m.Deliver: engine,
             m.CallsAdded: lambda command: observer.calls_added(command.calls),
             m.AttemptEnded: attempt_ended,
-            m.CallEnded: lambda command: observer.call_ended(command.call),
+            m.CallEnded: call_ended,
             m.RunEnded: self._run_ended,
         }
 

@@ -81,6 +81,10 @@ class StateRefused(StateError):
     exit_status = 2
 
 
+class ChannelClosed(StateError, EOFError):
+    """Raised by a call's channel when an end of it is closed and nothing is left in it."""
+
+
 # -- how one call can end, other than with its own exception --------------------------
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call
-from taskrun.errors import UsageError
+from taskrun.errors import StateError, UsageError
 from taskrun.explain import explain
 from taskrun.model import nearest
 
@@ -45,6 +45,9 @@ class Steered(Protocol):
     def post(self, event: m.Event) -> None:
         """Have the core take an event."""
 
+    def tell(self, call: int, message: Any) -> None:
+        """Send a message to a call."""
+
     def stop(self, reason: str) -> None:
         """Stop in order, as Ctrl-C does."""
 
@@ -63,6 +66,7 @@ class Steering:
             "explain": self._explain,
             "stack": self._stack,
             "cancel": self._cancel,
+            "tell": self._tell,
             "pause": self._pause,
             "unpause": self._unpause,
         }
@@ -210,6 +214,14 @@ class Steering:
         self._run.observer.notice(f"taskrun cancel: {call.title}")
         self._run.post(m.CancelCalls((call.id,), "taskrun cancel"))
         answer(f"{call.title} is cancelled")
+
+    def _tell(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        call = self._find(request["call"])
+        try:
+            self._run.tell(call.id, request["message"])
+        except StateError:
+            raise UsageError(f"{call.title} hears nothing more: it is {call.state}") from None
+        answer(f"{call.title} is told")
 
     def _pause(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         self._set_paused(True)

@@ -6,18 +6,22 @@ import click
 
 from taskrun import __version__
 
-# name: (module, object in it, what it does)
+_LOOK = "Show what a live run is doing, and why."
+_STEER = "Steer a live run."
+
+# name: (module, object in it, what it does; those that do the same are listed together)
 COMMANDS = {
     "exec": ("taskrun.cli.execute", "execute", "Run the tasks of a file."),
     "map": ("taskrun.cli.mapping", "map_", "Call a function once per argument or line of stdin."),
     "list": ("taskrun.cli.listing", "list_", "Show the tasks of a file."),
     "graph": ("taskrun.cli.graph", "graph", "Show which task needs which."),
-    "status": ("taskrun.cli.steer", "status", "Show what a live run is doing."),
-    "explain": ("taskrun.cli.steer", "explain", "Say why a call runs, waits or was skipped."),
-    "stack": ("taskrun.cli.steer", "stack", "Show where in its code a running call is."),
-    "cancel": ("taskrun.cli.steer", "cancel", "Cancel a call of a live run, or all of it."),
-    "pause": ("taskrun.cli.steer", "pause", "Have a live run start nothing more."),
-    "unpause": ("taskrun.cli.steer", "unpause", "Have it go on."),
+    "status": ("taskrun.cli.steer", "status", _LOOK),
+    "explain": ("taskrun.cli.steer", "explain", _LOOK),
+    "stack": ("taskrun.cli.steer", "stack", _LOOK),
+    "cancel": ("taskrun.cli.steer", "cancel", _STEER),
+    "tell": ("taskrun.cli.steer", "tell", _STEER),
+    "pause": ("taskrun.cli.steer", "pause", _STEER),
+    "unpause": ("taskrun.cli.steer", "unpause", _STEER),
     "state": ("taskrun.cli.state", "state", "Look at the shared state of a live run."),
     "key": ("taskrun.cli.key", "key", "Make the key file that machines must share."),
     "completion": ("taskrun.cli.completion", "completion", "Print a shell's completion script."),
@@ -43,8 +47,11 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        together: dict[str, list[str]] = {}
+        for name, (_, _, does) in COMMANDS.items():
+            together.setdefault(does, []).append(name)
         with formatter.section("Commands"):
-            formatter.write_dl([(name, does) for name, (_, _, does) in COMMANDS.items()])
+            formatter.write_dl([(", ".join(names), does) for does, names in together.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -155,6 +155,16 @@ def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: 
         _tell(ask("cancel", call=call), json)
 
 
+@_steering("tell", _words("[ADDRESS] CALL MESSAGE"))
+def tell(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Send MESSAGE, as a str, to CALL, which gets it by
+    current().channel.recv()."""
+    if not 2 <= len(words) <= 3:
+        raise UsageError(f"tell takes [ADDRESS] CALL MESSAGE, not {' '.join(words) or 'nothing'}")
+    with asking(words[0] if len(words) == 3 else None, authkey_file, tls) as ask:
+        _tell(ask("tell", call=words[-2], message=words[-1]), json)
+
+
 @_steering("pause", _words("[ADDRESS]"))
 def pause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Start no more calls; what runs goes on."""

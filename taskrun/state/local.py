@@ -14,7 +14,7 @@ from taskrun.errors import StateError
 from taskrun.state.clients import concluded, refuse_deadlock, settle
 from taskrun.state.store import Store
 from taskrun.state.waiting import Wait
-from taskrun.state.wire import LEASED, MISSED, PARKED, Owner, Reply, Request
+from taskrun.state.wire import LEASED, MISSED, PARKED, TAKING, Owner, Reply, Request
 
 MOST_CHANGES: Final = 10_000  # kept for one who watches
 PATIENCE: Final = 5.0  # seconds until somebody who waits asks whether there is any hope
@@ -212,8 +212,8 @@ def _undo(client: LocalClient, request: Request, reply: Reply) -> None:
     operation, name, options, args = request
     if reply[0] != 0:
         return
-    if operation == "queue.get":
-        client.store.put_back(name, reply[1])
+    if operation in TAKING:
+        client.store.put_back(request, reply[1])
     elif operation.endswith(".acquire"):
         kind = operation.partition(".")[0]
         client.call((f"{kind}.release", name, options, args[:2]))

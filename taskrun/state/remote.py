@@ -29,6 +29,7 @@ from taskrun.state.wire import (
     OK,
     OPEN,
     PARKED,
+    TAKING,
     WITHDRAW,
     Owner,
     Reply,
@@ -400,7 +401,7 @@ async def _readable(connection: Connection, timeout: float | None, *, alone: boo
 
 
 def _acknowledge(connection: Connection, request: Request, reply: Reply) -> None:
-    if (request[0] == "queue.get" or request[0] in LEASED) and reply[0] == OK:
+    if (request[0] in TAKING or request[0] in LEASED) and reply[0] == OK:
         try:
             connection.send(ACKNOWLEDGE)
         except OSError:

@@ -20,6 +20,7 @@ from taskrun.reactor import Reactor
 
 if TYPE_CHECKING:
     from taskrun.manager.server import Server
+    from taskrun.state.channels import Line
     from taskrun.state.file import StateFile
     from taskrun.state.local import LocalClient
     from taskrun.state.session import Session
@@ -49,6 +50,7 @@ class Service:
         is_running: Callable[[int, int], bool],
         notice: Callable[[str], object],
         is_idle: Callable[[], bool] = lambda: False,
+        line: Callable[[str], Line] | None = None,
         key_file: str | None = None,
         listen: str | None = None,
         certificates: tuple[str | None, str | None, str | None] | None = None,
@@ -62,6 +64,7 @@ class Service:
         self.address: str | None = None
         self._is_running = is_running
         self._is_idle = is_idle
+        self._line_of = line
         self._notice = notice
         self._key_file = key_file
         self._more = listen
@@ -180,7 +183,7 @@ class Service:
     def _new_store(self) -> Store:
         from taskrun.state.store import Store
 
-        return Store(self._is_alive)
+        return Store(self._is_alive, self._line)
 
     @property
     def is_used(self) -> bool:
@@ -205,8 +208,26 @@ class Service:
     def _wake(self) -> None:
         self.reactor.post(_nothing)
 
+    def _line(self, name: str) -> Line:
+        from taskrun.state.channels import unknown_line
+
+        return (self._line_of or unknown_line)(name)
+
     def _is_alive(self, owner: Any) -> bool:
         return owner[0] != "attempt" or self._is_running(*owner[1:])
+
+    def call_ended(self, call: int) -> None:
+        """So do the channels that end with it."""
+        with self.store.mutex:
+            self.store.channels.call_ended(call)
+
+    def tell(self, call: int, message: Any) -> None:
+        """Send a message to a call.  Raises ChannelClosed where that has ended."""
+        from taskrun.state.channels import of_call
+        from taskrun.state.stored import to_stored
+
+        request = ("channel.send", of_call(call), None, (0, to_stored(message)))
+        self.client(lambda: None).call(request)
 
     def attempt_ended(self, call: int, attempt: int) -> None:
         """What it held is free."""

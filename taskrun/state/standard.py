@@ -53,7 +53,7 @@ class Guest(LocalClient):
     def wait(self, request: Request, timeout: float | None) -> Any:
         value = super().wait(request, timeout)
         if request[0] == "queue.get":
-            blocking.waiter().undo_by(lambda: self.store.put_back(request[1], value))
+            blocking.waiter().undo_by(lambda: self.store.put_back(request, value))
         return value
 
     def _block(self, request: Request, holder: Any, caller: Caller, timeout: float | None) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from taskrun.errors import StateError
 from taskrun.state import kinds, waiting
+from taskrun.state.channels import Channel, Channels, Line, unknown_line
 from taskrun.state.kinds import Ear, Hosted
 from taskrun.state.waiting import Client
 from taskrun.state.wire import CHANGE, LEASED, OK, TIMED_OUT, Owner, Reply, Request, refusal
@@ -41,19 +42,26 @@ _WAITING = {
     waiting.Semaphore: "acquire release locked",
     waiting.Event: "set clear is_set wait",
     waiting.Barrier: "wait waiting",
+    Channel: "send recv close",
 }
 
 
 class Store:
     """Objects by name.
 
-    ``is_alive`` is asked before an owner gets a lease.
+    ``is_alive`` is asked before an owner gets a lease, ``line`` which channel of a call is
+    meant.
     """
 
-    def __init__(self, is_alive: Callable[[Owner], bool] = lambda owner: True) -> None:
+    def __init__(
+        self,
+        is_alive: Callable[[Owner], bool] = lambda owner: True,
+        line: Callable[[str], Line] = unknown_line,
+    ) -> None:
         self.mutex = threading.RLock()
         self.ears: list[Ear] = []
         self.objects: dict[str, Hosted] = {}
+        self.channels = Channels(self.objects, line)
         self._is_alive = is_alive
         self._cursors: dict[Client, dict[int, Iterator[list[Any]]]] = {}
         self._last_cursor = 0
@@ -103,7 +111,11 @@ class Store:
         waits = self._waiting.get(operation)
         if waits is not None:
             kind, function = waits
-            found = self.find(kind, name, options)
+            found: Hosted
+            if kind == Channel.kind:
+                found = self.channels.find(name)
+            else:
+                found = self.find(kind, name, options)
             if operation in LEASED:
                 self._lease(found, args[0])
             reply: Reply = function(found, client, *args)
@@ -174,10 +186,14 @@ class Store:
             client.wait = None
             return TIMED_OUT, None
 
-    def put_back(self, name: str, value: Any) -> None:
-        """Whoever took an item of a queue was interrupted."""
+    def put_back(self, request: Request, value: Any) -> None:
+        """Whoever took an item of a queue, or a message, was interrupted."""
+        operation, name, options, args = request
         with self.mutex:
-            queue = self.find("queue", name)
+            if operation == "channel.recv":
+                self.channels.find(name).put_back(args[0], value)
+                return
+            queue = self.find("queue", name, options)
             assert isinstance(queue, waiting.Queue)
             queue.put_back(None, value)
 
@@ -221,7 +237,8 @@ class Store:
 
     def _names(self, client: Client, name: str, options: Any) -> list[tuple[str, str, int]]:
         """(name, kind, length) of all objects."""
-        return [(one.name, one.kind, len(one)) for _, one in sorted(self.objects.items())]
+        named = [one for _, one in sorted(self.objects.items()) if one.kind != Channel.kind]
+        return [(one.name, one.kind, len(one)) for one in named]
 
     def _export(self, client: Client, name: str, options: Any) -> tuple[str, Any]:
         """(kind, what is in it); raises KeyError where there is no such object."""

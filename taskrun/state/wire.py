@@ -14,7 +14,7 @@ import queue
 import threading
 from typing import Any, TypeAlias
 
-from taskrun.errors import StateError
+from taskrun.errors import ChannelClosed, StateError
 
 Request: TypeAlias = tuple[str, str, Any, tuple[Any, ...]]
 Reply: TypeAlias = tuple[int, Any]
@@ -34,13 +34,16 @@ ACKNOWLEDGE = "acknowledge"
 OPEN = "state"
 """The first request of a connection (see taskrun.manager) that is to speak this."""
 
+TAKING = frozenset(("queue.get", "channel.recv"))
+"""Operations whose result is nowhere else: one that does not arrive is put back."""
+
 LEASED = frozenset(("lock.acquire", "semaphore.acquire"))
 """Operations after which somebody holds something that others wait for."""
 
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (KeyError, IndexError, ValueError, TypeError, RuntimeError, StateError,
-                 queue.Empty, queue.Full, threading.BrokenBarrierError)
+                 ChannelClosed, queue.Empty, queue.Full, threading.BrokenBarrierError)
 }  # fmt: skip
 
 
