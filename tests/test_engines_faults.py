@@ -16,6 +16,8 @@ from harness import Runs, started, wait_until
 
 from taskrun import errors
 from taskrun.engines.choosing import check
+from taskrun.workers.briefs import VERSION
+from taskrun.workers.chunks import execute
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -275,6 +277,13 @@ raise SystemExit(main())
         "exec", "tasks.py", "--engine", "dask", program=(sys.executable, "hidden.py")
     ).check(2)
     assert "pip install 'taskrun[dask]'" in ended.err
+
+
+def test_a_worker_with_another_version_refuses_and_names_both() -> None:
+    with pytest.raises(errors.RunError) as refused:
+        execute("taskrun 9.9, Python 3.99", b"", b"")
+    assert "taskrun 9.9, Python 3.99" in str(refused.value)
+    assert VERSION in str(refused.value)
 
 
 # -- a Dask scheduler that is not ours ------------------------------------------------
