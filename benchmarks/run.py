@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import servers
 import suite
 from measure import (
     BenchmarkError,
@@ -26,8 +27,6 @@ from measure import (
     wait_until_quiet,
 )
 from suite import Benchmark
-
-import servers
 
 BENCHMARKS = (*suite.BENCHMARKS, *servers.BENCHMARKS)
 RESULTS = Path(__file__).parent / "RESULTS.md"

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import crawl
 import lanes
 import psutil
 from measure import (
@@ -339,6 +340,16 @@ BENCHMARKS = (
         "mixed", "200 calls of 20 ms beside 10,000 that wait 30 s", "calls/s",
         partial(lanes.computing_rate, lanes.CALLS),
         "the same beside one", partial(lanes.computing_rate, 1), 0.95, at_least=True, rounds=1,
+    ),
+    Benchmark(
+        "crawl_async", "1,000 pages of 100 ms each, lane async, aiohttp", "pages/s",
+        partial(crawl.rate, "async"), "lane process, -j 2", crawl.process_rate,
+        20.0, at_least=True, rounds=3,
+    ),
+    Benchmark(
+        "crawl_green", "1,000 pages of 100 ms each, lane green, urllib", "pages/s",
+        partial(crawl.rate, "green"), "lane process, -j 2", crawl.process_rate,
+        20.0, at_least=True, rounds=3,
     ),
     *POOL_BENCHMARKS,
 )  # fmt: skip

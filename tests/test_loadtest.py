@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples" / "loadtest"
-MODULES = ("clients", "descriptors", "figures", "servers")
+MODULES = ("clients", "descriptors", "figures", "echoing")
 SECONDS = 60  # the deadline of each run
 SERVERS = ("select", "selectors", "asyncio")
 
@@ -50,7 +50,7 @@ def example() -> Iterator[Any]:
 @contextmanager
 def serving(name: str, sockets: int = 100) -> Iterator[tuple[str, int]]:
     """One of the example's servers; fails if it does not end with its input."""
-    program = [sys.executable, str(FOLDER / "servers.py"), name, str(sockets)]
+    program = [sys.executable, str(FOLDER / "echoing.py"), name, str(sockets)]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
@@ -245,7 +245,7 @@ def test_a_web_server_is_loaded_and_its_errors_are_counted(tmp_path: Path) -> No
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         target = f"http://127.0.0.1:{server.server_port}"
-        few = ("seconds=0.3", "connections=2")
+        few = ("seconds=0.5", "connections=2")
         found = execute(tmp_path, f"target={target}/page.html", *few)
         missing = execute(tmp_path, f"target={target}/nothing.html", *few)
         server.shutdown()

@@ -36,7 +36,7 @@ def shown(name: str, cwd: Path) -> str:
 
 def found(pattern: str, text: str) -> list[str]:
     """The groups of the first match; fails without one."""
-    match = re.search(pattern, text)
+    match = re.search(pattern, text, re.MULTILINE)
     assert match, f"no {pattern!r} in\n{text}"
     return list(match.groups())
 
@@ -54,6 +54,13 @@ def test_processes_count_primes_and_share_no_memory(tmp_path: Path) -> None:
     assert "7,837 primes below 80,000" in out
     seen = re.findall(r"^process \d+ has seen (\d) of 8 calls$", out, re.MULTILINE)
     assert sum(map(int, seen)) == 8
+
+
+def test_threads_share_the_balance_of_one_process(tmp_path: Path) -> None:
+    out = shown("thread", tmp_path)
+    (threads,) = found(r"20 calls in (\d+) threads of 1 process", out)
+    assert 1 < int(threads) <= 20
+    assert "balance 210, and no deposit is lost" in out
 
 
 def test_pids_are_a_family(tmp_path: Path) -> None:
@@ -94,11 +101,41 @@ def test_a_pool_shows_where_calls_and_callbacks_run(tmp_path: Path) -> None:
     assert found(r"the callback was called in process (\d+)\n", out) == [parent]
 
 
+@needs_gevent
+def test_greenlets_make_words_of_letters(tmp_path: Path) -> None:
+    out = shown("greenlet", tmp_path)
+    assert out.splitlines() == [
+        "'a' ' ' -> 'a'",
+        "'p' 'e' 'a' ' ' -> 'pea'",
+        "'g' 'r' 'e' 'e' 'n' ' ' -> 'green'",
+        "'b' 'o' 'a' 't' -> 'boat'",
+    ]
+
+
+@needs_gevent
+def test_greenlets_wait_all_at_once(tmp_path: Path) -> None:
+    out = shown("gevent", tmp_path)
+    (waited,) = found(r"100 calls in 1 process waited ([\d.]+) s", out)
+    (took,) = found(r"all together took ([\d.]+) s", out)
+    assert float(waited) >= 10
+    assert float(took) < float(waited) / 2
+
+
 def test_events_call_their_handlers_in_order(tmp_path: Path) -> None:
     out = shown("events", tmp_path)
     assert out.splitlines() == [
         "light on", "heating", "light off", "cosy", "asleep after 4 events",
     ]  # fmt: skip
+
+
+def test_only_blocking_io_waits_for_each_in_turn(tmp_path: Path) -> None:
+    out = shown("io_modes", tmp_path)
+    ways = ("blocking", "non_blocking", "multiplexed", "asynchronous")
+    times = [
+        int(found(rf"^{way} +(\d+) ms, of these +\d+ ms of computing$", out)[0]) for way in ways
+    ]
+    assert times[0] >= 500  # ten times 50 ms
+    assert min(times) == min(times[1:]) < times[0]
 
 
 @pytest.mark.parametrize("name", ["select_server", "selectors_server"])

@@ -11,6 +11,11 @@ from urllib.parse import urlsplit
 
 from figures import Held, Load
 
+try:
+    import aiohttp
+except ModuleNotFoundError:
+    aiohttp = None  # only a web server needs it
+
 LATE = 10.0  # seconds after which an answer counts as an error
 AT_ONCE = 200  # connections that are being made at a time
 PARTS = 3
@@ -78,7 +83,8 @@ async def dial_echo(target: str) -> AsyncIterator[Ask]:
 @asynccontextmanager
 async def dial_http(target: str) -> AsyncIterator[Ask]:
     """A connection to a web server, kept alive from one GET to the next."""
-    import aiohttp  # only where it is needed: an extra
+    if aiohttp is None:
+        raise ModuleNotFoundError("a URL needs aiohttp: pip install 'taskrun[examples]'")
 
     async def ask() -> None:
         try:

@@ -21,8 +21,8 @@ from taskrun import Future, each, limit, result, state, task
 
 from clients import close_all, load, open_all, summed, talk
 from descriptors import allow
+from echoing import FD_SETSIZE, SERVERS
 from figures import Held, Load
-from servers import FD_SETSIZE, SERVERS
 
 live = state.dict("live")  # process -> requests and errors so far; see it by taskrun state watch
 
@@ -68,7 +68,7 @@ def trial(
     return Trial(server, loaded, held)
 
 
-@task(timeout=600)
+@task(default=False, timeout=600)
 def keep_busy(target: str, connections: int, seconds: float) -> Load:
     """One process of the load: its event loop has ``connections`` coroutines."""
     allow(connections)
@@ -82,7 +82,7 @@ def keep_busy(target: str, connections: int, seconds: float) -> Load:
         live.pop(os.getpid(), None)
 
 
-@task(timeout=600)
+@task(default=False, timeout=600)
 def hold(target: str, count: int, processes: int) -> Held:
     """One process of those that hold sockets: none goes on before all have theirs open."""
     allow(count)
@@ -154,7 +154,7 @@ def serving(server: str, sockets: int) -> Iterator[str]:
     if server not in SERVERS:
         yield server  # somebody else's, and there already
         return
-    program = [sys.executable, str(Path(__file__).with_name("servers.py")), server, str(sockets)]
+    program = [sys.executable, str(Path(__file__).with_name("echoing.py")), server, str(sockets)]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         port = process.stdout.readline().decode().strip()

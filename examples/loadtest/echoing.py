@@ -3,7 +3,7 @@
 A message is a line.  It may come in any number of parts, which the server keeps until the
 line has ended; then it sends the line back.
 
-    python servers.py selectors          # prints its port, and serves until its input ends
+    python echoing.py selectors          # prints its port, and serves until its input ends
 
 Each is one thread.  Their sockets stay blocking, which is simple and enough here: a socket
 that is ready does not make ``recv`` wait, and a client reads its answer before it goes on.

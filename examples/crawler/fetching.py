@@ -1,0 +1,102 @@
+"""Two ways to get a page: blocking, by urllib, and as a coroutine, by aiohttp.
+
+They give the same answers, also to what goes wrong: a status of the server is an answer, and
+everything else, such as a connection that breaks, is an OSError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from email.parser import BytesHeaderParser
+from http.client import HTTPException
+from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+try:
+    import aiohttp
+except ModuleNotFoundError:
+    aiohttp = None  # then a few lines of our own must do
+
+LATE = 20.0  # seconds until a page must have come
+AGENT = "taskrun-example-crawler"
+
+
+class Answer(NamedTuple):
+    """What a server has answered; ``url`` is where redirects have led to."""
+
+    url: str
+    status: int
+    kind: str  # its content type
+    body: bytes
+    seconds: float
+
+
+Fetch = Callable[[str], Awaitable[Answer]]
+
+
+# -- blocking -------------------------------------------------------------------------
+
+
+def by_urllib(url: str) -> Answer:
+    """Get a page; raises OSError."""
+    began = time.monotonic()
+    try:
+        with urlopen(Request(url, headers={"User-Agent": AGENT}), timeout=LATE) as response:
+            kind, body = response.headers.get_content_type(), response.read()
+            return Answer(response.url, response.status, kind, body, time.monotonic() - began)
+    except HTTPError as error:
+        return Answer(url, error.code, "", b"", time.monotonic() - began)
+    except HTTPException as error:
+        raise OSError(f"no HTTP: {error!r}") from error
+
+
+# -- coroutines -----------------------------------------------------------------------
+
+
+def client() -> Iterator[Fetch]:
+    """What gets pages in one worker: its connections stay open from one page to the next."""
+    if aiohttp is None:
+        yield by_streams
+        return
+    patience = aiohttp.ClientTimeout(total=LATE)
+    session = aiohttp.ClientSession(timeout=patience, headers={"User-Agent": AGENT})
+
+    async def fetch(url: str) -> Answer:
+        began = time.monotonic()
+        try:
+            async with session.get(url) as response:
+                body, kind = await response.read(), response.content_type
+                seconds = time.monotonic() - began
+                return Answer(str(response.url), response.status, kind, body, seconds)
+        except aiohttp.ClientError as error:
+            raise OSError(str(error) or type(error).__name__) from error
+
+    loop = asyncio.get_running_loop()
+    yield fetch
+    loop.run_until_complete(session.close())  # the worker ends, and its calls have ended
+
+
+async def by_streams(url: str) -> Answer:
+    """Get a page without aiohttp, by HTTP/1.0; no TLS, no redirects.  Raises OSError."""
+    began = time.monotonic()
+    place = urlsplit(url)
+    if place.scheme != "http":
+        raise OSError(f"{place.scheme} needs aiohttp: pip install 'taskrun[examples]'")
+    path = f"{place.path or '/'}?{place.query}" if place.query else place.path or "/"
+    request = f"GET {path} HTTP/1.0\r\nHost: {place.netloc}\r\nUser-Agent: {AGENT}\r\n\r\n"
+    async with asyncio.timeout(LATE):
+        reader, writer = await asyncio.open_connection(place.hostname, place.port or 80)
+        try:
+            writer.write(request.encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+    first, _, headers = head.partition(b"\r\n")
+    if not first.startswith(b"HTTP/"):
+        raise OSError(f"no HTTP: {first[:40]!r}")
+    kind = BytesHeaderParser().parsebytes(headers).get_content_type()
+    return Answer(url, int(first.split()[1]), kind, body, time.monotonic() - began)
