@@ -81,6 +81,13 @@ def test_a_queue_gives_each_order_to_one_cook(tmp_path: Path) -> None:
     assert len(re.findall(r"^(ada|bo) has cooked \w+ in process \d+$", out, re.MULTILINE)) == 12
 
 
+def test_the_keeper_answers_each_guess_while_it_runs(tmp_path: Path) -> None:
+    assert shown("pipe", tmp_path).splitlines() == [
+        "50? lower", "25? higher", "37? higher", "43? lower", "40? higher", "41? higher",
+        "42? right", "the keeper has counted 7 guesses",
+    ]  # fmt: skip
+
+
 def test_the_dict_and_the_list_hold_what_all_have_written(tmp_path: Path) -> None:
     out = shown("manager", tmp_path)
     assert "25 different words, more than once: a, and, in, the" in out
