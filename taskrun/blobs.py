@@ -274,6 +274,16 @@ def _mapped(blob: Blob) -> mmap.mmap | bytearray:
     return made
 
 
+def data_of(part: bytes | bytearray | Blob) -> memoryview:
+    """What is in a part of a Shared, as bytes that can be sent."""
+    return memoryview(_mapped(part) if isinstance(part, Blob) else part)
+
+
+def blob_at(path: str, size: int) -> Blob:
+    """A blob that somebody else has put there, and will remove."""
+    return Blob(path, size, owned=False)
+
+
 def _copied(blob: Blob) -> bytearray:
     copy = bytearray(blob.size)
     with _Chain((blob,)) as chain:

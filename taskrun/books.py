@@ -7,6 +7,7 @@ The scheduler has three layers over this ground, each in a module of its own: ``
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,8 +40,8 @@ class Books:
     takes its place.  ``lanes``: those that have workers of their own, and how many at most;
     the calls of the others are executed as those of the lane ``process``.  ``engine``: these
     go to workers that come by themselves and execute many at a time.  ``limit_keys`` gives
-    the value of each of a call's limits' keys.  ``seed`` makes the jitter of retries
-    repeatable.
+    the value of each of a call's limits' keys.  ``growing``: there may be more slots later.
+    ``seed`` makes the jitter of retries repeatable.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Books:
         lanes: Mapping[str, int] | None = None,
         engine: bool = False,
         limit_keys: Callable[[Call], Keys] | None = None,
+        growing: bool = False,
         seed: int | None = None,
     ) -> None:
         self.policy = policy
@@ -72,7 +74,8 @@ class Books:
         self.stopping = ""  # why
         self.over = False
         self.paused = False
-        self.resources = Resources({"cpu": slots, **(resources or {})})
+        most = math.inf if growing else slots
+        self.resources = Resources({"cpu": most, **(resources or {})})
         self.graph = Graph(plan, self._new_call, recipe_ids, wanted)
         self._timers = Timers()
         self._out: list[m.Command] = []

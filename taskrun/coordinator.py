@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskrun import messages as m
 from taskrun.core import Scheduler
@@ -35,6 +35,9 @@ from taskrun.settings import Settings, memory_here
 from taskrun.signals import Here, Signals
 from taskrun.state.service import Service
 from taskrun.terminal import Target
+
+if TYPE_CHECKING:
+    from taskrun.engines.nodes import Nodes  # only where others may join
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -91,6 +94,7 @@ class Run:
             engine=settings.engine is not None,
             limit_keys=LimitKeys(plan.tasks),
             lanes=settings.lanes,
+            growing=settings.listen is not None and not settings.inline,
         )
         self._state = Service(
             reactor,
@@ -108,6 +112,7 @@ class Run:
         self._steering: Any = None
         self._here: Here | None = None
         self.engine = self._make_engine()
+        self._names: dict[int | None, str] = {None: ""}  # of workers
         self._timer: Any = None
         self._timer_at: float | None = None
         self._signalled: int | None = None
@@ -139,6 +144,8 @@ class Run:
             recipe_ids=self.recipe_ids,
             constants=self.plan.constants,
             state=lambda: (self._state.address, self._state.authkey),
+            slots=self.settings.jobs,
+            nodes=self._make_nodes(),
         )
 
     def _make_foreign_engine(self, text: str) -> Engine:
@@ -154,6 +161,22 @@ class Run:
             constants=self.plan.constants,
             state=self._state.for_guests,
         )
+
+    def _make_nodes(self) -> Nodes | None:
+        """Those who may join, where others can reach this run."""
+        if self.settings.listen is None:
+            return None
+        from taskrun.engines.nodes import ROLE, Nodes
+        from taskrun.network.bundles import make_bundle
+
+        file, patterns = self.plan.file, self.settings.bundle
+        nodes = Nodes(
+            lease=self.settings.lease,
+            bundle=lambda: None if file is None else make_bundle(file, patterns),
+            state=lambda: (self._state.address, self._state.authkey),
+        )
+        self._state.roles[ROLE] = nodes.accept
+        return nodes
 
     # -- the main flow ----------------------------------------------------------------
 
@@ -198,6 +221,8 @@ class Run:
         self._perform(self.core.handle(event, time.monotonic()))
         if type(event) is m.Began:
             self._announce(event)
+        elif type(event) is m.WorkerReady:
+            self._names[event.worker] = worker_name(event.worker, event.node)
         if self.core.stopping and self.settings.engine is not None and not self._taken_back:
             # What an engine was given in advance does not begin any more.
             self._taken_back = True
@@ -206,7 +231,11 @@ class Run:
     def _announce(self, began: m.Began) -> None:
         call = self.core.calls[began.call]
         if call.attempt == began.attempt and call.worker == began.worker:
-            self.observer.call_began(call, began.attempt, worker_name(began.worker), began.wall)
+            self.observer.call_began(call, began.attempt, self._name(began.worker), began.wall)
+
+    def _name(self, worker: int | None) -> str:
+        """What people see of a worker."""
+        return self._names.get(worker) or worker_name(worker)
 
     def _steered_by(self, peer: Any) -> None:
         """Somebody wants to look at the run, or to change it."""
@@ -255,11 +284,7 @@ class Run:
 
     def _make_performers(self) -> dict[type, Callable[[Any], None]]:
         engine, observer = self.engine.perform, self.observer
-        names: dict[int | None, str] = {}
-
-        def name(worker: int | None) -> str:
-            return names.setdefault(worker, worker_name(worker))
-
+        names, name = self._names, self._name
         state = self._state
 
         def attempt_ended(command: m.AttemptEnded) -> None:
@@ -320,9 +345,11 @@ def collecting_rarely() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def worker_name(worker: int | None) -> str:
-    """What people see of a worker: ``w1``."""
-    return "" if worker is None else f"w{worker}"
+def worker_name(worker: int | None, node: str = "") -> str:
+    """What people see of a worker: ``w1``, on another machine ``lab2/w3``."""
+    if worker is None:
+        return ""
+    return f"{node}/w{worker}" if node else f"w{worker}"
 
 
 # -- one call per line ----------------------------------------------------------------

@@ -141,7 +141,9 @@ class Scheduler(Children):
 
     def on_capacity(self, event: m.Capacity) -> None:
         self.placement.slots = event.slots
-        self.resources.capacity["cpu"] = event.slots
+        # A call that needs more than is left waits for the node that left to come back.
+        capacity = self.resources.capacity
+        capacity["cpu"] = max(capacity["cpu"], event.slots)
 
     def on_worker_lost(self, event: m.WorkerLost) -> None:
         known = self._workers.get(event.worker)

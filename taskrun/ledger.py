@@ -22,7 +22,7 @@ import mmap
 import os
 import pickle
 import struct
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from taskrun.errors import WireError
 
@@ -148,6 +148,12 @@ def executing_at(moment: int) -> Executing | None:
     return (moment >> 28 & _CALL_MASK) - 1, moment >> 12 & _ATTEMPT_MASK
 
 
+class Copied(Protocol):
+    """A ledger, or what somebody has told of one."""
+
+    def copy(self) -> tuple[int, bytes] | None: ...
+
+
 class Intake:
     """Takes each record of one worker once and in order, whichever way it comes.
 
@@ -168,7 +174,7 @@ class Intake:
         self._taken = 0
         return records
 
-    def look(self, ledger: Ledger) -> list[tuple[Any, ...]]:
+    def look(self, ledger: Copied) -> list[tuple[Any, ...]]:
         """The new records that the worker has not sent yet; reads the ledger only."""
         copied = ledger.copy()
         if copied is None or copied[0] != self._next:

@@ -111,12 +111,14 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker can take calls of a lane, ``slots`` of them at a time."""
+    """A worker can take calls of a lane, ``slots`` of them at a time; ``node``: the machine it
+    is on, where that is another one."""
 
     worker: WorkerId
     pid: int = 0
     lane: str = "process"
     slots: int = 1
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

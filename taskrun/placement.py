@@ -231,7 +231,7 @@ class Placement:
 
     def _share(self, queue: Queue) -> int:
         """How many calls a worker may be given at once, so that all get some."""
-        return max(1, min(self._depth(queue), len(queue.calls) // (2 * self.slots)))
+        return max(1, min(self._depth(queue), len(queue.calls) // max(1, 2 * self.slots)))
 
     def _left_to(self, worker: Worker, count: int) -> int:
         """How many of ``count`` calls the worker may still be given in its life."""

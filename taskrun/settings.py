@@ -25,7 +25,8 @@ class Settings:
     run; ``insecure_plain``: no TLS at that address, wherever it is.
     ``state``: a file in which the shared state is kept.  ``engine``: where calls are executed,
     as ``--engine`` says it; None: by own workers.  ``lane_jobs``: how many workers a lane may
-    have, where that is not the usual number.
+    have, where that is not the usual number.  ``lease``: seconds that a node may be
+    silent; ``bundle``: patterns of the data files that nodes need.
     """
 
     jobs: int = 1
@@ -46,6 +47,8 @@ class Settings:
     state: str | None = None
     engine: str | None = None
     lane_jobs: dict[str, int] = field(default_factory=dict)
+    lease: float = 15.0
+    bundle: tuple[str, ...] = ()
 
     @property
     def lanes(self) -> dict[str, int]:

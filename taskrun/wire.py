@@ -128,7 +128,7 @@ class FrameWriter:
         """How many bytes wait."""
         return sum(len(buffer) for buffer in self._buffers)
 
-    def send(self, payload: bytes) -> None:
+    def send(self, payload: bytes | memoryview) -> None:
         """Send one frame, now or as soon as there is room."""
         if self.broken:
             return

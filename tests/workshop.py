@@ -271,6 +271,10 @@ class Workshop:
         encoded = tuple(encode(arg)[0] for arg in args)
         return Call(next(self._ids), self.recipe(name, names, **facts), encoded, **about)
 
+    def again(self, call: Call) -> Call:
+        """Another call with the very same arguments."""
+        return Call(next(self._ids), call.recipe, call.arguments())
+
     def assign(self, worker: int, *calls: Any, nested: bool = False) -> None:
         self.engine.perform(m.Assign(worker, list(calls), nested))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, Final, NamedTuple
 
 from taskrun.places import Place
@@ -21,6 +22,7 @@ SPAWN = "spawn"
 START: Final = "start"  # (START, Birth)
 SIGNAL: Final = "signal"  # (SIGNAL, worker, signal number, whole session)
 QUIT: Final = "quit"  # (QUIT, seconds between TERM and KILL)
+LEASE: Final = "lease"  # (LEASE, until)   end by yourself then, by the clock of lease_clock()
 
 # To the coordinator:
 UP: Final = "up"  # (UP, None | (message, traceback))   the task file was imported, or not
@@ -130,6 +132,12 @@ def preload(settings: Settings) -> Preloaded:
 def environment_additions(environ: dict[str, str]) -> dict[str, str]:
     """What workers get set that the user has not: one thread a call in numeric libraries."""
     return {name: "1" for name in _THREADS_OF_LIBRARIES if name not in environ}
+
+
+def lease_clock() -> float:
+    """Seconds on a clock that all processes of this machine share, and that goes on while the
+    machine sleeps, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def python_command(code: str) -> list[str]:

@@ -37,6 +37,7 @@ from taskrun.workers.settings import (
     EXITED,
     FORK,
     FORKSERVER,
+    LEASE,
     QUIT,
     SIGNAL,
     START,
@@ -46,12 +47,14 @@ from taskrun.workers.settings import (
     Preloaded,
     Settings,
     apply,
+    lease_clock,
     preload,
     python_command,
 )
 
 FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
 GREEN = "green"  # the lane whose workers are patched before they import anything
+_LOOK = 1.0  # seconds between two looks at the clock, where there is a lease
 _PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
 
 
@@ -82,6 +85,7 @@ class Template:
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._preloaded = Preloaded(None)
         self._grace: float | None = None  # set: asked to quit
+        self._until: float | None = None  # the end of its lease, if it has one
         self._parent_fd: int | None = None
         self._orphaned = False
 
@@ -100,7 +104,7 @@ class Template:
         self._poll = self._make_poll()
         self._tell((UP, self._preloaded.failure))
         while self._grace is None:
-            self._turn(None)
+            self._turn(self._patience())
         self._end(self._grace)
         if self._orphaned:
             self._tidy_up()
@@ -150,6 +154,16 @@ class Template:
         while self._requests:
             self._serve_one(self._requests.popleft())
 
+    def _patience(self) -> float | None:
+        """Seconds to wait for something to happen.  At the end of the lease all ends, even if
+        who holds it is stopped."""
+        if self._until is None:
+            return None
+        left = self._until - lease_clock()
+        if left <= 0:
+            self._grace = 0.0
+        return min(max(left, 0.0), _LOOK)  # to sleep with the machine is not to wait
+
     def _coordinator_is_gone(self) -> None:
         for fd in (self._sock.fileno(), self._parent_fd):
             if fd is not None:
@@ -193,6 +207,8 @@ class Template:
             self._start(request[1], [self._fds.popleft() for _ in range(FDS)])
         elif kind == SIGNAL:
             self._signal(*request[1:])
+        elif kind == LEASE:
+            self._until = request[1]
         elif kind == QUIT:
             self._grace = request[1]
 

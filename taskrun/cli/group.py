@@ -22,6 +22,7 @@ COMMANDS = {
     "tell": ("taskrun.cli.steer", "tell", _STEER),
     "pause": ("taskrun.cli.steer", "pause", _STEER),
     "unpause": ("taskrun.cli.steer", "unpause", _STEER),
+    "worker": ("taskrun.cli.worker", "worker", "Join this machine's cores to a coordinator."),
     "state": ("taskrun.cli.state", "state", "Look at the shared state of a live run."),
     "key": ("taskrun.cli.key", "key", "Make the key file that machines must share."),
     "completion": ("taskrun.cli.completion", "completion", "Print a shell's completion script."),

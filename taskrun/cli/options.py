@@ -27,17 +27,23 @@ MOST_UNITS = 100_000
 # -- how a run is to go ---------------------------------------------------------------
 
 
-def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
+def check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
+    """How many workers; as many as cores, where nothing is said."""
+    if jobs == 0 and context.params.get("listen"):
+        return 0  # others do the work
     if jobs == 0:
-        raise UsageError("-j 0 leaves nobody to do the work; say -j 1 or more")
+        raise UsageError(
+            "-j 0 leaves nobody to do the work; say -j 1 or more, or --listen for nodes"
+        )
     if jobs is not None and jobs < 0:
         raise UsageError(f"-j is a number of workers, 1 or more, not {jobs}")
-    return jobs or cores_here()
+    return jobs if jobs is not None else cores_here()
 
 
-def _check_resources(
+def check_resources(
     context: click.Context, parameter: click.Parameter, texts: Sequence[str]
 ) -> dict[str, float]:
+    """Name -> amount."""
     resources = {}
     for text in texts:
         name, equals, much = text.partition("=")
@@ -117,7 +123,7 @@ def _check_engine(
 
 _OPTIONS = (
     click.option(
-        "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
+        "-j", "--jobs", type=int, metavar="N", callback=check_jobs,
         help="How many workers. [default: the cores]",
     ),
     click.option(
@@ -129,7 +135,7 @@ _OPTIONS = (
     click.option("--inline", is_flag=True, help="Run every call in this process, uncaptured."),
     click.option(
         "--resource", "resources", multiple=True, metavar="NAME=AMOUNT", envvar="TASKRUN_RESOURCE",
-        callback=_check_resources, help="What this machine has: gpu=2.",
+        callback=check_resources, help="What this machine has: gpu=2.",
     ),
     click.option(
         "--output", type=click.Choice(["line", "group", "raw", "quiet"]), default="line",
@@ -148,10 +154,20 @@ _OPTIONS = (
         "--state", type=click.Path(dir_okay=False), metavar="F",
         help="Load shared state from file F, and keep it there.",
     ),
-    click.option("--listen", metavar="ADDRESS", help="Let others join: HOST:PORT."),
+    click.option(
+        "--listen", metavar="ADDRESS", is_eager=True, help="Let others join: HOST:PORT.",
+    ),
     click.option(
         "--engine", metavar="E", callback=_check_engine,
         help="Where calls run instead: dask, ray, ...",
+    ),
+    click.option(
+        "--lease", type=click.FloatRange(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
+        help="How long a node may be silent. [default: 15]",
+    ),
+    click.option(
+        "--bundle", multiple=True, metavar="GLOB", hidden=True,
+        help="Data files beside the task file that nodes need.",
     ),
     click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
     *_TLS_OPTIONS,

@@ -134,12 +134,15 @@ class Stream:
                 break
         self._marked.discard(attempt)
 
-    def read_the_last(self, executing: Attempt | None) -> None:
-        """The worker is dead: read what it left; what has no mark was ``executing``'s."""
-        # A process that outlives it may write on for ever.
+    def drain(self) -> None:
+        """Read what is there, but not for ever: what follows comes as fast."""
         for _ in range(_MOST_READS):
             if not self.read():
                 break
+
+    def read_the_last(self, executing: Attempt | None) -> None:
+        """The worker is dead: read what it left; what has no mark was ``executing``'s."""
+        self.drain()  # a process that outlives it may write on
         partial, self._partial = self._partial, b""
         self._give(partial, executing)
 
@@ -153,7 +156,7 @@ class Outputs:
         self._timers: dict[int, Timer] = {}
         for stream in streams:
             os.set_blocking(stream.fd, False)
-            reactor.add_reader(stream.fd, self._reader(stream))
+        self.resume()
 
     def _reader(self, stream: Stream) -> Callable[[], None]:
         return lambda: self._read(stream)
@@ -176,6 +179,22 @@ class Outputs:
         """See :meth:`Stream.read_to_mark`."""
         for stream in self._streams:
             stream.read_to_mark(attempt)
+
+    def drain(self) -> None:
+        """See :meth:`Stream.drain`."""
+        for stream in self._streams:
+            stream.drain()
+
+    def pause(self) -> None:
+        """Read no more for now: whoever writes has to wait."""
+        for stream in self._streams:
+            self._reactor.remove_reader(stream.fd)
+
+    def resume(self) -> None:
+        """Read again."""
+        for stream in self._streams:
+            if not stream.at_end:
+                self._reactor.add_reader(stream.fd, self._reader(stream))
 
     def read_the_last(self, executing: Attempt | None) -> None:
         """See :meth:`Stream.read_the_last`."""

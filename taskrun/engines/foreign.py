@@ -56,6 +56,7 @@ class ForeignEngine:
 
     id = WORKER
     name = f"w{WORKER}"
+    node = ""
     lane = "process"
     slots = 0  # calls that may be in the backlog or on their way
 

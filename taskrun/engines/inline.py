@@ -49,6 +49,7 @@ class InlineEngine:
         """``state`` gives a client of the run's shared state.  ``on_ctrl_c`` is called where
         a KeyboardInterrupt has ended a call."""
         self.name = f"w{WORKER}"
+        self.node = ""
         self.ready = False
         self.assigned: dict[int, Any] = {}
         self.escalations: dict[int, Timer] = {}

@@ -40,6 +40,7 @@ class Link:
         self.slots = 1
         self.pid: int | None = None
         self.ready = self.stopping = False
+        self.blameless = False  # it is gone because the machine is on which it was
         self.rejected: str | None = None
         self.assigned: dict[int, Any] = {}
         self.known: set[int] = set()
@@ -59,11 +60,11 @@ class Link:
     def moment(self) -> int:
         raise NotImplementedError
 
-    def send_calls(self, frame: bytes) -> None:
+    def send_calls(self, frame: bytes | memoryview) -> None:
         """Send a frame to its call Pipe."""
         raise NotImplementedError
 
-    def send_control(self, frame: bytes) -> None:
+    def send_control(self, frame: bytes | memoryview) -> None:
         """Send a frame to its control Pipe, past what waits for the other one."""
         raise NotImplementedError
 
@@ -192,10 +193,10 @@ class PipeLink(Link):
         self.wires = Wires(worker, reactor, self._emit, lane)
         self._told = told
 
-    def send_calls(self, frame: bytes) -> None:
+    def send_calls(self, frame: bytes | memoryview) -> None:
         self.wires.send_calls(frame)
 
-    def send_control(self, frame: bytes) -> None:
+    def send_control(self, frame: bytes | memoryview) -> None:
         self.wires.send_control(frame)
 
     @property

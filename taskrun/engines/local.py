@@ -6,7 +6,6 @@ and not sent is taken from its ledger.
 
 from __future__ import annotations
 
-import pickle
 import signal
 from collections.abc import Callable
 from time import monotonic
@@ -34,14 +33,20 @@ class Crew(Protocol):
     def hear(self, link: Link, frame: memoryview) -> bool:
         """Take a frame of its call Pipe; False: it is no worker any more."""
 
-    def hear_control(self, link: Link, records: list[tuple[Any, ...]]) -> None:
-        """Take what it says on its control Pipe."""
+    def hear_control(self, link: Link, frame: memoryview) -> None:
+        """Take a frame of its control Pipe."""
+
+    def look(self, link: Link) -> None:
+        """Take what it has ended and not sent."""
 
     def reject(self, link: Link, why: str) -> None:
         """It is no worker any more, whatever it is."""
 
     def ended(self, link: Link, how: str) -> None:
         """Its process has ended."""
+
+    def assume_begun(self, link: Link) -> None:
+        """Nobody can say any more which of its calls it has begun."""
 
     def not_started(
         self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS
@@ -50,6 +55,9 @@ class Crew(Protocol):
 
     def output(self, call: Any, stream: str, data: bytes) -> None:
         """A call, or nobody, wrote this."""
+
+    def worker_changed(self, name: str, what: str) -> None:
+        """A worker, or a node, came or went."""
 
     def notice(self, text: str) -> None:
         """Something to say to the person."""
@@ -61,18 +69,26 @@ class Crew(Protocol):
 class Local:
     """Where the workers of this machine are.
 
-    ``settings``: what they are told; ``launch``: see ``Nursery``.
+    ``settings``: what they are told; ``launch``: see ``Nursery``; ``make_link``: what holds
+    our ends of a worker.
     """
 
     def __init__(
-        self, crew: Crew, reactor: Reactor, settings: Settings, launch: Launch | None = None
+        self,
+        crew: Crew,
+        reactor: Reactor,
+        settings: Settings,
+        launch: Launch | None = None,
+        make_link: Callable[..., PipeLink] = PipeLink,
     ) -> None:
         self._crew = crew
         self._reactor = reactor
         self._settings = settings
         self._launch = launch
+        self._make_link = make_link
         self._nursery: Nursery | None = None
         self._wanted: list[int] = []  # workers, while there is nobody to start them
+        self._until: float | None = None
         self._failed_templates = 0
         self._complained = self._closing = False
         self.links: dict[int, PipeLink] = {}
@@ -84,11 +100,19 @@ class Local:
             self._settings, self._reactor, self._open, self._on_message, self._on_template_end,
             self._launch,
         )  # fmt: skip
+        if self._until is not None:
+            self._nursery.hold(self._until)
 
     @property
     def busy(self) -> bool:
         """Whether workers were asked for that are not there yet."""
         return self._nursery is not None and self._nursery.busy
+
+    @property
+    def load(self) -> int:
+        """How many workers there are, or were asked for."""
+        asked = self._nursery.wanted() if self._nursery is not None else []
+        return len(self.links) + len(self._wanted) + len(asked)
 
     @property
     def is_gone(self) -> bool:
@@ -102,6 +126,12 @@ class Local:
         if self._nursery is not None:  # else there is another one soon
             wanted, self._wanted = self._wanted, []
             self._nursery.start(wanted)
+
+    def hold(self, until: float) -> None:
+        """Let all workers live until then, and no longer, if nobody says otherwise."""
+        self._until = until
+        if self._nursery is not None:
+            self._nursery.hold(until)
 
     def proven(self) -> None:
         """Its workers are of use."""
@@ -131,7 +161,7 @@ class Local:
     def _open(self, worker: int) -> tuple[Birth, list[int]] | None:
         try:
             lane = self._lanes.pop(worker)
-            link = PipeLink(worker, self._reactor, self._crew.output, self._signal, lane)
+            link = self._make_link(worker, self._reactor, self._crew.output, self._signal, lane)
         except OSError as error:
             self._crew.not_started(worker, f"not started: {error.strerror}", lane=lane)
             return None
@@ -199,11 +229,12 @@ class Local:
     def _on_control(self, link: PipeLink) -> None:
         reader = link.wires.control_reader
         try:
-            records = [record for frame in reader.read() for record in pickle.loads(frame)]
-        except Exception as error:
+            frames = reader.read()
+        except WireError as error:
             self._crew.reject(link, f"what it sent could not be read: {error}")
             return
-        self._crew.hear_control(link, records)
+        for frame in frames:
+            self._crew.hear_control(link, frame)
         if reader.at_end:
             self._end_hanging_later(link)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from taskrun.errors import RunError
 from taskrun.reactor import Reactor
 from taskrun.wire import FrameReader, header
-from taskrun.workers.settings import QUIT, SIGNAL, START, UP, Settings, python_command
+from taskrun.workers.settings import LEASE, QUIT, SIGNAL, START, UP, Settings, python_command
 
 ON_THEIR_WAY: Final = 8  # workers asked for at a time: each takes descriptors meanwhile
 
@@ -72,6 +72,10 @@ class Nursery:
     def signal(self, worker: int, number: int, *, whole_session: bool = True) -> None:
         """Signal a worker, or all that is in its session."""
         self._send((SIGNAL, worker, int(number), whole_session))
+
+    def hold(self, until: float) -> None:
+        """Have it end by itself then; see ``settings.lease_clock``."""
+        self._send((LEASE, until))
 
     def quit(self, grace: float) -> None:
         """End all workers and all that they started, then the template itself."""

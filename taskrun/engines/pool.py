@@ -11,13 +11,14 @@ with the one attempt that it was in.  Nothing else of it is lost, and nothing co
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
-from time import monotonic
-from typing import Any, Final
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any, Final
 
 from taskrun import blobs, places
 from taskrun import messages as m
@@ -36,10 +37,14 @@ from taskrun.workers.settings import (
     place_of,
 )
 
+if TYPE_CHECKING:
+    from taskrun.engines.nodes import Node, Nodes  # only where others may join
+
 LONG: Final = 0.5  # seconds after which a call is known to run, whether anybody asked or not
 UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
 STUCK: Final = 1.0  # seconds, beyond twice the grace, that a worker of many calls has
+SPARE: Final = 4  # workers a slot, where calls lend theirs
 FEW: Final = 5  # workers in a row that may end before they are of any use
 
 _engines = count(1)  # of this process
@@ -52,7 +57,8 @@ class PoolEngine:
     is made, ``forkserver`` or ``spawn``.  ``grace``: seconds between interrupt, TERM and
     KILL.  ``recipe_ids``: shared with the core.  ``constants``: task name -> the values that
     ``-p`` set.  ``environment``: variables for the workers, beside those that this process
-    has.
+    has.  ``nodes``: other machines that may join; then ``slots`` is how many workers this
+    one has, but for spare ones.
     """
 
     def __init__(
@@ -66,6 +72,8 @@ class PoolEngine:
         constants: Mapping[str, dict[str, Any]] | None = None,
         environment: Mapping[str, str] | None = None,
         state: Callable[[], tuple[Any, bytes]] | None = None,
+        slots: int = 1,
+        nodes: Nodes | None = None,
     ) -> None:
         self._module, self._file = module, file
         self._start_method = start_method
@@ -74,6 +82,10 @@ class PoolEngine:
         self._constants = constants or {}
         self._environment = environment
         self._state = state
+        self._slots = slots
+        self._nodes = nodes
+        self._unplaced: list[tuple[int, str]] = []  # workers, while there is no place for them
+        self._local: Local | None = None
         self._links: dict[int, Link] = {}
         self._worker_ids = count(1)
         self._unsent: set[Link] = set()
@@ -103,9 +115,14 @@ class PoolEngine:
         self._records = Records(self._post, observer, self._recipe_ids, self._constants)
         self._notice = observer.notice
         self._blobs = self._begin_blobs(self._notice)
-        self._settings = self._make_settings()
-        self._local = Local(self, reactor, self._settings, self._launch())
-        self._local.open()
+        self._settings = settings = self._make_settings()
+        self._local = Local(self, reactor, settings, self._launch())
+        if self._nodes is not None:
+            self._nodes.start(self, reactor, settings, self._on_capacity, self._retire)
+            if not self._slots:
+                observer.notice("no calls are executed here (-j 0): waiting for nodes to join")
+        if self._slots:
+            self._local.open()
 
     def perform(self, command: m.Command) -> None:
         """See ``engines.base``."""
@@ -118,11 +135,13 @@ class PoolEngine:
 
     def close(self, deadline: float) -> None:
         """See ``engines.base``.  QUIT for the idle, TERM for the busy, KILL for the rest."""
-        if self._closing:
+        local = self._local
+        if local is None or self._closing:
             return
         places.end(self._notice)
         self._closing = True
-        local = self._local
+        if self._nodes is not None:
+            self._nodes.abandon()
         local.abandon(min(deadline, monotonic() + 1.0))
         for link in self._links.values():
             if link.assigned or not link.ready:
@@ -131,12 +150,22 @@ class PoolEngine:
                 link.queue((m.QUIT,))
                 link.flush()
         left = max(0.0, deadline - monotonic())
-        self._run_until(lambda: not self._links or local.is_gone, deadline - left / 4)
+        self._run_until(self._all_ended, deadline - left / 4)
         local.quit(min(self._grace, left / 8))
         if not self._run_until(lambda: local.is_gone, deadline):
             local.kill()
+        if self._nodes is not None:
+            self._nodes.close(max(deadline, monotonic() + 1.0))
         for link in list(self._links.values()):
             self._let_go(link)
+
+    def _all_ended(self) -> bool:
+        """Whether nobody is left who is worth waiting for."""
+        assert self._local is not None
+        far = [link for link in self._links.values() if link.node]
+        near = len(self._links) > len(far) and not self._local.is_gone
+        # A node ends those that are about to start when it is told that all is over.
+        return not near and not any(link.ready for link in far)
 
     def stack(self, worker: int, callback: Callable[[str], None]) -> None:
         """Ask a worker where its main thread is; ``callback`` gets the text."""
@@ -150,7 +179,44 @@ class PoolEngine:
         if not self._asking:
             self._asking = True
             self._later(LONG, self._ask_for_the_long)
-        self._local.start([next(self._worker_ids) for _ in range(command.count)], command.lane)
+        assert self._local is not None
+        workers = [next(self._worker_ids) for _ in range(command.count)]
+        if self._nodes is None:
+            self._local.start(workers, command.lane)
+            return
+        for worker in workers:
+            self._start_somewhere(worker, command.lane)
+
+    def _start_somewhere(self, worker: int, lane: str) -> None:
+        """Start a worker where there is a slot for it: here first; else, where calls lend
+        theirs, where least is going on."""
+        nodes, local = self._nodes, self._local
+        assert nodes is not None and local is not None
+        places: list[tuple[Local | Node, int]] = [(node, node.slots) for node in nodes.takers()]
+        if self._slots:
+            places.insert(0, (local, self._slots))
+        if self._slots and local.load < self._slots:
+            local.start([worker], lane)
+            return
+        place, slots = min(places, key=lambda place: place[0].load / place[1], default=(None, 0))
+        if place is None:
+            self._unplaced.append((worker, lane))  # nodes may come
+        elif place.load >= SPARE * slots and lane == PROCESS:
+            self._soon(m.WorkerLost(worker, "not started: no machine has room", None))
+        else:
+            place.start([worker], lane)
+
+    def _on_capacity(self) -> None:
+        """A node has come or gone."""
+        assert self._nodes is not None
+        self._post(m.Capacity(self._slots + self._nodes.slots))
+        unplaced, self._unplaced = self._unplaced, []
+        for worker, lane in unplaced:
+            self._start_somewhere(worker, lane)
+
+    def _retire(self, link: Link) -> None:
+        """A worker gets no more calls, since its node leaves."""
+        self._post(m.Retiring(link.id))
 
     def _stop_worker(self, command: m.StopWorker) -> None:
         link = self._links.get(command.worker)
@@ -216,7 +282,7 @@ class PoolEngine:
             )
 
     def _end_stuck(self, link: Link, command: m.Interrupt) -> None:
-        self._look(link)
+        self.look(link)
         if link.id in self._links and command.call in link.assigned:
             link.rejected = "stopped, because a call in it let no other run, nor be interrupted"
             link.signal(signal.SIGKILL)
@@ -228,7 +294,7 @@ class PoolEngine:
         link.escalations[command.call] = timer
 
     def _escalate(self, link: Link, command: m.Interrupt, number: signal.Signals | None) -> None:
-        self._look(link)
+        self.look(link)
         if link.id not in self._links or command.call not in link.assigned:
             return
         after: signal.Signals | None = None
@@ -286,16 +352,20 @@ class PoolEngine:
             return False
         if link.ready:
             self._failed_starts = 0
-            self._local.proven()
+            if self._local is not None:
+                self._local.proven()
         if len(link.assigned) > 1:
             self._expect_more(link)
         return True
 
-    def hear_control(self, link: Link, records: list[tuple[Any, ...]]) -> None:
+    def hear_control(self, link: Link, frame: memoryview) -> None:
         """See ``engines.local.Crew``."""
-        for record in records:
-            if record[0] == m.STACK_IS:
-                self._stack_callbacks.pop(record[1])(record[2])
+        try:
+            for record in pickle.loads(frame):
+                if record[0] == m.STACK_IS:
+                    self._stack_callbacks.pop(record[1])(record[2])
+        except Exception as error:
+            self.reject(link, f"what it sent could not be read: {error}")
 
     def reject(self, link: Link, why: str) -> None:
         """See ``engines.local.Crew``."""
@@ -306,6 +376,10 @@ class PoolEngine:
     def output(self, call: Any, stream: str, data: bytes) -> None:
         """See ``engines.local.Crew``."""
         self._observer.output(call, stream, data)
+
+    def worker_changed(self, name: str, what: str) -> None:
+        """See ``engines.local.Crew``."""
+        self._observer.worker_changed(name, what)
 
     def notice(self, text: str) -> None:
         """See ``engines.local.Crew``."""
@@ -331,7 +405,7 @@ class PoolEngine:
         before = monotonic() - UNSENT
         for link in [link for link in self._unsent if link.heard <= before]:
             self._unsent.discard(link)
-            self._look(link)
+            self.look(link)
         if self._unsent and not self._looking:
             self._looking = True
             self._later(UNSENT, self._look_at_silent)
@@ -351,7 +425,8 @@ class PoolEngine:
         if not self._closing:
             self._later(LONG, self._ask_for_the_long)
 
-    def _look(self, link: Link) -> None:
+    def look(self, link: Link) -> None:
+        """See ``engines.local.Crew``."""
         if link.id not in self._links or link.rejected:
             return
         try:
@@ -385,7 +460,7 @@ class PoolEngine:
         expected = self._closing or link.stopping
         self._observer.worker_changed(link.name, f"{'ended' if expected else 'lost'}, {reason}")
         self._let_go(link)
-        if not link.ready:
+        if not link.ready and not link.blameless:
             self.not_started(link.id, reason, last_output, link.lane)
         elif link.assigned or not link.stopping:
             self._post(m.WorkerLost(link.id, reason, executing, last_output, link.lane))
@@ -395,6 +470,11 @@ class PoolEngine:
         self._unsent.discard(link)
         link.close()
         blobs.forget(place_of(self._settings, link.id))
+
+    def assume_begun(self, link: Link) -> None:
+        """See ``engines.local.Crew``."""
+        for call in list(link.assigned.values()):
+            self._post(m.Began(link.id, call.id, call.attempt, time()))
 
     def not_started(
         self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS

@@ -22,6 +22,7 @@ class Source(Protocol):
     lane: str
     slots: int
     name: str
+    node: str
     ready: bool
     assigned: dict[int, Any]
     escalations: dict[int, Timer]
@@ -122,7 +123,7 @@ class Records:
     def _ready(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         source.ready = True
         self._observer.worker_changed(source.name, f"started, pid {record[1]}")
-        return m.WorkerReady(source.id, record[1], source.lane, source.slots)
+        return m.WorkerReady(source.id, record[1], source.lane, source.slots, source.node)
 
     def _began(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         return m.Began(source.id, *record[1:])

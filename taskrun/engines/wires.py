@@ -27,6 +27,7 @@ class Wires:
     def __init__(self, worker: int, reactor: Reactor, emit: Emit, lane: str) -> None:
         """Raises OSError where no more descriptors are to be had."""
         self._reactor = reactor
+        self._listening = False
         token = os.urandom(8).hex().encode()  # no NUL in it, which begins a mark
         self.birth = Birth(worker, token, lane, SLOTS[lane])
         with _Opening() as opening:
@@ -49,11 +50,25 @@ class Wires:
 
     def listen(self, on_calls: Callable[[], None], on_control: Callable[[], None]) -> None:
         """Begin to read the Pipes."""
+        self._on_calls = on_calls
         self._reactor.add_reader(self._calls.fileno(), on_calls)
         self._reactor.add_reader(self._control.fileno(), on_control)
+        self._listening = True
+
+    def pause(self) -> None:
+        """Read the call Pipe and the outputs no more for now: the worker has to wait."""
+        self._reactor.remove_reader(self._calls.fileno())
+        self.outputs.pause()
+
+    def resume(self) -> None:
+        """Read them again."""
+        if self._listening:
+            self._reactor.add_reader(self._calls.fileno(), self._on_calls)
+        self.outputs.resume()
 
     def stop_listening(self) -> None:
         """Read the Pipes no more; what the outputs hold still comes."""
+        self._listening = False
         for end in (self._calls, self._control):
             self._reactor.remove_reader(end.fileno())
 

@@ -57,9 +57,10 @@ class PoolWorkers(PoolEngine):
     @property
     def settled(self) -> bool:
         """Whether no worker is about to start."""
-        if self._local.is_gone:
+        local = self._local
+        if local is None or local.is_gone:
             return True
-        return not self._local.busy and all(link.ready for link in self._links.values())
+        return not local.busy and all(link.ready for link in self._links.values())
 
     def pids(self) -> dict[int, int]:
         """The pids of the workers that have started, by number."""

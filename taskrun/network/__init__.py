@@ -1,0 +1,1 @@
+"""What a coordinator and its nodes say to each other, over a connection that may break."""

@@ -1,0 +1,177 @@
+"""The files that workers on another machine need: one archive, known by its content.
+
+Of the folder in which the task file is: the modules beside it, the packages beside it with
+all that is in them, and the data files that ``--bundle`` names.  The same files make the
+same archive, byte by byte; so a node that has had it once needs it no more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from taskrun.errors import UsageError
+
+MOST_BYTES: Final = 256 * 1024 * 1024
+_WHEN: Final = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can say
+_LEFT_OUT: Final = frozenset("__pycache__ node_modules build dist venv env site-packages".split())
+_SUFFIXES_LEFT_OUT: Final = (".pyc", ".pyo", ".egg-info", ".dist-info", "~")
+
+
+class Bundle(NamedTuple):
+    """An archive: ``digest`` is that of ``data``; ``file`` is the task file's place in it."""
+
+    digest: str
+    data: bytes
+    file: str
+
+
+def make_bundle(file: str, patterns: Sequence[str] = ()) -> Bundle:
+    """The bundle of a task file.  Raises UsageError where it becomes too large, or where a
+    pattern names nothing."""
+    import io
+    import zipfile  # heavy, and only where nodes are expected
+
+    folder = os.path.dirname(os.path.realpath(file))
+    own = os.path.basename(os.path.realpath(file))
+    names = {own, *_code(folder), *_matching(folder, patterns)}
+    _check_size(folder, names)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            entry = zipfile.ZipInfo(name, _WHEN)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (0o700 if os.access(path, os.X_OK) else 0o600) << 16
+            with open(path, "rb") as content:
+                opened.writestr(entry, content.read())
+    data = archive.getvalue()
+    return Bundle(digest_of(data), data, own)
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """What an archive is known by."""
+    return blake2b(data, digest_size=32).hexdigest()
+
+
+def _code(folder: str) -> Iterator[str]:
+    """The modules in ``folder``, and all files of the packages in it."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_left_out(entry.name):
+                continue
+            if entry.is_file() and entry.name.endswith(".py"):
+                yield entry.name
+            elif entry.is_dir() and os.path.exists(os.path.join(entry.path, "__init__.py")):
+                yield from _files(folder, entry.name)
+
+
+def _files(folder: str, below: str) -> Iterator[str]:
+    """All files below ``folder/below``, as names below ``folder``."""
+    for path, folders, files in os.walk(os.path.join(folder, below)):
+        folders[:] = [name for name in folders if not _is_left_out(name, path)]
+        for name in files:
+            full = os.path.join(path, name)
+            if not _is_left_out(name) and os.path.isfile(full):
+                yield os.path.relpath(full, folder)
+
+
+def _is_left_out(name: str, folder: str = "") -> bool:
+    """Caches, what version control keeps, and virtual environments."""
+    if name.startswith(".") or name in _LEFT_OUT or name.endswith(_SUFFIXES_LEFT_OUT):
+        return True
+    return bool(folder) and os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
+
+
+def _matching(folder: str, patterns: Sequence[str]) -> Iterator[str]:
+    """The files that ``patterns`` name; of a folder that is named, all."""
+    if not patterns:
+        return
+    from glob import glob
+
+    for pattern in patterns:
+        if os.path.isabs(pattern) or ".." in pattern.split("/"):
+            raise UsageError(f"--bundle {pattern}: only what is beside the task file can travel")
+        found = glob(pattern, root_dir=folder, recursive=True)
+        if not found:
+            raise UsageError(f"--bundle {pattern}: there is no such file in {folder}")
+        for name in found:
+            path = os.path.join(folder, name)
+            yield from _files(folder, name) if os.path.isdir(path) else (name,)
+
+
+def _check_size(folder: str, names: Iterable[str]) -> None:
+    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in names}
+    if sum(sizes.values()) > MOST_BYTES:
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        listed = ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
+        raise UsageError(
+            f"the files that nodes need have {sum(sizes.values()) / 1e6:.0f} MB, and at most "
+            f"{MOST_BYTES / 1e6:.0f} MB can travel; the largest are {listed}"
+        )
+
+
+# -- at a node ------------------------------------------------------------------------
+
+
+class Cache:
+    """The bundles that this user's nodes have had, one file each."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder or os.path.join(cache_folder(), "bundles")
+
+    def find(self, digest: str) -> str | None:
+        """The path of a bundle, if it is here, and whole."""
+        path = self._path(digest)
+        try:
+            with open(path, "rb") as file:
+                if digest_of(file.read()) == digest:
+                    return path
+        except FileNotFoundError:
+            pass  # it is fetched
+        return None
+
+    def keep(self, digest: str, data: bytes | memoryview) -> str:
+        """Keep a bundle; gives its path.  Raises ValueError where it is another one, OSError
+        where there is no room."""
+        if digest_of(data) != digest:
+            raise ValueError("the bundle that came is not the one that was announced")
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        path = self._path(digest)
+        begun = f"{path}.{os.getpid()}"
+        try:
+            with open(begun, "wb", opener=_private) as file:
+                file.write(data)
+            os.replace(begun, path)
+        except OSError:
+            if os.path.exists(begun):
+                os.unlink(begun)
+            raise
+        return path
+
+    def _path(self, digest: str) -> str:
+        if not digest.isalnum():
+            raise ValueError("that is no digest")
+        return os.path.join(self.folder, f"{digest}.zip")
+
+
+def unpack(path: str, folder: str) -> None:
+    """Put the files of a bundle into ``folder``."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            made = archive.extract(entry, folder)
+            os.chmod(made, entry.external_attr >> 16 & 0o777)
+
+
+def cache_folder() -> str:
+    """Where this user's caches of taskrun are."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "taskrun")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
