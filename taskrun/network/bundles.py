@@ -29,8 +29,17 @@ class Bundle(NamedTuple):
 
 
 def make_bundle(file: str, patterns: Sequence[str] = ()) -> Bundle:
-    """The bundle of a task file.  Raises UsageError where it becomes too large, or where a
-    pattern names nothing."""
+    """The bundle of a task file.  Raises UsageError where it becomes too large, where a
+    pattern names nothing, and where a file cannot be read."""
+    try:
+        return _make(file, patterns)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or file} cannot travel to nodes: {error.strerror or error}"
+        ) from None
+
+
+def _make(file: str, patterns: Sequence[str]) -> Bundle:
     import io
     import zipfile  # heavy, and only where nodes are expected
 

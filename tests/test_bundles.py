@@ -1,0 +1,180 @@
+"""What travels with a task file, and how a node keeps it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from taskrun import errors
+from taskrun.blobs import Shared
+from taskrun.network import bundles
+from taskrun.network import channels as ch
+from taskrun.network.bundles import Cache, make_bundle, unpack
+from taskrun.network.parcels import LARGE, Parcels, Shelf
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+
+
+def names(data: bytes) -> list[str]:
+    return zipfile.ZipFile(BytesIO(data)).namelist()
+
+
+# -- making ---------------------------------------------------------------------------
+
+
+def test_modules_and_packages_beside_the_task_file_travel_and_nothing_else(tmp_path: Path) -> None:
+    write(
+        tmp_path, "tasks.py", "helper.py", "pack/__init__.py", "pack/deep/module.py",
+        "pack/words.txt", "data.csv", "notes/draft.txt", ".git/config", ".hidden.py",
+        "pack/__pycache__/module.pyc", "pack/.cache/x", "env/pyvenv.cfg", "env/__init__.py",
+        "pack/own-env/pyvenv.cfg", "pack/own-env/lib.py",
+    )  # fmt: skip
+    bundle = make_bundle(str(tmp_path / "tasks.py"))
+    assert bundle.file == "tasks.py"
+    assert names(bundle.data) == [
+        "helper.py", "pack/__init__.py", "pack/deep/module.py", "pack/words.txt", "tasks.py",
+    ]  # fmt: skip
+
+
+def test_data_files_travel_where_a_pattern_names_them(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py", "data/a.csv", "data/deep/b.csv", "data/c.txt", "more/d", "e.txt")
+    file = str(tmp_path / "tasks.py")
+    assert names(make_bundle(file, ["data/**/*.csv", "more"]).data) == [
+        "data/a.csv", "data/deep/b.csv", "more/d", "tasks.py",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("*.nothing", "there is no such file"), ("../x", "beside"), ("/etc/passwd", "beside")],
+)
+def test_a_pattern_that_cannot_be_meant_is_an_error(
+    tmp_path: Path, pattern: str, reason: str
+) -> None:
+    write(tmp_path, "tasks.py")
+    with pytest.raises(errors.UsageError, match=reason):
+        make_bundle(str(tmp_path / "tasks.py"), [pattern])
+
+
+def test_the_same_files_make_the_same_bundle_whenever_they_were_written(tmp_path: Path) -> None:
+    made = []
+    for folder, when in (("one", 1_000_000_000), ("two", 1_700_000_000)):
+        write(tmp_path / folder, "tasks.py", "helper.py")
+        os.utime(tmp_path / folder / "helper.py", (when, when))
+        made.append(make_bundle(str(tmp_path / folder / "tasks.py")))
+    assert made[0] == made[1]
+    (tmp_path / "two" / "helper.py").write_text("changed = True\n")
+    assert make_bundle(str(tmp_path / "two" / "tasks.py")).digest != made[0].digest
+
+
+def test_too_much_is_an_error_that_names_the_largest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "MOST_BYTES", 1000)
+    write(tmp_path, "tasks.py")
+    (tmp_path / "large.bin").write_bytes(bytes(2000))
+    with pytest.raises(errors.UsageError, match=r"the largest are large\.bin"):
+        make_bundle(str(tmp_path / "tasks.py"), ["large.bin"])
+
+
+# -- keeping --------------------------------------------------------------------------
+
+
+def test_a_bundle_is_kept_for_this_user_alone_and_found_again(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py", "run.sh")
+    (tmp_path / "run.sh").chmod(0o755)
+    bundle = make_bundle(str(tmp_path / "tasks.py"), ["run.sh"])
+    cache = Cache(str(tmp_path / "cache" / "bundles"))
+    assert cache.find(bundle.digest) is None
+    path = cache.keep(bundle.digest, bundle.data)
+    assert cache.find(bundle.digest) == path
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(cache.folder).st_mode) == 0o700
+    unpack(path, str(tmp_path / "there"))
+    assert sorted(os.listdir(tmp_path / "there")) == ["run.sh", "tasks.py"]
+    assert os.access(tmp_path / "there" / "run.sh", os.X_OK)
+
+
+def test_a_bundle_that_was_damaged_or_is_another_one_is_not_used(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py")
+    bundle = make_bundle(str(tmp_path / "tasks.py"))
+    cache = Cache(str(tmp_path / "bundles"))
+    path = Path(cache.keep(bundle.digest, bundle.data))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cache.find(bundle.digest) is None
+    with pytest.raises(ValueError, match="not the one that was announced"):
+        cache.keep(bundle.digest, bundle.data[:-1])
+    for digest in ("../../x", "a/b", ""):
+        with pytest.raises(ValueError, match="no digest"):
+            cache.find(digest)
+
+
+# -- large values ---------------------------------------------------------------------
+
+
+class Told:
+    """A conversation that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[int, int, int]] = []
+
+    def send(self, key: int, channel: int, data: bytes) -> None:
+        self.said.append((channel, ch.number_of(key), len(data)))
+
+
+def test_a_value_is_sent_once_and_forgotten_when_there_is_no_room_and_no_use() -> None:
+    told, busy = Told(), {1}
+    parcels = Parcels(told, "/there", busy.__contains__, most=3 * LARGE)  # type: ignore[arg-type]
+    first, second, third = (bytes([n]) * 2 * LARGE for n in range(3))
+    needs: list[int] = []
+    for value in (first, [first, 5, {"a": first}], "small", first[:10]):
+        parcels.wrap(value, 1, needs)
+    assert needs == [0, 0, 0]
+    assert told.said == [(ch.VALUE, 0, 2 * LARGE)]
+    parcels.wrap(second, 2, needs)  # the first is in use, and stays
+    parcels.wrap(first, 3, needs)
+    assert [channel for channel, *_ in told.said] == [ch.VALUE, ch.VALUE]
+    busy.clear()
+    parcels.wrap(third, 4, needs)
+    assert told.said[2:] == [(ch.FORGET, 1, 0), (ch.FORGET, 0, 0), (ch.VALUE, 2, 2 * LARGE)]
+    assert needs[-3:] == [1, 0, 2]
+
+
+def test_only_what_is_large_in_a_value_becomes_a_parcel() -> None:
+    told = Told()
+    parcels = Parcels(told, "/there", lambda call: True)  # type: ignore[arg-type]
+    needs: list[int] = []
+    value = Shared((b"small",), (bytes(LARGE), b"tiny"))
+    wrapped = parcels.wrap(value, 1, needs)
+    assert wrapped.stream == (b"small",)
+    assert wrapped.buffers[1] == b"tiny"
+    assert needs == [0]
+    same = ([1, "two", b"three"], {"four": (5,)})
+    assert parcels.wrap(same, 1, needs) == same
+
+
+def test_a_shelf_knows_what_is_there(tmp_path: Path) -> None:
+    shelf = Shelf(str(tmp_path))
+    shelf.put(3, b"data")
+    assert shelf.has([3]) and shelf.has([])
+    assert not shelf.has([3, 4])
+    shelf.forget(3)
+    assert not shelf.has([3])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py")
+    (tmp_path / "helper.py").symlink_to(tmp_path / "helper.py")
+    with pytest.raises(errors.UsageError, match=r"helper\.py cannot travel to nodes"):
+        make_bundle(str(tmp_path / "tasks.py"), ["helper.py"])
