@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import struct
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from workshop import CHORES, INTERRUPTIBLE, alive, cancelled, interrupt, task_fi
 
 from taskrun import messages as m
 from taskrun import transport
+from taskrun.network import channels as ch
 from taskrun.network.channels import Offer
 from taskrun.network.conversation import JOIN
 from taskrun.network.joining import Hello, Refused, Welcome, hello_frame, read_answer
@@ -229,6 +231,8 @@ def test_a_node_with_another_key_is_told_so(grid: Grid) -> None:
         ({"slots": 0}, "offers what no node can have"),
         ({"slots": "many"}, "invalid literal"),
         ({"resources": 3}, "what no node says"),
+        ({"slots": 1e999}, "what no node says"),
+        ({"received": []}, "how much it has received"),
     ],
 )
 def test_a_node_that_does_not_fit_is_refused_with_the_reason(
@@ -241,12 +245,22 @@ def test_a_node_that_does_not_fit_is_refused_with_the_reason(
     assert any(reason in notice for notice in grid.shop.watcher.notices)
 
 
-def test_a_node_that_sends_rubbish_after_joining_is_no_node_any_more(grid: Grid) -> None:
+HEAD = struct.Struct("!BQIBB")
+RUBBISH = [
+    b"", b"\x07", b"\x01" + bytes(40), b"\x05\xff\xff", b"\x02" + b"\xff" * 8,
+    HEAD.pack(1, 7, 0, ch.PREPARED, 0), HEAD.pack(1, 0, 0, ch.PREPARED, 0) + b"\xff",
+    HEAD.pack(1, 0, 0, ch.NOTICE, 0) + b"\xff", HEAD.pack(1, 0, 0, ch.UNABLE, 0) + b"no",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH, ids=range(len(RUBBISH)))
+def test_a_node_that_sends_rubbish_after_joining_is_no_node_any_more(
+    grid: Grid, rubbish: bytes
+) -> None:
     stranger = Stranger(grid, {})
     assert isinstance(stranger.answer(), Welcome)
     assert len(grid.nodes.nodes) == 1
-    for rubbish in (b"", b"\x07", b"\x01" + bytes(40), bytes(9)):
-        stranger.peer.send(rubbish)
+    stranger.peer.send(rubbish)
     grid.shop.until(lambda: not grid.nodes.nodes)
     grid.node(1)  # the coordinator goes on
 

@@ -255,7 +255,7 @@ class Session:
         if peer is not self._peer or self._over:
             return
         if frame and frame[0] == LEAVE:
-            self._end(bytes(frame[1:]).decode(), QUIT_GRACE)
+            self._end(bytes(frame[1:]).decode(errors="replace"), QUIT_GRACE)
             return
         try:
             self.talk.take(frame)

@@ -285,7 +285,8 @@ class Node:
             return  # another has taken its place
         self._heard = monotonic()
         if frame and frame[0] == LEAVE:
-            self._nodes.lose(self, f"ended with the node {self.name}: {bytes(frame[1:]).decode()}")
+            reason = bytes(frame[1:]).decode(errors="replace")
+            self._nodes.lose(self, f"ended with the node {self.name}: {reason}")
             return
         try:
             self.conversation.take(frame)

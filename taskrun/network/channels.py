@@ -134,7 +134,7 @@ def offer_from(said: Any) -> Offer:
         name, slots = str(said["name"]), int(said["slots"])
         resources = {str(key): float(value) for key, value in said["resources"].items()}
         offer = Offer(name, slots, resources, tuple(map(str, said["tags"])), str(said["lane"]))
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a node says what no node says: {error!r}") from None
     if not (0 < offer.slots <= 100_000 and offer.name.isprintable() and len(name) < 200):
         raise ValueError("a node offers what no node can have")

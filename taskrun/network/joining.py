@@ -74,7 +74,10 @@ def read_hello(frame: memoryview) -> Hello:
             f"{sys.version_info[0]}.{sys.version_info[1]}: functions and values cannot travel "
             "between them"
         )
-    return Hello(offer_from(said), str(said.get("session", "")), int(said.get("received", 0)))
+    received = said.get("received", 0)
+    if not isinstance(received, int):
+        raise ValueError("it does not say how much it has received")
+    return Hello(offer_from(said), str(said.get("session", "")), received)
 
 
 def answer_frame(answer: Welcome | Refused) -> bytes:
@@ -102,7 +105,10 @@ def _said(frame: memoryview) -> dict[str, Any]:
 
     if not frame or frame[0] != JOIN:
         raise ValueError("it does not say hello")
-    said = json.loads(bytes(frame[1:]))
+    try:
+        said = json.loads(bytes(frame[1:]))
+    except RecursionError:
+        raise ValueError("what it says is nested too deeply") from None
     if not isinstance(said, dict):
         raise ValueError("it says hello in a form that is not known")
     return said
