@@ -126,8 +126,10 @@ def test_a_large_result_does_not_keep_other_workers_waiting(grid: Grid) -> None:
 def test_calls_come_back_that_a_node_has_in_advance(grid: Grid) -> None:
     grid.node(1)
     (worker,) = grid.shop.workers()
-    calls = [grid.shop.make("nap", 0.3), *(grid.shop.make("same", n) for n in range(6))]
+    calls = [grid.shop.make("nap", 1.0), *(grid.shop.make("same", n) for n in range(6))]
     grid.shop.assign(worker, *calls)
+    link = grid.shop.engine._links[worker]  # type: ignore[attr-defined]
+    grid.shop.until(lambda: link.executing)
     grid.shop.engine.perform(m.Reclaim(worker, 4))
     back = grid.shop.await_event(m.GaveBack)
     assert [id for id, _ in back.calls] == [call.id for call in calls[-4:]]

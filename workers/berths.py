@@ -65,12 +65,14 @@ class Berth(PipeLink):
         self.wires.outputs.drain()
         self.say(ch.CALLS, frame)
 
-    def tell_moment(self) -> None:
-        """Say what it is in, if that has changed."""
+    def tell_moment(self) -> bool:
+        """Say what it is in, if that has changed; gives whether it has."""
         moment = self.moment
-        if moment != self._told_moment:
-            self._told_moment = moment
-            self.say(ch.MOMENT, ch.WORD.pack(moment))
+        if moment == self._told_moment:
+            return False
+        self._told_moment = moment
+        self.say(ch.MOMENT, ch.WORD.pack(moment))
+        return True
 
     def was_busy(self) -> bool:
         """Whether it is executing a call, or has since this was asked last."""
@@ -232,8 +234,9 @@ class Berths:
     def _tell_moments(self) -> None:
         if self._closed:
             return
-        for berth in self._berths.values():
-            berth.tell_moment()
+        for berth in list(self._berths.values()):
+            if berth.tell_moment():
+                self._look(berth)  # it may have ended something long after it was heard of
         self._telling = self._reactor.call_at(monotonic() + TOLD, self._tell_moments)
 
     # -- engines.local.Crew -----------------------------------------------------------
