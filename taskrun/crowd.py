@@ -107,9 +107,12 @@ class Crowd:
         awaited: set[str] = set()  # what better calls wait for: lesser ones leave it alone
         while self._room and (queue := self.ready.best(passed_over)) is not None:
             worker = min(self._room.values(), key=_load)
+            share = self._share(worker)
+            if share <= 0:
+                break  # what is left is for the workers that are starting
             needs = self._needs(queue)
             if not needs and not queue.recipe.limits:
-                self._assign(worker, self.ready.take(queue, self._share(worker, queue)))
+                self._assign(worker, self.ready.take(queue, share))
                 continue
             call = queue.first
             lacking = self._claims.lacking(call, needs)
@@ -129,10 +132,14 @@ class Crowd:
         needs = queue.recipe.resources
         return {name: amount for name, amount in needs.items() if name != "cpu"} if needs else needs
 
-    def _share(self, worker: Worker, queue: Queue) -> int:
-        """How many calls a worker is given at once, so that all get some."""
-        fair = -(-len(queue.calls) // len(self._room))
-        return max(1, min(worker.slots - worker.running, fair))
+    def _share(self, worker: Worker) -> int:
+        """How many more calls a worker may be given, so that all get some."""
+        room = worker.slots - worker.running
+        if len(self.workers) + self._starting < 2:
+            return room
+        calls = self.ready.count + sum(each.running for each in self.workers.values())
+        fair = -(-calls // (len(self.workers) + self._starting))
+        return min(room, fair - worker.running)
 
     def _assign(self, worker: Worker, calls: list[Call]) -> None:
         for call in calls:

@@ -120,7 +120,7 @@ def test_help_has_a_line_for_every_command_and_imports_none() -> None:
         "print([m for m in sys.modules if m.startswith('taskrun.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    listed = re.findall(r"^  ([\w, ]+?)  ", done.stdout.partition("Commands:")[2], re.M)
+    listed = re.findall(r"^  (\w[\w, ]+?)  ", done.stdout.partition("Commands:")[2], re.M)
     assert ", ".join(listed).split(", ") == list(COMMANDS)
     assert done.stdout.splitlines()[-1].count("taskrun.cli.") == 2  # main and group
 

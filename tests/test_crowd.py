@@ -168,3 +168,10 @@ def test_a_stopped_run_consumes_nothing_more_of_a_stream() -> None:
     sim.run()
     assert sim.call("source").state == CANCELLED
     assert not [call for call in sim.calls("consume")[2:] if call.state == OK]
+
+
+def test_workers_that_are_starting_get_their_share() -> None:
+    sim = Simulation([waiting(4)], {"t": SLOW}, lanes={"async": 2})
+    sim.run()
+    assert [len(command.calls) for command in sim.of(m.Assign)] == [2, 2]
+    assert {command.worker for command in sim.of(m.Assign)} == {1, 2}
