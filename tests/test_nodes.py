@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import textwrap
@@ -352,11 +353,12 @@ def test_a_bundle_is_fetched_once_and_calls_work_in_their_own_copy(tmp_path: Pat
     helper = tmp_path / "helper.py"
     helper.write_text("def words(): return open('data.txt').read().split()\n")
     (tmp_path / "data.txt").write_text("one two")
+    (tmp_path / "noise").write_bytes(os.urandom(100_000))
     source = """
     @task
     def read(): import helper; open("made.txt", "w").close(); return helper.words(), os.getcwd()
     """
-    with grid_in(tmp_path, source, patterns=("data.txt",)) as grid:
+    with grid_in(tmp_path, source, patterns=("data.txt", "noise")) as grid:
         proxy = grid.proxy()
         folders = []
         for _ in range(2):

@@ -12,7 +12,7 @@ _STEER = "Steer a live run."
 # name: (module, object in it, what it does; those that do the same are listed together)
 COMMANDS = {
     "exec": ("taskrun.cli.execute", "execute", "Run the tasks of a file."),
-    "map": ("taskrun.cli.mapping", "map_", "Call a function once per argument or line of stdin."),
+    "map": ("taskrun.cli.mapping", "map_", "Call a function per argument or line of stdin."),
     "list": ("taskrun.cli.listing", "list_", "Show the tasks of a file."),
     "graph": ("taskrun.cli.graph", "graph", "Show which task needs which."),
     "status": ("taskrun.cli.steer", "status", _LOOK),
