@@ -138,8 +138,17 @@ def test_all_clients_give_the_same_answers(example: Any, site: Path, client: str
         assert (found.status, found.kind) == (200, "text/html")
         assert found.body == PAGES["a.html"].encode()
         assert 0.01 <= found.seconds < SECONDS
+        assert found.size == len(found.body)
         missing = get(example, client, f"{url}nothing.html")
         assert missing.status == 404
+
+
+@pytest.mark.parametrize("client", ["by_urllib", pytest.param("by_aiohttp", marks=needs_aiohttp)])
+def test_what_is_not_text_is_not_read(example: Any, site: Path, client: str) -> None:
+    (site / "film.mp4").write_bytes(bytes(100_000))
+    with example.serving.serving(site, delay=0.0) as url:
+        found = get(example, client, f"{url}film.mp4")
+    assert (found.kind, found.size, found.body) == ("video/mp4", 100_000, b"")
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -169,6 +178,11 @@ def test_links_are_absolute_without_fragments_and_each_once(example: Any) -> Non
         "http://site.example/y",
         "http://other.example/",
     ]
+
+
+def test_nonsense_in_a_page_ends_its_links_and_nothing_else(example: Any) -> None:
+    html = b'<a href="x.html"><![nonsense[x]]><a href="y.html">'
+    assert example.reading.links(html, "http://x.example/") == ["http://x.example/x.html"]
 
 
 def test_a_base_moves_the_links_after_it(example: Any) -> None:

@@ -31,11 +31,17 @@ class Answer(NamedTuple):
     url: str
     status: int
     kind: str  # its content type
-    body: bytes
+    size: int
+    body: bytes  # empty where it is not text
     seconds: float
 
 
 Fetch = Callable[[str], Awaitable[Answer]]
+
+
+def is_text(kind: str) -> bool:
+    """Whether to read on: links are in text, and what else a site offers may be large."""
+    return kind.startswith("text/")
 
 
 # -- blocking -------------------------------------------------------------------------
@@ -46,11 +52,14 @@ def by_urllib(url: str) -> Answer:
     began = time.monotonic()
     try:
         with urlopen(Request(url, headers={"User-Agent": AGENT}), timeout=LATE) as response:
-            kind, body = response.headers.get_content_type(), response.read()
-            return Answer(response.url, response.status, kind, body, time.monotonic() - began)
+            kind = response.headers.get_content_type()
+            body = response.read() if is_text(kind) else b""
+            size = int(response.headers["Content-Length"] or len(body))
+            seconds = time.monotonic() - began
+            return Answer(response.url, response.status, kind, size, body, seconds)
     except HTTPError as error:
-        return Answer(url, error.code, "", b"", time.monotonic() - began)
-    except HTTPException as error:
+        return Answer(url, error.code, "", 0, b"", time.monotonic() - began)
+    except (HTTPException, ValueError) as error:
         raise OSError(f"no HTTP: {error!r}") from error
 
 
@@ -69,10 +78,12 @@ def client() -> Iterator[Fetch]:
         began = time.monotonic()
         try:
             async with session.get(url) as response:
-                body, kind = await response.read(), response.content_type
+                kind = response.content_type
+                body = await response.read() if is_text(kind) else b""
+                size = response.content_length or len(body)
                 seconds = time.monotonic() - began
-                return Answer(str(response.url), response.status, kind, body, seconds)
-        except aiohttp.ClientError as error:
+                return Answer(str(response.url), response.status, kind, size, body, seconds)
+        except (aiohttp.ClientError, ValueError) as error:
             raise OSError(str(error) or type(error).__name__) from error
 
     loop = asyncio.get_running_loop()
@@ -99,4 +110,4 @@ async def by_streams(url: str) -> Answer:
     if not first.startswith(b"HTTP/"):
         raise OSError(f"no HTTP: {first[:40]!r}")
     kind = BytesHeaderParser().parsebytes(headers).get_content_type()
-    return Answer(url, int(first.split()[1]), kind, body, time.monotonic() - began)
+    return Answer(url, int(first.split()[1]), kind, len(body), body, time.monotonic() - began)

@@ -11,7 +11,10 @@ SAFE = "%/:?#[]@!$&'()*+,;=~"  # stays as it is in a URL
 def links(html: bytes, url: str) -> list[str]:
     """The absolute http and https links of the page at ``url``, without fragments, each once."""
     parser = _Links(url)
-    parser.feed(html.decode("utf-8", "replace"))
+    try:
+        parser.feed(html.decode("utf-8", "replace"))
+    except AssertionError:
+        pass  # HTMLParser gives up at "<![" with nonsense behind it: what came before counts
     return list(parser.found)
 
 

@@ -83,7 +83,7 @@ def given_up(url: str, error: OSError) -> Answer:
     """After the last try no answer is an answer, too."""
     if current().attempt < TRIES:
         raise error
-    return Answer(url, 0, str(error) or type(error).__name__, b"", 0.0)
+    return Answer(url, 0, str(error) or type(error).__name__, 0, b"", 0.0)
 
 
 @task
@@ -92,7 +92,7 @@ def read(url: str, found_on: str, answer: Answer) -> list[str]:
     is_page = answer.status == 200 and answer.kind == "text/html" and host(answer.url) == host(url)
     found = links(answer.body, answer.url) if is_page else []
     problem = answer.kind if answer.status == 0 else http.client.responses.get(answer.status, "")
-    size, seconds = len(answer.body), answer.seconds
+    size, seconds = answer.size, answer.seconds
     pages[url] = Page(found_on, answer.status, len(found), size, seconds, problem)
     away.add_many([link for link in found if host(link) != host(url)])
     return seen.add_many([link for link in found if host(link) == host(url)])

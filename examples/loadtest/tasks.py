@@ -105,7 +105,8 @@ def report(
     sockets: int = 11_000,
 ) -> None:
     """The servers side by side."""
-    print(f"{processes} processes with {connections} connections each; {sockets:,} sockets at once")
+    at_once = f"; {sockets:,} sockets at once" if any(trial.held for trial in trials) else ""
+    print(f"{processes} processes with {connections} connections each{at_once}")
     wide = max(len(trial.server) for trial in trials)
     titles = "".join(f"{title:>9}" for title in ("p50", "p90", "p99", "p99.9", "longest"))
     print(f"{'':{wide}}{'requests/s':>12}{titles}{'errors':>9}{'held at once':>14}")
