@@ -14,6 +14,10 @@ The rules that make this exact:
   it is known which records of a frame were seen here before, and which here were sent.
 
 Each word is written by one side only, in one store of eight bytes.
+
+The data are the middle of one pickle, a list: what is put in front of the first record and
+behind the last makes any number of them one pickle.  That takes a protocol in which what a
+record refers to is said by numbers of its own, not counted from the pickle's beginning: 3.
 """
 
 from __future__ import annotations
@@ -39,7 +43,13 @@ _FRAME: Final = _GENERATION * 8
 _DATA: Final = _FRAME + 8
 
 _WORD = struct.Struct("=Q")
-_PREFIX = struct.Struct("=I")
+
+_PROTOCOL: Final = 3
+_HEAD: Final = pickle.PROTO + bytes([_PROTOCOL]) + pickle.EMPTY_LIST + pickle.MARK
+_TAIL: Final = pickle.APPENDS + pickle.STOP
+_RECORDS: Final = _DATA + len(_HEAD)
+_END: Final = _RECORDS + SIZE
+_ALL: Final = _END + len(_TAIL)
 
 # "Executing", from the lowest bit: how often the attempt went on after a nested call (12
 # bits), its number (16; both wrap around), its call plus 1 (35), and whether it is over.
@@ -48,6 +58,8 @@ _ATTEMPT_MASK: Final = (1 << 16) - 1
 _CALL_MASK: Final = (1 << 35) - 1
 _OVER: Final = 1 << 63
 
+_ONLY_TUPLES: Final = frozenset([tuple])
+
 Executing = tuple[int, int]
 
 
@@ -55,9 +67,10 @@ class Ledger:
     """Both ends' view of the shared memory; see the module's own text."""
 
     def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, _DATA + SIZE)  # keeps a descriptor of its own
-        self._words = memoryview(self._map).cast("Q")
+        self._map = mmap.mmap(fd, _ALL)  # keeps a descriptor of its own
+        self._words = memoryview(self._map)[:_DATA].cast("Q")
         self._view = memoryview(self._map)
+        self._map[_DATA:_RECORDS] = _HEAD
         self.used = 0
 
     def close(self) -> None:
@@ -79,24 +92,26 @@ class Ledger:
         self._words[_EXECUTING] |= _OVER
 
     def append(self, record: bytes) -> bool:
-        """Keep a record; False where there is no room."""
-        start = self.used
-        end = start + 4 + len(record)
-        if end > SIZE:
+        """Keep a record, made by :func:`dumps`; False where there is no room."""
+        start = _RECORDS + self.used
+        end = start + len(record)
+        if end > _END:
             return False
-        self._map[_DATA + start : _DATA + end] = _PREFIX.pack(len(record)) + record
-        self.used = end
-        self._words[_LENGTH] = end  # valid from here on
+        self._map[start:end] = record
+        self.used = used = end - _RECORDS
+        self._words[_LENGTH] = used  # valid from here on
         return True
 
     def frame(self) -> memoryview:
         """Everything that is kept, as the frame in which it is sent."""
-        return self._view[_FRAME : _DATA + self.used]
+        end = _RECORDS + self.used
+        self._map[end : end + len(_TAIL)] = _TAIL
+        return self._view[_FRAME : end + len(_TAIL)]
 
-    def frame_of(self, record: bytes) -> bytes:
-        """The frame of one record that is too large to be kept; the ledger must be empty."""
+    def frame_of(self, record: tuple[Any, ...]) -> bytes:
+        """The frame of a record that is too large to be kept; the ledger must be empty."""
         generation = self._words[_GENERATION]
-        return b"".join((_WORD.pack(generation), _PREFIX.pack(len(record)), record))
+        return _WORD.pack(generation) + pickle.dumps([record], pickle.HIGHEST_PROTOCOL)
 
     def clear(self) -> None:
         """The frame was sent."""
@@ -137,7 +152,7 @@ class Ledger:
     def copy(self) -> tuple[int, bytes] | None:
         """The generation and the data now; None where the worker sent them meanwhile."""
         generation = self._words[_GENERATION]
-        data = bytes(self._view[_DATA : _DATA + self._words[_LENGTH]])
+        data = bytes(self._view[_RECORDS : _RECORDS + self._words[_LENGTH]])
         return (generation, data) if generation == self._words[_GENERATION] else None
 
 
@@ -169,7 +184,10 @@ class Intake:
         """The records of a frame that are new.  Raises WireError where it is malformed."""
         if len(frame) < 8 or _WORD.unpack_from(frame)[0] != self._next:
             raise WireError("a worker sent a frame that is not the next one")
-        records = parse(frame[8:], self._taken)
+        data: bytes | memoryview = frame[8:]
+        if self._taken:
+            data = _HEAD + bytes(data[len(_HEAD) + self._taken :])
+        records = parse(data)
         self._next += 1
         self._taken = 0
         return records
@@ -179,32 +197,33 @@ class Intake:
         copied = ledger.copy()
         if copied is None or copied[0] != self._next:
             return []
-        records = parse(copied[1], self._taken)
+        records = parse(b"".join((_HEAD, memoryview(copied[1])[self._taken :], _TAIL)))
         # Caught while the worker clears it, it looks empty: what was taken stays taken.
         self._taken = max(self._taken, len(copied[1]))
         return records
 
 
-def parse(data: bytes | memoryview, start: int = 0) -> list[tuple[Any, ...]]:
-    """The records in ``data`` from ``start`` on.  Raises WireError where it is malformed."""
-    records: list[tuple[Any, ...]] = []
-    loads, measure = pickle.loads, _PREFIX.unpack_from
-    view = memoryview(data)
-    end = len(view)
+def dumps(record: tuple[Any, ...]) -> bytes:
+    """A record as it is kept: its pickle without the beginning and the end.
+
+    Raises OverflowError where a part of it has 4 GiB or more.
+    """
+    return pickle.dumps(record, _PROTOCOL)[2:-1]
+
+
+def parse(data: bytes | memoryview) -> list[tuple[Any, ...]]:
+    """The records in a pickle of them.  Raises WireError where it is malformed."""
     try:
-        while start < end:
-            body = start + 4
-            start = body + measure(view, start)[0]
-            record = loads(view[body:start])
-            if type(record) is not tuple or not record:
-                raise WireError(f"a {type(record).__name__}")
-            records.append(record)
+        records: list[tuple[Any, ...]] = pickle.loads(data)
+        sound = type(records) is list and _ONLY_TUPLES.issuperset(map(type, records))
     except Exception as error:
         raise WireError(f"a worker sent what is no record: {error!r}") from error
+    if not sound or not all(records):
+        raise WireError("a worker sent what is no record")
     return records
 
 
-def shared_file(size: int = _DATA + SIZE) -> int:
+def shared_file(size: int = _ALL) -> int:
     """A descriptor of ``size`` zero bytes of memory that other processes can map."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("taskrun")

@@ -23,7 +23,7 @@ Key: TypeAlias = bytes
 #
 # A record is a tuple whose first item says its kind.  A frame to a worker, and both ways on
 # the control Pipe, is one pickled list of records; a frame from a worker on the call Pipe is
-# a piece of its ledger: a generation number, then pickled records, each behind its length.
+# a piece of its ledger: a generation number, then one pickled list of records.
 
 # To a worker, on the call Pipe:
 TASK = "task"  # (TASK, recipe id, name, reference, blob | None, names | None, constants, flags)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
-import pickle
 import socket
 import struct
 import threading
@@ -16,7 +15,7 @@ import pytest
 
 from taskrun import wire
 from taskrun.errors import WireError
-from taskrun.ledger import SIZE, Intake, Ledger, shared_file
+from taskrun.ledger import SIZE, Intake, Ledger, dumps, shared_file
 from taskrun.reactor import Reactor
 from taskrun.wire import Decoder, FrameReader, FrameWriter, header, send_frame
 
@@ -161,7 +160,7 @@ def both() -> Iterator[tuple[Ledger, Ledger]]:
 
 
 def record(*parts: Any) -> bytes:
-    return pickle.dumps(parts)
+    return dumps(parts)
 
 
 def test_the_coordinator_sees_what_is_being_executed(both: Any) -> None:
@@ -254,9 +253,9 @@ def test_a_death_at_any_step_loses_nothing_and_brings_nothing_twice(
 def test_a_record_that_does_not_fit_is_refused_and_can_be_sent_alone(both: Any) -> None:
     worker, coordinator = both
     intake = Intake()
-    assert not worker.append(b"x" * SIZE)
+    assert not worker.append(b"x" * (SIZE + 1))
     assert intake.look(coordinator) == []
-    large = record("large", b"x" * SIZE)
+    large = ("large", b"x" * SIZE)
     assert intake.frame(memoryview(worker.frame_of(large))) == [("large", b"x" * SIZE)]
     worker.clear()
     worker.append(record("next"))

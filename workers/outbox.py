@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from time import perf_counter
 from typing import Any, Final, Protocol
 
-from taskrun.ledger import Ledger
+from taskrun.ledger import Ledger, dumps
 from taskrun.wire import send_frame
 from taskrun.workers import native
 
@@ -33,14 +32,23 @@ class Outbox:
 
     def tell(self, record: tuple[Any, ...]) -> None:
         """Keep a record; send at once what is too large to be kept."""
-        data = pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
+        try:
+            data = dumps(record)
+        except OverflowError:
+            self._send_alone(record)
+            return
         with self.lock:
             if self._ledger.append(data):
                 return
             self.flush()
             if not self._ledger.append(data):
-                send_frame(self._fd, self._ledger.frame_of(data))
-                self._ledger.clear()
+                self._send_alone(record)
+
+    def _send_alone(self, record: tuple[Any, ...]) -> None:
+        with self.lock:
+            self.flush()
+            send_frame(self._fd, self._ledger.frame_of(record))
+            self._ledger.clear()
 
     @property
     def is_due(self) -> bool:
