@@ -1,8 +1,8 @@
 """What the scheduler keeps of a run, and the questions that its parts ask of it.
 
-The scheduler has three layers over this ground, each in a module of its own: ``attempts``
-(how attempts begin and end), ``children`` (calls that make calls, and wait for them) and
-``core`` (what an event means for the run).
+The scheduler has four layers over this ground, each in a module of its own: ``attempts``
+(how attempts begin and end), ``children`` (calls that make calls, and wait for them),
+``bunches`` (small calls that travel together) and ``core`` (what an event means for the run).
 """
 
 from __future__ import annotations
@@ -188,6 +188,11 @@ class Books:
         """They are next in their queues."""
         for call in reversed(calls):
             self._ready[call.recipe.lane].put_back([call])
+
+    def _take_out(self, call: Call) -> None:
+        """A ready call is not going to start."""
+        if not (call.recipe.limits and self._limits.give_up(call)):
+            self._ready[call.recipe.lane].discard(call)
 
     # -- what the layers above do -----------------------------------------------------
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from taskrun.bunch import Bunch
 from taskrun.model import Encoded, Failure, Recipe
 
 WAITING: Final = "waiting"
@@ -39,7 +40,7 @@ class Call:
     __slots__ = (
         "attempt",  # the current try; 0: not tried yet
         "began",  # when the current attempt is known to have begun, else None
-        "blob",  # of a submitted call: its pickled (args, kwargs)
+        "blob",  # of a submitted call: its pickled (args, kwargs), or a Bunch
         "cause",  # the call because of which this one was skipped or cancelled
         "children",  # {key: Call} submitted by this one, until it ends
         "dependants",  # calls that take this one's value
@@ -94,7 +95,7 @@ class Call:
         self.children: dict[bytes, Call] | None = None
         self.inputs: dict[bytes, Call] | None = None
         self.watchers: list[Any] | None = None
-        self.blob: Any = None  # a pickle: bytes, or blobs.Shared
+        self.blob: Any = None  # a pickle: bytes, or blobs.Shared; or a Bunch
         self.value: Encoded = None
         self.items: list[Encoded] | None = None
         self.failure: Failure | None = None
@@ -149,6 +150,8 @@ class Call:
         if self.family is not None:
             index = self.index
             return tuple([wire.fetch(index) for wire in self.family.wires])
+        if type(self.blob) is Bunch:
+            return self.blob.waiting()
         links = {key: call.outcome() for key, call in (self.inputs or {}).items()}
         return (self.blob, links)
 

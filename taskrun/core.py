@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from taskrun import messages as m
+from taskrun.bunch import Bunch
+from taskrun.bunches import Bunches, has_begun
 from taskrun.calls import (
     CANCELLED,
     FAILED,
@@ -29,7 +31,7 @@ from taskrun.calls import (
     WAITING,
     Call,
 )
-from taskrun.children import Children, note_refused
+from taskrun.children import note_refused
 from taskrun.claims import Impossible
 from taskrun.errors import RunError
 from taskrun.model import Failure
@@ -38,7 +40,7 @@ RESTARTS = 10  # idle workers that may die, beside one a slot ...
 RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up
 
 
-class Scheduler(Children):
+class Scheduler(Bunches):
     """The whole of it: one run, its calls, its workers, and what is to happen next.
 
     What it is made with: see :class:`books.Books`.
@@ -52,6 +54,7 @@ class Scheduler(Children):
             m.Capacity: self.on_capacity,
             m.Began: self.on_began,
             m.Finished: self.on_finished,
+            m.Items: self.on_items,
             m.Yielded: self.on_yielded,
             m.GaveBack: self.on_gave_back,
             m.Submitted: self.on_submitted,
@@ -59,6 +62,7 @@ class Scheduler(Children):
             m.Waiting: self.on_waiting,
             m.Resumed: self.on_resumed,
             m.CancelCalls: self.on_cancel_calls,
+            m.CancelItems: self.on_cancel_items,
             m.CancelChild: self.on_cancel_child,
             m.Stop: self.on_stop,
             m.Pause: self.on_pause,
@@ -158,7 +162,7 @@ class Scheduler(Children):
         begun = [
             call
             for call in worker.calls.values()
-            if home.begins_at_once or call is executing or call.began is not None
+            if home.begins_at_once or call is executing or has_begun(call)
         ]
         for call in begun:
             del worker.calls[call.id]
@@ -186,6 +190,11 @@ class Scheduler(Children):
                 back.append(call)
         worker.given -= len(back)
         self._requeue(back)
+        if event.cut is not None:
+            self._cut_off(worker, *event.cut)
+        for call in list(worker.calls.values()):
+            if type(call.blob) is Bunch and call.blob.unwanted:
+                self._cancel_begun(call)
         worker.home.heard(worker, self._now)
 
     def _requeue(self, calls: list[Call]) -> None:
@@ -200,7 +209,10 @@ class Scheduler(Children):
             else:
                 call.state = READY
                 call.worker = call.began = None
-                ready.append(call)
+                if type(call.blob) is Bunch and not self._weed(call.recipe, call.blob):
+                    self._end(call, CANCELLED)
+                else:
+                    ready.append(call)
         self._consider_again(ready)
 
     # -- how calls end ----------------------------------------------------------------
@@ -287,11 +299,6 @@ class Scheduler(Children):
             )
         self._end(call, FAILED)
 
-    def _take_out(self, call: Call) -> None:
-        """A ready call is not going to start."""
-        if not (call.recipe.limits and self._limits.give_up(call)):
-            self._ready[call.recipe.lane].discard(call)
-
     # -- cancelling and stopping ------------------------------------------------------
 
     def on_cancel_calls(self, event: m.CancelCalls) -> None:
@@ -327,8 +334,8 @@ class Scheduler(Children):
     def _take_back(self) -> None:
         """Workers give back what they have not begun."""
         for worker in self._workers.values():
-            if worker.home is self.placement and worker.running > 1:
-                self.placement.reclaim(worker, len(worker.calls))
+            if worker.home is self.placement and worker.ahead > 0:
+                self.placement.reclaim(worker, worker.ahead + 1)
 
     def on_give_up(self, event: m.GiveUp) -> None:
         self.status = 3

@@ -58,8 +58,6 @@ _ATTEMPT_MASK: Final = (1 << 16) - 1
 _CALL_MASK: Final = (1 << 35) - 1
 _OVER: Final = 1 << 63
 
-_ONLY_TUPLES: Final = frozenset([tuple])
-
 Executing = tuple[int, int]
 
 
@@ -163,6 +161,12 @@ def executing_at(moment: int) -> Executing | None:
     return (moment >> 28 & _CALL_MASK) - 1, moment >> 12 & _ATTEMPT_MASK
 
 
+def times_at(moment: int) -> int:
+    """How often what is executed at a moment went on after a nested call, in 12 bits; of a
+    bunch that counts its items, too."""
+    return moment & _RESUMED_MASK
+
+
 class Copied(Protocol):
     """A ledger, or what somebody has told of one."""
 
@@ -203,7 +207,7 @@ class Intake:
         return records
 
 
-def dumps(record: tuple[Any, ...]) -> bytes:
+def dumps(record: Any) -> bytes:
     """A record as it is kept: its pickle without the beginning and the end.
 
     Raises OverflowError where a part of it has 4 GiB or more.
@@ -215,10 +219,10 @@ def parse(data: bytes | memoryview) -> list[tuple[Any, ...]]:
     """The records in a pickle of them.  Raises WireError where it is malformed."""
     try:
         records: list[tuple[Any, ...]] = pickle.loads(data)
-        sound = type(records) is list and _ONLY_TUPLES.issuperset(map(type, records))
+        sound = type(records) is list and () not in records
     except Exception as error:
         raise WireError(f"a worker sent what is no record: {error!r}") from error
-    if not sound or not all(records):
+    if not sound:
         raise WireError("a worker sent what is no record")
     return records
 

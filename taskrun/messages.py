@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from taskrun.blobs import Portable
+from taskrun.bunch import Bunch
 from taskrun.model import Encoded, Failure, Recipe
 
 CallId: TypeAlias = int
@@ -49,7 +50,11 @@ WAIT = "wait"  # (WAIT, call, attempt, keys, any_of)
 RESUME = "resume"  # (RESUME, call, attempt)   no longer waits (time is up)
 CANCEL = "cancel"  # (CANCEL, call, attempt, key)   a future was cancelled
 PROGRESS = "progress"  # (PROGRESS, call, attempt, done, total)
-GAVE_BACK = "gave back"  # (GAVE_BACK, [(call, attempt), ...])
+GAVE_BACK = "gave back"  # (GAVE_BACK, [(call, attempt), ...], (call, attempt, count) | None)
+#                                    whole calls, and the last items of the bunch that it is in
+ITEMS = "items"  # (ITEMS, call, attempt, wall clock)   what follows are plain values and the
+#                                    seconds each took: items of a bunch that have ended
+ITEM = "item"  # (ITEM, call, attempt, Encoded | Failure, wall clock, seconds)   one of them
 YIELDED = "yielded"  # (YIELDED, call, attempt, first, [Encoded, ...])   items of a generator
 OUTPUT = "output"  # (OUTPUT, call, attempt, stream, bytes)   where calls share their process
 AT = "at"  # (AT, call, attempt, wall clock, pid)   in the notes of a chunk: it begins
@@ -73,6 +78,8 @@ OUTSIDE_ALONE = b"\0"  # ... it may not: what comes must not wait for that call
 # constants   {parameter: Encoded}, the same for every call (set by -p)
 # index       int, or a tuple of them for a product: the call's place in its fan-out;
 #             None: a single call.  A submitted call's ordinal, shown as ``work#12``
+# args        a list: the items of a bunch (see ``taskrun.bunch``), each a tuple of plain
+#             values or pickled (args, kwargs); its function gives Encoded values
 # units       what the call got of resources: {"gpu": [0, 1], "memory": 4e9}
 # key         identifies a call among its parent's children
 # facts       options of a submitted task, {field of Recipe: value}, and its blob
@@ -167,6 +174,19 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Items:
+    """The next items of a bunch have ended, with these values or Failures; ``wall`` is when
+    the first of them began, ``seconds`` how long each took."""
+
+    worker: WorkerId
+    call: CallId
+    attempt: int
+    values: list[Encoded]
+    seconds: list[float]
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
 class Yielded:
     """A running generator has produced items, from place ``first`` on."""
 
@@ -178,10 +198,12 @@ class Yielded:
 
 @dataclass(frozen=True, slots=True)
 class GaveBack:
-    """A worker returned calls that it had not begun."""
+    """A worker returned calls that it had not begun; ``cut``: and so many of the last items
+    of a bunch, (call, attempt, count)."""
 
     worker: WorkerId
     calls: list[tuple[CallId, int]]
+    cut: tuple[CallId, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +254,14 @@ class CancelCalls:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelItems:
+    """Cancel those items of a bunch that have these tokens."""
+
+    call: CallId
+    tokens: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class CancelChild:
     """A running attempt cancels a call that it submitted."""
 
@@ -273,6 +303,7 @@ Event: TypeAlias = (
     | Capacity
     | Began
     | Finished
+    | Items
     | Yielded
     | GaveBack
     | Submitted
@@ -280,6 +311,7 @@ Event: TypeAlias = (
     | Waiting
     | Resumed
     | CancelCalls
+    | CancelItems
     | CancelChild
     | Stop
     | Pause
@@ -358,6 +390,23 @@ class CallsAdded:
     calls: list[Any]
 
 
+class ItemsEnded(NamedTuple):
+    """For who fed a bunch: its items from place ``first`` on have ended; see :class:`Items`."""
+
+    recipe: Recipe
+    bunch: Bunch
+    first: int
+    event: Items
+
+
+class ItemsCancelled(NamedTuple):
+    """For who fed a bunch: these items are not going to begin."""
+
+    recipe: Recipe
+    bunch: Bunch
+    tokens: list[Any]
+
+
 class AttemptEnded(NamedTuple):
     """For observers: an attempt ended.  ``call`` carries the rest; ``outcome`` is one of
     value, error, lost, timeout, cancelled, retry, skip; ``again`` says in how many seconds
@@ -395,6 +444,8 @@ Command: TypeAlias = (
     | Interrupt
     | Deliver
     | CallsAdded
+    | ItemsEnded
+    | ItemsCancelled
     | AttemptEnded
     | CallEnded
     | RunEnded

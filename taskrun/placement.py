@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from taskrun import bunch
 from taskrun import messages as m
 from taskrun.calls import HELD, READY, RUNNING, WAITING, Call
 from taskrun.claims import Claims
@@ -98,14 +99,14 @@ class Placement:
     def retire(self, worker: Worker) -> None:
         """A worker finishes what it has, and is to get no more."""
         worker.retiring = True
-        self.reclaim(worker, len(worker.calls))
+        self.reclaim(worker, worker.ahead + 1)
         self.heard(worker, worker.heard)
 
     def heard(self, worker: Worker, now: float) -> None:
         """A worker reported something: does it still have work?"""
         worker.heard = now
         calls, waits = len(worker.calls), len(worker.waits)
-        if calls - waits > 1:
+        if calls - waits > 1 or (calls > waits and worker.ahead):
             self._ahead[worker.id] = worker
             self._ahead.move_to_end(worker.id)
         else:
@@ -263,7 +264,7 @@ class Placement:
     def _assign(self, worker: Worker, queue: Queue, count: int, cpu: float) -> None:
         calls = self.ready.take(queue, count)
         self._hand_over(worker, calls, cpu)
-        if len(worker.calls) > 1:
+        if bunch.are_many(worker.calls):
             self._ahead[worker.id] = worker
             self._ahead.move_to_end(worker.id)
             self._check_later(worker, self._now + OVERDUE)
@@ -361,7 +362,7 @@ class Placement:
                     self._timers.at(due, self._look_again)
                 return
             del self._ahead[worker.id]  # until it is heard of again
-            self.reclaim(worker, len(worker.calls) // 2)
+            self.reclaim(worker, (worker.ahead + 1) // 2)
             askable -= 1
 
     def _look_again(self) -> None:
@@ -376,7 +377,7 @@ class Placement:
         """A batch should be over by now: which of its calls takes longer than expected, and
         has something ended before it that is not told yet?"""
         worker.checked = False
-        if self.workers.get(worker.id) is not worker or len(worker.calls) < 2:
+        if self.workers.get(worker.id) is not worker or worker.ahead < 1:
             return
         due = worker.heard + OVERDUE
         if due <= now:

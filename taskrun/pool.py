@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pickle import HIGHEST_PROTOCOL, dumps
+from types import FunctionType
 from typing import Any, Final, NamedTuple
 
 from taskrun.blobs import THRESHOLD, Portable, Seen
@@ -29,6 +30,7 @@ from taskrun.pooling.results import (
     IMapIterator,
     MapResult,
     OrderedIterator,
+    Singles,
     UnorderedIterator,
     exception_of,
 )
@@ -49,6 +51,7 @@ PER_WORKER: Final = 64  # ... and for each worker
 Size = int | str | None  # of memory
 
 _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
+_TINY = frozenset((int, float, bool, type(None)))  # what goes as it is with others
 _FOREIGN = "this Pool belongs to the process that this one was forked from"
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
@@ -114,6 +117,8 @@ class Pool:
         starter = Starter(context, Setup(initializer, tuple(initargs)), limits(maxrss))
         in_main = known_names(starter.method)
         self._driver = Driver(processes, starter, maxtasksperchild, _initializer_failed)
+        self._pid = os.getpid()
+        self._singles = Singles(self._driver)
         self._recipes = Recipes(self._driver.recipe_ids, in_main)
         weakref.finalize(self, self._driver.abandon).atexit = False
         _drivers.add(self._driver)
@@ -148,10 +153,21 @@ class Pool:
         retries: int = 0,
     ) -> AsyncResult:
         """The same, without waiting for it."""
-        self._check_running()
-        result = AsyncResult(self, self._driver, callback, error_callback)
-        self._apply(result, func, args, kwds, timeout, retries)
+        if self._state is not RUN or os.getpid() != self._pid:
+            self._check_running()
+        driver = self._driver
+        result = AsyncResult(self, driver, callback, error_callback)
+        if kwds or retries or timeout is not None or not self._apply_small(result, func, args):
+            self._apply(result, func, args, kwds, timeout, retries)
         return result
+
+    def _apply_small(self, result: AsyncResult, func: Any, args: Iterable[Any]) -> bool:
+        """Send a call with others in a bunch, where it is a small one."""
+        recipe = self._recipes.by_name.get(func) if type(func) is FunctionType else None
+        if recipe is None or type(args) is not tuple or not _TINY.issuperset(map(type, args)):
+            return False
+        self._driver.submit_small(recipe, args, self._singles, result)
+        return True
 
     def _apply(
         self,
@@ -432,6 +448,7 @@ def _feed(
 ) -> None:
     """Submit the calls of an imap, as far ahead as it may."""
     count, error = 0, None
+    small = recipe.timeout is None and not recipe.retries
     try:
         source = iter(items)
         while made.await_room():
@@ -439,9 +456,12 @@ def _feed(
                 args = next(source)
             except StopIteration:
                 break
-            plain = type(args[0]) in _SCALARS
-            blob = _dumps_scalar(args) if plain else dumps_call((args, {}))
-            driver.submit(recipe, blob, made.item(count))
+            kind = type(args[0])
+            if small and kind in _TINY:
+                driver.submit_small(recipe, args, made, count)
+            else:
+                blob = _dumps_scalar(args) if kind in _SCALARS else dumps_call((args, {}))
+                driver.submit(recipe, blob, made.item(count))
             count += 1
     except BaseException as raised:
         error = raised
@@ -449,9 +469,8 @@ def _feed(
     driver.close_feed()
 
 
-def _initializer_failed(call: Any) -> BaseException | None:
+def _initializer_failed(failure: Failure) -> BaseException | None:
     """What the initializer of a worker raised, where that is how a call ended."""
-    failure: Failure = call.failure
     name = f"{InitializerFailed.__module__}.{InitializerFailed.__qualname__}"
     if failure.type_name != name:
         return None

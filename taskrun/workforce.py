@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from taskrun import bunch
 from taskrun.calls import FINAL, HELD, Call
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class Worker:
     def running(self) -> int:
         """How many calls it has that do not wait."""
         return len(self.calls) - len(self.waits)
+
+    @property
+    def ahead(self) -> int:
+        """How many calls it has beyond the one that runs, items of bunches each counted."""
+        return bunch.count(self.calls) - len(self.waits) - 1
 
     @property
     def innermost(self) -> Wait:

@@ -164,6 +164,7 @@ class Call:
         self.attempt: int = facts.get("attempt", 1)
         self.index: Any = facts.get("index", id)
         self.units: Any = facts.get("units")
+        self.blob: Any = None
         self._args = args
 
     @property

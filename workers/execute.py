@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter, time
@@ -31,6 +32,7 @@ from taskrun.errors import (
     TaskExit,
 )
 from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
+from taskrun.model import Failure
 from taskrun.values import encode, encode_failure, encode_items
 from taskrun.workers.items import Items, Later
 from taskrun.workers.loops import Loops, standing_still
@@ -140,6 +142,7 @@ class Executor:
         self._later = later
         self._generators: list[Any] = []
         self.early: dict[tuple[int, int], str] = {}  # interrupted before they came
+        self._bunch: tuple[int, int, deque[Any]] | None = None  # that is executed: what is left
 
     # -- the main flow ----------------------------------------------------------------
 
@@ -156,6 +159,9 @@ class Executor:
         """Execute a CALL record and report how it ended."""
         _, call, attempt, recipe, index, args, units = record
         known = self._known[recipe]
+        if type(args) is list:
+            self._execute_bunch(call, attempt, known, args)
+            return
         below = self.running
         self.running = running = Running(call, attempt, known, index, units, below)
         self._book.begin(call, attempt)
@@ -172,6 +178,78 @@ class Executor:
         self._report(running, (ENDED, call, attempt, kind, payload, items, running.began,
                                seconds, wrote))  # fmt: skip
 
+    def _execute_bunch(self, call: int, attempt: int, known: Known, items: list[Any]) -> None:
+        """Execute items one after the other, as long as there are any: some may be cut off."""
+        running = Running(call, attempt, known, None, None, self.running)
+        if self.early:
+            running.interrupt = self.early.pop((call, attempt), None)
+        self.running = running
+        left = deque(items)
+        outer, self._bunch = self._bunch, (call, attempt, left)
+        begin, tell = self._book.begin, self._port.tell_item
+        place = 0
+        clock = perf_counter()
+        while left:
+            try:
+                item = left.popleft()
+            except IndexError:  # cut off just now
+                break
+            running.resumed = place
+            begin(call, attempt, place)
+            value = self._item(running, item)
+            before, clock = clock, perf_counter()
+            tell(call, attempt, value, clock - before)
+            place += 1
+        self._bunch = outer
+        running.done = True
+        self._marks.ended(call, attempt)
+        self._uncover(running.below)
+
+    def _item(self, running: Running, item: Any) -> Any:
+        """Execute one item; gives its Encoded value, or a Failure."""
+        try:
+            running.enter_user()
+            known = running.known
+            if type(item) is tuple:
+                value = (known.function if known.found else known.task.function)(*item)
+            else:
+                known.task  # noqa: B018 - as in _call()
+                positional, keywords = known.arguments((item, {}), self.per_worker)
+                value = known.function(*positional, **keywords)
+            running.user = False
+            if self.forked:
+                self._leave(None)
+            return value
+        except BaseException as error:
+            running.user = False
+            if self.forked:
+                self._leave(error)
+            kind, payload, _ = self._failed(running, error)
+        if kind == "skip":
+            return Failure("skipped", "Skip", payload)
+        failure: Failure = payload[1] if kind == "retry" else payload[0]
+        return failure
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there are items of a bunch that have not begun."""
+        return self._bunch is not None and bool(self._bunch[2])
+
+    def cut(self, count: int) -> tuple[int, int, int] | None:
+        """Another thread's part: take back up to ``count`` items of the bunch that is executed,
+        its last ones; gives call, attempt and how many."""
+        if self._bunch is None:
+            return None
+        call, attempt, left = self._bunch
+        taken = 0
+        while taken < count and left:
+            try:
+                left.pop()
+            except IndexError:
+                break  # it was begun just now
+            taken += 1
+        return (call, attempt, taken) if taken else None
+
     def execute_nested(self, record: tuple[Any, ...]) -> None:
         """Execute a CALL record while the running attempt waits."""
         waiting = self.running
@@ -184,7 +262,11 @@ class Executor:
         running.done = True
         self._port.tell(record)
         # Only now: an attempt whose outcome is not kept yet is one that was lost.
-        below = self.running = running.below
+        self._uncover(running.below)
+
+    def _uncover(self, below: Running | None) -> None:
+        """What was executed is over; ``below`` goes on."""
+        self.running = below
         if below is None:
             self._book.end()
         else:

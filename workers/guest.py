@@ -24,7 +24,7 @@ from typing import Any, Final, cast
 from taskrun import context, places
 from taskrun.context import Future, Outside, left_until
 from taskrun.errors import RunError, StateError
-from taskrun.messages import AT, ENDED, RENDER, SILENT
+from taskrun.messages import AT, ENDED, ITEM, RENDER, SILENT
 from taskrun.model import Left, Taken
 from taskrun.wire import header
 from taskrun.workers.briefs import Brief, Chunk, Part, size_of
@@ -152,6 +152,10 @@ class Guest:
         self._said.append(frame)
         if self._notes is not None:
             self._note(frame)
+
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
+        """See ``outbox.Port``."""
+        self.tell((ITEM, call, attempt, value, time() - seconds, seconds))
 
     def flush(self) -> None:
         """What there is to say goes with the chunk."""

@@ -50,6 +50,7 @@ from taskrun.workers.settings import (
     preload,
 )
 
+ALL: Final = 1 << 60  # more calls than there are
 _FAILED: Final = 70  # exit status of a worker that cannot go on, whatever its calls did
 
 
@@ -108,6 +109,7 @@ class Worker:
         self.reading = threading.Lock()
         self.outbox = Outbox(self._ledger, self._fd)
         self.tell, self.flush = self.outbox.tell, self.outbox.flush
+        self.tell_item = self.outbox.tell_item
         self._capture: Capture
         if settings.pool is None:
             self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
@@ -236,16 +238,22 @@ class Worker:
             self.refuse_queued(call, attempt, reason)  # the interrupt overtook the call
 
     def give_back(self, count: int) -> None:
-        """Return up to ``count`` calls that have not begun: the last of the queue."""
+        """Return up to ``count`` calls that have not begun: the last of the queue, whole ones,
+        and then the last items of the bunch that is executed."""
         calls: list[tuple[int, int]] = []
-        while len(calls) < count and self.queue:
+        while count > 0 and self.queue:
             try:
                 record = self.queue.pop()
             except IndexError:
                 break  # it was begun just now
             calls.append(record[1:3])
+            count -= len(record[5]) if type(record[5]) is list else 1
         calls.reverse()  # in the order in which they came
-        self.tell((GAVE_BACK, calls))
+        self.tell((GAVE_BACK, calls, self.executor.cut(count)))
+
+    def _give_all_back(self) -> None:
+        if self.queue or self.executor.has_more:
+            self.give_back(ALL)
 
     def refuse_queued(self, call: int, attempt: int, reason: str) -> bool:
         """Report a call that has not begun as cancelled; False where it is not queued."""
@@ -269,15 +277,14 @@ class Worker:
             if self.waiting:
                 self.executor.execute_nested(record)
             else:
-                self.tell((GAVE_BACK, [record[1:3]]))  # the wait was over when it came
+                self.tell((GAVE_BACK, [record[1:3]], None))  # the wait was over when it came
 
     # -- waiting attempts -------------------------------------------------------------
 
     def _wait_begins(self) -> None:
         with self.reading:  # from here on the control thread reads nothing
             self.waiting += 1
-        if self.queue:
-            self.give_back(len(self.queue))
+        self._give_all_back()
 
     def _wait_ends(self) -> None:
         with self.reading:
@@ -321,8 +328,7 @@ class Worker:
             with self.reading:
                 self._read()
             self._attend()
-        if self.queue:  # sent before the coordinator knew of the wait
-            self.give_back(len(self.queue))
+        self._give_all_back()  # what was sent before the coordinator knew of the wait
 
     def listen(self, loop: Any, heard: Callable[[], object]) -> None:
         """See ``scope.Line``."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+import struct
+from time import perf_counter, time
 from typing import Any, Final, Protocol
 
 from taskrun.ledger import Ledger, dumps
+from taskrun.messages import ITEM, ITEMS
 from taskrun.wire import send_frame
 from taskrun.workers import native
 
 LATEST: Final = 0.001  # seconds after which records are sent although there is more to do
+SMALL: Final = 4096  # bytes of a pickle that is told with others of its bunch
 LARGE: Final = 64 * 1024  # bytes after which they are
+
+_PLAIN: Final = frozenset((int, type(None), float, bool))
+_FLOAT: Final = struct.Struct(">Bd").pack  # BINFLOAT, and the number
 
 
 class Port(Protocol):
     """The way to the coordinator."""
 
     def tell(self, record: tuple[Any, ...]) -> None: ...
+
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -29,6 +37,7 @@ class Outbox:
         self._ledger = ledger
         self._fd = fd
         self._flushed = 0.0
+        self._bunch: int | None = None  # the call whose items what is kept ends with
 
     def tell(self, record: tuple[Any, ...]) -> None:
         """Keep a record; send at once what is too large to be kept."""
@@ -38,11 +47,32 @@ class Outbox:
             self._send_alone(record)
             return
         with self.lock:
+            self._bunch = None
             if self._ledger.append(data):
                 return
             self.flush()
             if not self._ledger.append(data):
                 self._send_alone(record)
+
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
+        """An item of a bunch has ended just now; see ``messages.ITEMS``."""
+        kind = type(value)
+        if kind in _PLAIN or (kind is bytes and len(value) <= SMALL):
+            data = dumps(value) + _FLOAT(71, seconds)
+            with self.lock:
+                if self._bunch != call or not self._ledger.append(data):
+                    self._tell_first(call, attempt, data, seconds)
+        else:
+            self.tell((ITEM, call, attempt, value, time() - seconds, seconds))
+        if self.is_due:
+            self.flush()
+
+    def _tell_first(self, call: int, attempt: int, data: bytes, seconds: float) -> None:
+        data = dumps((ITEMS, call, attempt, time() - seconds)) + data
+        if not self._ledger.append(data):
+            self.flush()
+            self._ledger.append(data)
+        self._bunch = call
 
     def _send_alone(self, record: tuple[Any, ...]) -> None:
         with self.lock:
@@ -58,6 +88,7 @@ class Outbox:
     def flush(self) -> None:
         """Send what is kept.  Raises ConnectionError where the coordinator is gone."""
         with self.lock:
+            self._bunch = None
             if self._ledger.used:
                 send_frame(self._fd, self._ledger.frame())
                 self._ledger.clear()

@@ -36,6 +36,7 @@ class Known:
         self._constants: dict[str, Any] = constants
         self._home = home
         self._task: Task | None = None
+        self.found = False
         self.quick = False  # its only argument, and nothing else, is passed by position
         self.style = PLAIN
 
@@ -48,6 +49,7 @@ class Known:
         """Look the task up."""
         task = self._task = self._home.find(self.reference, self._blob)
         self.function = task.function
+        self.found = True
         self.style = _style(task)
         self._learn_parameters(task)
         return task

@@ -74,6 +74,7 @@ class ForeignEngine:
         self.ready = False
         self.assigned: dict[int, Any] = {}
         self.escalations: dict[int, Any] = {}
+        self.bunch: tuple[int, int, float] | None = None
         self._host = host
         self._module, self._file = module, file
         self._grace = grace

@@ -13,6 +13,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from time import time
 from typing import Any, Final
 
 from taskrun import context
@@ -62,6 +63,7 @@ class InlineEngine:
         self._queue: deque[tuple[Any, ...]] = deque()
         self._nested: deque[tuple[Any, ...]] = deque()
         self._said: list[tuple[Any, ...]] = []
+        self.bunch: tuple[int, int, float] | None = None
         self._ears: dict[Any, _Ear] = {}
         self._closed = self._about_to_work = False
         self._performers: dict[type, Callable[[Any], None]] = {
@@ -200,6 +202,10 @@ class InlineEngine:
     def tell(self, record: tuple[Any, ...]) -> None:
         """See ``execute.Port``."""
         self._said.append(record)
+
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
+        """See ``outbox.Port``."""
+        self.tell((m.ITEM, call, attempt, value, time() - seconds, seconds))
 
     def flush(self) -> None:
         """See ``execute.Port``."""

@@ -6,9 +6,10 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from taskrun.bunch import Bunch
 from taskrun.engines.capture import Attempt
 from taskrun.engines.wires import Wires
-from taskrun.ledger import Intake, executing_at
+from taskrun.ledger import Intake, executing_at, times_at
 from taskrun.messages import TASK
 from taskrun.reactor import Reactor, Timer
 from taskrun.workers.settings import SLOTS
@@ -46,6 +47,7 @@ class Link:
         self.known: set[int] = set()
         self.escalations: dict[int, Timer] = {}
         self.heard = 0.0
+        self.bunch: tuple[int, int, float] | None = None  # see ``records.Source``
         self.seen: Attempt | None = None  # what it was in when it was last looked at
         self.asked: Attempt | None = None  # what it was asked to tell the beginning of
         self.intake = Intake()
@@ -144,10 +146,14 @@ class Link:
     @property
     def executing(self) -> Attempt | None:
         """The attempt that the worker is in, if its end is not known here already."""
-        executing = executing_at(self.moment)
+        moment = self.moment
+        executing = executing_at(moment)
         if executing is None or executing[0] not in self.assigned:
             return None
-        return executing[0], self.assigned[executing[0]].attempt
+        call = self.assigned[executing[0]]
+        if type(call.blob) is Bunch and has_ended(call.blob, moment):
+            return None
+        return executing[0], call.attempt
 
     @property
     def is_shared(self) -> bool:
@@ -230,6 +236,12 @@ class PipeLink(Link):
     def close(self) -> None:
         super().close()
         self.wires.close()
+
+
+def has_ended(bunch: Bunch, moment: int) -> bool:
+    """Whether the item in which a worker is at a moment is one that is known to have ended:
+    it is between two of them."""
+    return (bunch.done - bunch.base - 1 - times_at(moment)) & 0xFFF == 0
 
 
 def _dumps(records: list[tuple[Any, ...]]) -> bytes:

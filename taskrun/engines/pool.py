@@ -20,7 +20,7 @@ from itertools import count
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Final
 
-from taskrun import blobs, places
+from taskrun import blobs, bunch, places
 from taskrun import messages as m
 from taskrun.engines.links import PROCESS, Link
 from taskrun.engines.local import Launch, Local
@@ -245,7 +245,7 @@ class PoolEngine:
             assigned[id] = call
             queue((kind, id, call.attempt, recipe.id, call.index, call.arguments(), call.units))
         self._flush_soon(link)
-        if len(assigned) > 1:
+        if bunch.are_many(assigned):
             self._expect_more(link)
 
     def _deliver(self, command: m.Deliver) -> None:
@@ -354,7 +354,7 @@ class PoolEngine:
             self._failed_starts = 0
             if self._local is not None:
                 self._local.proven()
-        if len(link.assigned) > 1:
+        if bunch.are_many(link.assigned):
             self._expect_more(link)
         return True
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from taskrun import messages as m
+from taskrun.bunch import Bunch
 from taskrun.errors import WireError
 from taskrun.model import Recipe
 from taskrun.observers import Observer
 from taskrun.reactor import Timer
 from taskrun.values import encode
 
+_ONLY_TUPLES = frozenset([tuple])
 _ENDED_LENGTH = 9  # the kind, and a Report
 
 
@@ -26,6 +28,7 @@ class Source(Protocol):
     ready: bool
     assigned: dict[int, Any]
     escalations: dict[int, Timer]
+    bunch: tuple[int, int, float] | None  # whose items come: call, attempt, wall clock
 
     def read_output_of(self, call: int, attempt: int) -> None:
         """See to it that all that this attempt wrote has been shown."""
@@ -60,10 +63,46 @@ class Records:
             m.OUTPUT: self._output,
             m.RETIRE: self._retire,
             m.NOTICE: lambda source, record: self._observer.notice(record[1]),
+            m.ITEMS: self._items_follow,
+            m.ITEM: self._item,
         }
 
-    def take(self, source: Source, records: list[tuple[Any, ...]]) -> None:
+    def take(self, source: Source, records: list[Any]) -> None:
         """Post the events of ``records``.  Raises WireError for what is no record."""
+        if _ONLY_TUPLES.issuperset(map(type, records)):
+            self._take(source, records)
+            return
+        kinds = list(map(type, records))
+        start, end = 0, len(records)
+        while start < end:
+            if kinds[start] is tuple:
+                stop = next((i for i in range(start, end) if kinds[i] is not tuple), end)
+                self._take(source, records[start:stop])
+            else:
+                stop = kinds.index(tuple, start) if tuple in kinds[start:] else end
+                self._take_items(source, records[start:stop])
+            start = stop
+
+    def _take_items(self, source: Source, found: list[Any]) -> None:
+        """Plain values and the seconds each took, in turn, of the bunch that was named."""
+        values, seconds = found[0::2], found[1::2]
+        if source.bunch is None or not len(values) == len(seconds) == list(
+            map(type, seconds)
+        ).count(float):
+            raise WireError("a worker sent what is no record")
+        call, attempt, wall = source.bunch
+        source.bunch = call, attempt, wall + sum(seconds)
+        self._post_items(source, m.Items(source.id, call, attempt, values, seconds, wall))
+
+    def _post_items(self, source: Source, event: m.Items) -> None:
+        call = source.assigned.get(event.call)
+        self._post(event)
+        if call is not None and (type(call.blob) is not Bunch or not call.blob.left):
+            source.assigned.pop(event.call, None)
+            if source.escalations:
+                self._stop_escalating(source, event.call)
+
+    def _take(self, source: Source, records: list[tuple[Any, ...]]) -> None:
         reports: list[tuple[Any, ...]] = []
         ended, assigned = m.ENDED, source.assigned
         row: m.Submitted | None = None
@@ -144,6 +183,14 @@ class Records:
         _, call, attempt, key, reference, blob, keys = record
         return m.Submitted(call, attempt, [(key, self._recipes[reference], blob, keys)])
 
+    def _items_follow(self, source: Source, record: tuple[Any, ...]) -> None:
+        _, call, attempt, wall = record
+        source.bunch = call, attempt, wall
+
+    def _item(self, source: Source, record: tuple[Any, ...]) -> None:
+        _, call, attempt, value, wall, seconds = record
+        self._post_items(source, m.Items(source.id, call, attempt, [value], [seconds], wall))
+
     def _progress(self, source: Source, record: tuple[Any, ...]) -> None:
         _, call, _, done, total = record
         if call in source.assigned:
@@ -160,4 +207,4 @@ class Records:
     def _gave_back(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         for id, _ in record[1]:
             source.assigned.pop(id, None)
-        return m.GaveBack(source.id, record[1])
+        return m.GaveBack(source.id, *record[1:])

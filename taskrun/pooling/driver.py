@@ -12,16 +12,17 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from taskrun import messages as m
 from taskrun.blobs import Portable
+from taskrun.bunch import Bunch
 from taskrun.core import Scheduler
 from taskrun.errors import CallCancelled, RunError, TaskrunError
-from taskrun.model import Plan, Recipe
+from taskrun.model import Failure, Plan, Recipe
 from taskrun.observers import Observer
 from taskrun.pooling.looping import Loop, Waitable
 from taskrun.pooling.sharing import PoolState
@@ -31,6 +32,9 @@ from taskrun.reactor import Reactor
 CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
 TERMINATE_SECONDS: Final = 2.0
 WINDOW: Final = 512  # calls for each worker that the core is given at a time
+AHEAD: Final = 8  # bunches for each worker that it is given
+BUNCH_SECONDS: Final = 0.001  # how much work is in a bunch ...
+BUNCH_ITEMS: Final = 512  # ... and at most how many calls
 START_SECONDS: Final = 30.0
 GRACE: Final = 0.5  # seconds between interrupt, TERM and KILL of a call that is cancelled
 
@@ -50,9 +54,32 @@ class Job(Protocol):
         """The call will not end: the pool is over."""
 
 
+class Owner(Protocol):
+    """Who wants to know how small calls end, which travel in bunches; called by who runs the
+    loop.  ``tokens``: what it knows them by."""
+
+    def items_ended(self, tokens: Sequence[Any], values: list[Any], row: Row) -> None:
+        """They have ended, with these encoded values or Failures."""
+
+    def items_failed(self, tokens: Sequence[Any], error: BaseException | Failure) -> None:
+        """They will not end, or have not."""
+
+    def is_withdrawn(self, token: Any) -> bool:
+        """Whether it was cancelled before it was taken."""
+
+
+class Row(NamedTuple):
+    """Where and when items of a bunch were executed; ``wall``: when the first of them began."""
+
+    worker: int
+    pid: int | None
+    attempt: int
+    wall: float
+    seconds: list[float]
+
+
 class _Started(Waitable):
     def __init__(self, engine: PoolWorkers) -> None:
-        super().__init__()
         self._engine = engine
 
     def settled(self) -> bool:
@@ -67,7 +94,7 @@ class Driver:
         processes: int,
         starter: Starter,
         most_calls: int | None,
-        initializer_failed: Callable[[Any], BaseException | None],
+        initializer_failed: Callable[[Failure], BaseException | None],
     ) -> None:
         """Starts.  Raises RunError where no process can be started."""
         self.recipe_ids = itertools.count(1)
@@ -75,14 +102,18 @@ class Driver:
         self.error: BaseException | None = None  # why the pool is broken
         self._starter = starter
         self._initializer_failed = initializer_failed
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, Job | Bunch] = {}
         self._last: m.AttemptEnded | None = None
-        self._inbox: deque[tuple[Recipe, Portable, Job]] = deque()
-        self._added: list[Job] = []
+        # Recipe, arguments, who owns it (None: a Job), and the job or the owner's token.
+        self._inbox: deque[tuple[Recipe, Any, Owner | None, Any]] = deque()
+        self._added: list[Job | Bunch] = []
         self._posted = False
         self._feeds = 0
         self._window = WINDOW * (processes + 1)
-        self._low = self._window // 2
+        self._low = 0  # calls at which more are taken, once there was no room for all
+        self._withdrawn = self._waits = False
+        self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
+        self.bunches = most_calls is None  # whether small calls are to be sent in bunches
         self.waits_at_exit = False  # for the calls that there are then
         self.closing = self._killing = self._ended = False
         self._timer: Any = None
@@ -132,13 +163,23 @@ class Driver:
 
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
         """
-        self._inbox.append((recipe, blob, job))
+        self._inbox.append((recipe, blob, None, job))
         if not self._posted:
             self._posted = True
             if waits:
                 self._reactor.call_soon(self._take)
             else:
                 self._to_loop(self._take)
+        if self._ended:
+            self._fail_inbox()
+
+    def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
+        """Have a call executed, with others in a bunch: ``args`` is a tuple of plain values, or
+        pickled (args, kwargs).  For recipes without timeout and retries."""
+        self._inbox.append((recipe, args, owner, token))
+        if not self._posted:
+            self._posted = True
+            self._to_loop(self._take)
         if self._ended:
             self._fail_inbox()
 
@@ -151,9 +192,14 @@ class Driver:
         nor is the next of a worker that is about to start."""
 
         def ask() -> None:
-            waiting = [job for id, job in self._jobs.items() if not self._core.is_assigned(id)]
-            begun = len(self._jobs) - len(waiting)
-            waiting += [job for _, _, job in self._inbox]
+            waiting: list[Any] = []
+            begun = 0
+            for id, job in self._jobs.items():
+                if self._core.is_assigned(id):
+                    begun += 1
+                else:
+                    waiting += job.tokens if isinstance(job, Bunch) else [job]
+            waiting += [job for _, _, _, job in self._inbox]
             for job in waiting[max(0, self.processes - begun) :]:
                 self.loop.call_back(partial(cancel, job))
 
@@ -220,31 +266,89 @@ class Driver:
         cheaper here.
         """
         self._posted = False  # before taking, so that nothing is left without a post
+        self._low = 0
         inbox = self._inbox
-        room = self._window - len(self._jobs)
-        while inbox and room > 0:
-            recipe, self._added = inbox[0][0], []
-            blobs: list[Portable] = []
-            while inbox and inbox[0][0] is recipe and len(blobs) < room:
-                _, blob, job = inbox.popleft()
-                if job.call is None:
-                    blobs.append(blob)
-                    self._added.append(job)
-                else:
-                    job.failed(CallCancelled(f"{recipe.name} was cancelled: it was asked for"))
-            room -= len(blobs)
+        while inbox:
+            recipe, _, owner, _ = inbox[0]
+            size = 1 if owner is None else self._bunch_size(recipe)
+            most = self._window if self._waits or owner is None else AHEAD * self.processes
+            room = most - len(self._jobs)
+            if room <= 0:
+                self._low = most // 2
+                self._posted = True  # it is taken when there is room
+                break
+            self._added = []
+            if owner is None:
+                blobs: list[Any] = self._next_calls(recipe, room)
+            else:
+                blobs = self._next_bunches(recipe, owner, size, room)
             if blobs:
                 self._post(m.Fed(recipe, blobs))
         self._close_if_fed()
 
+    def _next_calls(self, recipe: Recipe, room: int) -> list[Portable]:
+        inbox = self._inbox
+        blobs: list[Portable] = []
+        while inbox and inbox[0][0] is recipe and inbox[0][2] is None and len(blobs) < room:
+            _, blob, _, job = inbox.popleft()
+            if job.call is None:
+                blobs.append(blob)
+                self._added.append(job)
+            else:
+                job.failed(_withdrawn(recipe))
+        return blobs
+
+    def _bunch_size(self, recipe: Recipe) -> int:
+        """So many items as take a moment, and so few that all workers get some; one, as long as
+        nobody knows what they cost."""
+        pace = self._paces.get(recipe.id)
+        if pace is None or pace > BUNCH_SECONDS or not self.bunches:
+            return 1
+        share = -(-len(self._inbox) // (2 * self.processes))
+        return max(1, min(BUNCH_ITEMS, int(BUNCH_SECONDS / max(pace, 1e-9)), share))
+
+    def _next_bunches(self, recipe: Recipe, owner: Owner, size: int, room: int) -> list[Bunch]:
+        bunches: list[Bunch] = []
+        popleft = self._inbox.popleft
+        while self._inbox and len(bunches) < room:
+            entries = [popleft() for _ in range(min(size, len(self._inbox)))]
+            alike = _how_many_alike(entries, recipe, owner)
+            if alike < len(entries):
+                self._inbox.extendleft(reversed(entries[alike:]))
+                del entries[alike:]
+            if not entries:
+                break
+            if self._withdrawn:
+                entries = self._still_wanted(entries, owner)
+            if entries:
+                _, items, _, tokens = zip(*entries, strict=True)
+                bunches.append(Bunch(owner, tokens, items))
+        return bunches
+
+    def _still_wanted(self, entries: list[Any], owner: Owner) -> list[Any]:
+        for recipe, _, _, token in entries:
+            if owner.is_withdrawn(token):
+                owner.items_failed([token], _withdrawn(recipe))
+        return [entry for entry in entries if not owner.is_withdrawn(entry[3])]
+
     def _cancel(self, jobs: Iterable[Job]) -> None:
         known = []
         for job in jobs:
-            if job.call is None:
-                job.call = -1  # it will not be fed
-            else:
+            if job.call is not None:
                 known.append(job.call)
+            elif (call := self._bunch_of(job)) is not None:
+                self._post(m.CancelItems(call, [job]))
+            else:
+                job.call = -1  # it will not be fed
+                self._withdrawn = True
         self._post(m.CancelCalls(tuple(known), "it was asked for"))
+
+    def _bunch_of(self, token: Any) -> int | None:
+        """The call in which an item is."""
+        for id, job in self._jobs.items():
+            if type(job) is Bunch and any(token is other for other in job.tokens):
+                return id
+        return None
 
     def _close_if_fed(self) -> None:
         if self.closing and not (self._feeds or self._inbox or self._core.over):
@@ -252,14 +356,17 @@ class Driver:
             self._post(m.Fed(nothing, [], last=True))
 
     def _post(self, event: m.Event) -> None:
+        if type(event) is m.Waiting and not self._waits:
+            self._waits = True  # perhaps for calls that come later: those are to be known
+            self._reactor.call_soon(self._take)
         self._perform(self._core.handle(event, monotonic()))
 
     def _perform(self, commands: list[m.Command]) -> None:
         performers = self._performers
         for command in commands:
             performers[type(command)](command)
-        if self._inbox and not self._posted and len(self._jobs) < self._low:
-            self._posted = True
+        if len(self._jobs) < self._low:
+            self._low = 0
             self._reactor.call_soon(self._take)
         deadline = self._core.deadline()
         if deadline != self._timer_at:
@@ -287,17 +394,47 @@ class Driver:
             m.Interrupt: engine,
             m.Deliver: engine,
             m.CallsAdded: self._calls_added,
+            m.ItemsEnded: self._items_ended,
+            m.ItemsCancelled: self._items_cancelled,
             m.AttemptEnded: self._attempt_ended,
             m.CallEnded: self._call_ended,
             m.RunEnded: self._run_ended,
         }
 
     def _calls_added(self, command: m.CallsAdded) -> None:
-        ours = [call for call in command.calls if call.parent is None]
-        for call, job in zip(ours, self._added, strict=False):
-            self._jobs[call.id] = job
-            job.call = call.id
+        added = iter(self._added)
+        for call in command.calls:
+            if call.parent is not None:
+                continue
+            if type(call.blob) is Bunch:
+                self._jobs[call.id] = call.blob
+            else:
+                job: Any = next(added)
+                self._jobs[call.id] = job
+                job.call = call.id
         self._added = []
+
+    def _items_ended(self, command: m.ItemsEnded) -> None:
+        recipe, bunch, first, event = command
+        tokens = bunch.tokens[first : first + len(event.values)]
+        seconds = event.seconds
+        pace, known = sum(seconds) / len(seconds), self._paces.get(recipe.id)
+        if known is not None and known > pace:
+            pace = known + 0.3 * (pace - known)  # it falls slowly, and rises at once
+        self._paces[recipe.id] = pace
+        if Failure in map(type, event.values):
+            for value in event.values:
+                if type(value) is Failure:
+                    self._look_at_failure(value)
+            if self.error is not None:
+                bunch.owner.items_failed(tokens, self.error)
+                return
+        row = Row(event.worker, self._pid_of(event.worker), event.attempt, event.wall, seconds)
+        bunch.owner.items_ended(tokens, event.values, row)
+
+    def _items_cancelled(self, command: m.ItemsCancelled) -> None:
+        recipe, bunch, tokens = command
+        bunch.owner.items_failed(tokens, _withdrawn(recipe))
 
     def _attempt_ended(self, command: m.AttemptEnded) -> None:
         self._last = command
@@ -315,21 +452,31 @@ class Driver:
         job = self._jobs.pop(call.id, None)
         if job is None:
             return
+        if call.failure is not None:
+            self._look_at_failure(call.failure)
+        if type(job) is Bunch:
+            if job.left:
+                job.owner.items_failed(job.tokens[job.done :], self.error or call.ended_as())
+            return
+        assert not isinstance(job, Bunch)
         last = self._last
         if last is not None and last.call is not call:
             last = None
-        pid = None
-        if last is not None and last.worker is not None:
-            worker = self._core.worker(last.worker)
-            pid = None if worker is None else worker.pid
-        if call.failure is not None and self.error is None:
-            self.error = self._initializer_failed(call)
-            if self.error is not None:
-                self.loop.end()
         if self.error is not None:
             job.failed(self.error)
         else:
-            job.ended(call, last, pid)
+            job.ended(call, last, self._pid_of(None if last is None else last.worker))
+
+    def _pid_of(self, worker: int | None) -> int | None:
+        found = None if worker is None else self._core.worker(worker)
+        return None if found is None else found.pid
+
+    def _look_at_failure(self, failure: Failure) -> None:
+        """Whether the pool cannot go on, because its initializer raised."""
+        if self.error is None:
+            self.error = self._initializer_failed(failure)
+            if self.error is not None:
+                self.loop.end()
 
     def _run_ended(self, command: m.RunEnded) -> None:
         if command.status == 3 and self.error is None:
@@ -357,16 +504,22 @@ class Driver:
     def _fail_jobs(self, error: BaseException) -> None:
         jobs, self._jobs = self._jobs, {}
         for job in jobs.values():
-            job.failed(error)
+            if isinstance(job, Bunch):
+                job.owner.items_failed(job.tokens[job.done :], error)
+            else:
+                job.failed(error)
         self._fail_inbox()
 
     def _fail_inbox(self) -> None:
         while self._inbox:
             try:
-                _, _, job = self._inbox.popleft()
+                _, _, owner, job = self._inbox.popleft()
             except IndexError:  # another thread took it
                 return
-            job.failed(self.why_over())
+            if owner is None:
+                job.failed(self.why_over())
+            else:
+                owner.items_failed([job], self.why_over())
 
     def _broken(self, error: BaseException) -> None:
         """A bug of ours left the loop: nobody is to wait for what cannot come."""
@@ -379,3 +532,17 @@ class Driver:
             self._ended = True
             self._fail_jobs(self.error)
             self._engine.kill()
+
+
+def _how_many_alike(entries: list[Any], recipe: Recipe, owner: Owner) -> int:
+    """How many of these, the first ones, can be one bunch."""
+    count = 0
+    for found, _, who, _ in entries:
+        if found is not recipe or who is not owner:
+            break
+        count += 1
+    return count
+
+
+def _withdrawn(recipe: Recipe) -> CallCancelled:
+    return CallCancelled(f"{recipe.name} was cancelled: it was asked for")

@@ -37,6 +37,7 @@ class Recipes:
         self._ids = ids
         self._in_main = in_main
         self._known: OrderedDict[Any, Recipe] = OrderedDict()
+        self.by_name: dict[Any, Recipe] = {}  # for single calls of functions that have a name
 
     def recipe(
         self, kind: Kind, function: Any, timeout: float | None = None, retries: int = 0
@@ -46,6 +47,8 @@ class Recipes:
         key: Any = (kind, function, timeout, retries)
         known = self._known.get(key) if named else None
         if known is not None:
+            if kind is Apply and timeout is None and not retries:
+                self.by_name[function] = known
             return known
         if named and self._is_found(function):
             blob = pickle.dumps(kind(function), PROTOCOL)
@@ -100,6 +103,7 @@ class Recipes:
         self._known[key] = recipe
         if len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
+            self.by_name.clear()
         return recipe
 
     def _is_found(self, function: Any) -> bool:

@@ -40,10 +40,7 @@ _PUT_OFF: Final = tuple(
 class Waitable:
     """What one can wait for.  ``event`` wakes those who cannot run the loop."""
 
-    __slots__ = ("event",)
-
-    def __init__(self) -> None:
-        self.event: threading.Event | None = None
+    event: threading.Event | None = None
 
     def settled(self) -> bool:
         """Whether the wait is over; never blocks."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import pickle
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import TimeoutError
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from taskrun.blobs import Shared
 from taskrun.calls import OK
 from taskrun.errors import ResultError
 from taskrun.model import Failure
-from taskrun.pooling.driver import Driver, Job
+from taskrun.pooling.driver import Driver, Job, Row
 from taskrun.pooling.looping import Waitable
 from taskrun.values import decode_failure
 
@@ -58,7 +59,7 @@ def raw_of(call: Any) -> Raw:
     """What came of a call that has ended; the call itself lets go of it."""
     if call.state is OK:
         value, call.value = call.value, None
-        return value, False
+        return (pickle.loads(value) if type(value) is bytes else value), False  # a pickle in it
     return call.ended_as(), True
 
 
@@ -70,9 +71,7 @@ def decoded(raw: Raw) -> tuple[bool, Any]:
         if kind is not bytes and kind is not Shared:
             return True, value
         try:
-            if kind is Shared:
-                return True, blobs.loads(value)
-            return True, pickle.loads(pickle.loads(value))
+            return True, blobs.loads(value) if kind is Shared else pickle.loads(value)
         except Exception as error:
             error.add_note("It was raised while the result was unpickled.")
             return False, error
@@ -94,23 +93,21 @@ def exception_of(failure: Failure) -> BaseException:
 class AsyncResult(Waitable):
     """What ``apply_async`` gives, as ``multiprocessing.pool.AsyncResult``."""
 
-    __slots__ = (
-        "__weakref__", "_callback", "_driver", "_error_callback", "_found", "_last", "_pid",
-        "_pool", "_raw", "_ready", "call",
-    )  # fmt: skip
+    # Here, and not in each: most of them stay as they are, and there are many results.
+    call: int | None = None
+    _ready = False
+    _raw: Raw | None = None
+    _found: tuple[bool, Any] | None = None
+    _last: Any = None
+    _pid: int | None = None
+    _row: Row | None = None
+    _place = 0
 
     def __init__(self, pool: Any, driver: Driver, callback: Callback, on_error: Callback) -> None:
-        self.event = None
-        self.call: int | None = None
         self._pool = pool  # lives as long as somebody waits for it
         self._driver = driver
         self._callback = callback
         self._error_callback = on_error
-        self._ready = False
-        self._raw: Raw | None = None
-        self._found: tuple[bool, Any] | None = None
-        self._last: Any = None
-        self._pid: int | None = None
 
     # -- what users use ---------------------------------------------------------------
 
@@ -152,7 +149,12 @@ class AsyncResult(Waitable):
     @property
     def outcome(self) -> Outcome | None:
         """Where and how the call was executed; None as long as it has not ended."""
-        return _outcome(self._last, self._pid)
+        row = self._row
+        if row is None:
+            return _outcome(self._last, self._pid)
+        seconds, place = row.seconds, self._place
+        began = row.wall + sum(seconds[:place])
+        return Outcome(f"w{row.worker}", row.pid, row.attempt, began, seconds[place])
 
     def _jobs(self) -> list[Job]:
         return [self]
@@ -217,10 +219,44 @@ class AsyncResult(Waitable):
         return decoded(raw)
 
 
+class Singles:
+    """The owner of results of one small call each; see ``driver.Owner``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._loop = driver.loop
+
+    def items_ended(self, tokens: Sequence[AsyncResult], values: list[Any], row: Row) -> None:
+        """Each has its value, or calls its user back."""
+        waiting = []
+        for place, result in enumerate(tokens):
+            value = values[place]
+            result._raw = (value, type(value) is Failure)
+            result._row = row
+            result._place = place
+            if result._callback is None and result._error_callback is None:
+                result._settle()
+            else:
+                waiting.append(result)
+        if waiting:
+            self._loop.call_back(partial(_call_back_each, waiting))
+
+    def items_failed(self, tokens: Sequence[AsyncResult], error: BaseException | Failure) -> None:
+        """They get the error."""
+        for result in tokens:
+            result._set((error, True))
+
+    def is_withdrawn(self, token: AsyncResult) -> bool:
+        """See ``driver.Owner``."""
+        return token.call is not None
+
+
+def _call_back_each(results: list[AsyncResult]) -> None:
+    for result in results:
+        result._call_back()
+
+
 class MapResult(AsyncResult):
     """What ``map_async`` gives: all the values, or the first error."""
-
-    __slots__ = ("_advance", "_chunks", "_left", "_parts", "held")
 
     def __init__(
         self, pool: Any, driver: Driver, callback: Callback, on_error: Callback, chunks: int
@@ -334,13 +370,15 @@ class IMapIterator(Waitable):
     def __init__(
         self, pool: Any, driver: Driver, *, chunked: bool, window: int, buffered: bool
     ) -> None:
-        super().__init__()
         self._pool = pool
         self._driver = driver
         self._chunked = chunked
         self._buffered = buffered
-        self._room = threading.Semaphore(window)
-        self._came: deque[Raw] = deque()
+        self._window = window
+        self._taken = 0  # calls that were submitted
+        self._over = 0  # those that are not under way any more
+        self._room = threading.Event()
+        self._came: deque[Any] = deque()  # encoded values, and (error, True)
         self._values: Iterator[Any] = iter(())  # the rest of a chunk
         self._length: int | None = None
         self._given = 0
@@ -369,8 +407,10 @@ class IMapIterator(Waitable):
                 continue
             self._given += 1
             if self._buffered:
-                self._room.release()
-            success, value = decoded(raw)
+                self._make_room(1)
+            if type(raw) is int and not self._chunked:
+                return raw
+            success, value = decoded(raw if type(raw) is tuple else (raw, type(raw) is Failure))
             del raw
             if not success:
                 raise value
@@ -394,30 +434,55 @@ class IMapIterator(Waitable):
 
     def item_ended(self, item: _Item, raw: Raw) -> None:
         """One of the items has ended."""
-        self._ended += 1
-        self._arrive(item.number, raw)
+        self._have_ended([item.number], [raw])
+
+    def items_ended(self, tokens: Sequence[int], values: list[Any], row: Row) -> None:
+        """See ``driver.Owner``."""
+        self._have_ended(tokens, values)
+
+    def items_failed(self, tokens: Sequence[int], error: BaseException | Failure) -> None:
+        """See ``driver.Owner``."""
+        self._have_ended(tokens, [(error, True)] * len(tokens))
+
+    def is_withdrawn(self, token: int) -> bool:
+        """See ``driver.Owner``."""
+        return False
+
+    def _have_ended(self, numbers: Sequence[int], raws: list[Any]) -> None:
+        self._ended += len(numbers)
+        self._arrive(numbers, raws)
         if not self._buffered:
-            self._room.release()
+            self._make_room(len(numbers))
         if self._ended == self._length:
             self._pool = self.held = None
         if self.event is not None:
             self.event.set()
 
-    def _arrive(self, number: int, raw: Raw) -> None:
+    def _arrive(self, numbers: Sequence[int], raws: list[Any]) -> None:
+        """These came; the numbers follow each other."""
         raise NotImplementedError
+
+    def _make_room(self, count: int) -> None:
+        self._over += count
+        if not self._room.is_set():
+            self._room.set()
 
     def await_room(self) -> bool:
         """In the feeding thread: wait until one more may be under way; False: no more may."""
-        while not self._room.acquire(timeout=1.0):
+        while self._taken - self._over >= self._window:
+            self._room.clear()
+            if self._taken - self._over >= self._window:
+                self._room.wait(1.0)
             if self._driver.loop.over:
                 return False
+        self._taken += 1
         return not self._driver.loop.over
 
     def fed(self, count: int, error: BaseException | None) -> None:
         """On the loop: so many items were submitted, and then ``error`` was raised, if any."""
         if error is not None:
             self._ended += 1
-            self._arrive(count, (error, True))
+            self._arrive([count], [(error, True)])
             count += 1
         self._length = count
         if self._ended == count:
@@ -432,14 +497,14 @@ class OrderedIterator(IMapIterator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._next = 0
-        self._early: dict[int, Raw] = {}
+        self._early: dict[int, Any] = {}
 
-    def _arrive(self, number: int, raw: Raw) -> None:
-        if number != self._next:
-            self._early[number] = raw
+    def _arrive(self, numbers: Sequence[int], raws: list[Any]) -> None:
+        if numbers[0] != self._next:
+            self._early.update(zip(numbers, raws, strict=True))
             return
-        self._came.append(raw)
-        self._next += 1
+        self._came.extend(raws)
+        self._next += len(raws)
         while self._early and self._next in self._early:
             self._came.append(self._early.pop(self._next))
             self._next += 1
@@ -448,5 +513,5 @@ class OrderedIterator(IMapIterator):
 class UnorderedIterator(IMapIterator):
     """As they come."""
 
-    def _arrive(self, number: int, raw: Raw) -> None:
-        self._came.append(raw)
+    def _arrive(self, numbers: Sequence[int], raws: list[Any]) -> None:
+        self._came.extend(raws)

@@ -51,7 +51,7 @@ class LaneWorker:
         self._ledger = Ledger(ledger_fd)
         os.close(ledger_fd)
         self.outbox = Outbox(self._ledger, self._fd)
-        self.tell = self.outbox.tell
+        self.tell, self.tell_item = self.outbox.tell, self.outbox.tell_item
         lock = self.outbox.lock
         self._output = LaneOutput(self, lock, self.found, (stdout, stderr))
         home = Home(settings.module, preloaded)
