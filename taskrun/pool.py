@@ -157,17 +157,17 @@ class Pool:
             self._check_running()
         driver = self._driver
         result = AsyncResult(self, driver, callback, error_callback)
-        if kwds or retries or timeout is not None or not self._apply_small(result, func, args):
+        small = (
+            type(func) is FunctionType
+            and type(args) is tuple
+            and not (kwds or retries or timeout is not None)
+            and _TINY.issuperset(map(type, args))
+        )
+        if small and (recipe := self._recipes.by_name.get(func)) is not None:
+            driver.submit_small(recipe, args, self._singles, result)
+        else:
             self._apply(result, func, args, kwds, timeout, retries)
         return result
-
-    def _apply_small(self, result: AsyncResult, func: Any, args: Iterable[Any]) -> bool:
-        """Send a call with others in a bunch, where it is a small one."""
-        recipe = self._recipes.by_name.get(func) if type(func) is FunctionType else None
-        if recipe is None or type(args) is not tuple or not _TINY.issuperset(map(type, args)):
-            return False
-        self._driver.submit_small(recipe, args, self._singles, result)
-        return True
 
     def _apply(
         self,

@@ -96,11 +96,18 @@ class Records:
 
     def _post_items(self, source: Source, event: m.Items) -> None:
         call = source.assigned.get(event.call)
+        if call is None:
+            return  # stale
+        _check_bunch(call, len(event.values))
         self._post(event)
-        if call is not None and (type(call.blob) is not Bunch or not call.blob.left):
-            source.assigned.pop(event.call, None)
+        self._look_whether_over(source, call)
+
+    def _look_whether_over(self, source: Source, call: Any) -> None:
+        """A bunch has ended with its last item, or with what was cut off."""
+        if type(call.blob) is not Bunch or not call.blob.left:
+            source.assigned.pop(call.id, None)
             if source.escalations:
-                self._stop_escalating(source, event.call)
+                self._stop_escalating(source, call.id)
 
     def _take(self, source: Source, records: list[tuple[Any, ...]]) -> None:
         reports: list[tuple[Any, ...]] = []
@@ -185,7 +192,7 @@ class Records:
 
     def _items_follow(self, source: Source, record: tuple[Any, ...]) -> None:
         _, call, attempt, wall = record
-        source.bunch = call, attempt, wall
+        source.bunch = int(call), int(attempt), float(wall)
 
     def _item(self, source: Source, record: tuple[Any, ...]) -> None:
         _, call, attempt, value, wall, seconds = record
@@ -204,7 +211,20 @@ class Records:
         self._observer.worker_changed(source.name, f"retires, because {record[1]}")
         return m.Retiring(source.id)
 
-    def _gave_back(self, source: Source, record: tuple[Any, ...]) -> m.Event:
+    def _gave_back(self, source: Source, record: tuple[Any, ...]) -> m.Event | None:
         for id, _ in record[1]:
             source.assigned.pop(id, None)
-        return m.GaveBack(source.id, *record[1:])
+        event = m.GaveBack(source.id, *record[1:])
+        if event.cut is None:
+            return event
+        id, _, count = event.cut
+        call = source.assigned[id]
+        _check_bunch(call, count)
+        self._post(event)
+        self._look_whether_over(source, call)
+        return None
+
+
+def _check_bunch(call: Any, count: int) -> None:
+    if type(call.blob) is not Bunch or not 0 < count <= call.blob.left:
+        raise WireError("a worker told of items that it does not have")

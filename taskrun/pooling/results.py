@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing import TimeoutError
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from taskrun import blobs
 from taskrun.blobs import Shared
@@ -29,6 +29,7 @@ from taskrun.values import decode_failure
 Callback = Callable[[Any], object] | None
 
 _NOTHING: Any = object()
+_PLAIN: Final = frozenset((int, float, bool, type(None)))
 
 
 class Outcome(NamedTuple):
@@ -252,7 +253,19 @@ class Singles:
 
 def _call_back_each(results: list[AsyncResult]) -> None:
     for result in results:
-        result._call_back()
+        callback, raw = result._callback, result._raw
+        if callback is None or raw is None or type(raw[0]) not in _PLAIN:
+            result._call_back()
+            continue
+        value = raw[0]  # nothing is to be decoded
+        result._found = True, value
+        try:
+            callback(value)
+        except BaseException as error:
+            result._found = False, error
+            report(error)
+        finally:
+            result._settle()
 
 
 class MapResult(AsyncResult):
