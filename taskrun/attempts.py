@@ -126,7 +126,9 @@ class Attempts(Books):
             if failure.kind == "cancelled":
                 self._interrupted(call)
             else:
-                self._attempt_failed(call, failure, "error", retryable=retryable)
+                # An engine tells of what became of its own workers as an error of theirs.
+                outcome = failure.kind if failure.kind in ("lost", "timeout") else "error"
+                self._attempt_failed(call, failure, outcome, retryable=retryable)
 
     def _interrupted(self, call: Call) -> None:
         """A running attempt that was interrupted has ended."""

@@ -40,7 +40,8 @@ class Books:
     takes its place.  ``lanes``: those that have workers of their own, and how many at most;
     the calls of the others are executed as those of the lane ``process``.  ``engine``: these
     go to workers that come by themselves and execute many at a time.  ``limit_keys`` gives
-    the value of each of a call's limits' keys.  ``growing``: there may be more slots later.
+    the value of each of a call's limits' keys.  ``growing``: other machines may come,
+    with more slots and what nobody has yet.
     ``seed`` makes the jitter of retries repeatable.
     """
 
@@ -74,6 +75,7 @@ class Books:
         self.stopping = ""  # why
         self.over = False
         self.paused = False
+        self.growing = growing
         most = math.inf if growing else slots
         self.resources = Resources({"cpu": most, **(resources or {})})
         self.graph = Graph(plan, self._new_call, recipe_ids, wanted)
@@ -81,7 +83,7 @@ class Books:
         self._out: list[m.Command] = []
         self._workers: dict[int, Worker] = {}
         self._limits = Limits(self._timers, limit_keys or _no_keys, self._consider_again)
-        self._claims = Claims(self.resources, self._limits, self._workers)
+        self._claims = Claims(self.resources, slots, self._limits, self._workers)
         self.placement = Placement(
             slots, spare_factor, ahead, self._claims, self._timers, self._workers, self._out
         )
@@ -138,6 +140,20 @@ class Books:
     def workers(self) -> list[Worker]:
         """All workers that are here."""
         return list(self._workers.values())
+
+    def unmet(self) -> list[str]:
+        """What tasks need that nobody has, each a sentence."""
+        needs = [(each.name, each.recipe.resources) for each in self.graph.families.values()]
+        missing = [(name, self._claims.missing(need)) for name, need in needs]
+        return [f"{name} needs {lacking}" for name, lacking in missing if lacking]
+
+    def missing(self, call: Call) -> str | None:
+        """What a call needs that nobody has."""
+        return self._claims.missing(call.recipe.resources)
+
+    def lacking(self, call: Call) -> list[str]:
+        """The resources of which too little is free for a call just now."""
+        return self._claims.lacking(call.recipe.resources)
 
     def parked_at(self, call: Call) -> str | None:
         """The limit that keeps a ready call, for people."""

@@ -80,7 +80,8 @@ class Children(Attempts):
 
     def _admit(self, call: Call) -> None:
         """A submitted call joins the run."""
-        lacking = self.resources.missing(call.recipe.resources)
+        missing = self._claims.missing(call.recipe.resources)
+        lacking = None if self.growing else missing
         if self.stopping and not call.teardown:
             self._end(call, CANCELLED)
         elif lacking:

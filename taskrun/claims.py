@@ -7,8 +7,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Reversible
 
 from taskrun.calls import Call
 from taskrun.limits import Limits
@@ -27,20 +26,68 @@ class Impossible(Exception):
 class Claims:
     """Who holds what, of the resources and the limits."""
 
-    def __init__(self, resources: Resources, limits: Limits, everyone: dict[int, Worker]) -> None:
+    def __init__(
+        self, resources: Resources, slots: int, limits: Limits, everyone: dict[int, Worker]
+    ) -> None:
+        """``resources`` and ``slots``: what this machine has."""
         self.resources = resources
         self.limits = limits
         self._everyone = everyone
+        self._nodes: dict[str, Resources] = {"": resources}
+        self._slots: dict[str, float] = {"": slots}
+        self._taken_from: dict[int, Resources] = {}  # by call
 
-    def lacking(self, call: Call, needs: dict[str, float]) -> list[str]:
-        """The resources of which ``call`` would have too little just now.
+    def set_nodes(self, offers: dict[str, dict[str, float]]) -> None:
+        """These other machines there are, with what they have; cpu is their slots."""
+        before = self._nodes
+        self._nodes = {"": self.resources}
+        self._slots = {"": self._slots[""]}
+        for node, offer in offers.items():
+            self._nodes[node] = before.get(node) or Resources(offer)
+            self._slots[node] = offer.get("cpu", 0.0)
 
-        Raises Impossible where those that wait for ``call`` hold them.
+    def missing(self, needs: dict[str, float]) -> str | None:
+        """Why ``needs`` can never be met, as things are: ``gpu=3 (of 2)``."""
+        cpu = self.resources.capacity.get("cpu", 0)  # of all machines together
+        if needs.get("cpu", 0) > cpu:
+            return f"cpu={needs['cpu']:g} (of {cpu:g})"
+        others = _without_cpu(needs)
+        reasons = [resources.missing(others) for resources in self._nodes.values()]
+        return None if None in reasons else next(filter(None, reasons))
+
+    def lacking(self, needs: dict[str, float]) -> list[str]:
+        """The resources of which no machine has enough just now."""
+        found = [resources.lacking(needs) for resources in self._nodes.values()]
+        return [] if [] in found else found[0]
+
+    def find_place(
+        self, call: Call, needs: dict[str, float], workers: Reversible[Worker]
+    ) -> tuple[Worker | None, list[str]]:
+        """The last of ``workers`` on whose machine there is enough for ``call``; or what is
+        lacking, on all machines.
+
+        Raises Impossible where those that wait for ``call`` hold it.
         """
-        lacking = self.resources.lacking(needs)
-        if lacking and self._held_by_ancestors(call, lacking):
+        able = self.able(needs)
+        for worker in reversed(workers) if able else ():
+            if worker.node in able:
+                return worker, []
+        lacking = [] if able else self.lacking(needs)
+        if lacking and self._held_by_ancestors(call, needs):
             raise Impossible(call)
-        return lacking
+        return None, lacking
+
+    def free_slots(self, node: str) -> float:
+        """How many slots of a machine nothing takes just now."""
+        workers = self._everyone.values()
+        return self._slots[node] - sum(worker.cpu for worker in workers if worker.node == node)
+
+    def able(self, needs: dict[str, float]) -> set[str]:
+        """The machines where there is enough just now."""
+        return {node for node, has in self._nodes.items() if not has.lacking(needs)}
+
+    def _of(self, worker: Worker) -> Resources:
+        return self._nodes.get(worker.node, self.resources)
 
     def admit(self, call: Call, now: float) -> bool:
         """Let ``call`` pass its limits; else it is parked until it may.
@@ -58,20 +105,21 @@ class Claims:
             raise Impossible(call)
         return False
 
-    def keep_out(self, call: Call, now: float) -> bool:
-        """Whether it could not start just now."""
-        if self.resources.lacking(call.recipe.resources):
+    def keep_out(self, call: Call, place: Worker, now: float) -> bool:
+        """Whether it could not start there just now."""
+        if self._of(place).lacking(call.recipe.resources):
             return True
         return bool(call.recipe.limits) and self.limits.keeps_out(call, now)
 
-    def take(self, call: Call, needs: dict[str, float]) -> None:
+    def take(self, call: Call, needs: dict[str, float], place: Worker) -> None:
         """``call`` starts: it holds what it needs."""
-        call.units = self.resources.take(needs)
+        resources = self._taken_from[call.id] = self._of(place)
+        call.units = resources.take(needs)
 
     def put_down(self, call: Call, needs: dict[str, float]) -> None:
         """Its attempt is over: what it held is free."""
         assert call.units is not None
-        self.resources.give_back(needs, call.units)
+        self._taken_from.pop(call.id).give_back(needs, call.units)
         call.units = None
         if call.recipe.limits:
             self.limits.leave(call)
@@ -84,21 +132,33 @@ class Claims:
             return None
         if any(wait.outside for worker in workers for wait in worker.waits.values()):
             return None  # it may go on at any time
-        stuck = [call for call in ready if self.resources.lacking(call.recipe.resources)]
+        # What nobody has may come yet, with another machine.
+        needs = ((call, call.recipe.resources) for call in ready)
+        stuck = [call for call, need in needs if self.lacking(need) and not self.missing(need)]
         return min([*stuck, *self.limits.stuck()], key=self._innocence, default=None)
 
     # -- those that wait --------------------------------------------------------------
 
-    def _held_by_ancestors(self, call: Call, lacking: list[str]) -> bool:
-        needs, capacity = call.recipe.resources, self.resources.capacity
-        return any(capacity[name] - self._held_above(call, name) < needs[name] for name in lacking)
+    def _held_by_ancestors(self, call: Call, needs: dict[str, float]) -> bool:
+        """Whether on each machine that could ever do, those hold too much that wait for
+        ``call``, its parent and so on."""
+        able = [each for each in self._nodes.values() if not each.missing(_without_cpu(needs))]
+        above = list(self._waiting_above(call))
+        return bool(able) and all(
+            any(
+                resources.capacity[name] - self._held(resources, above, name) < amount
+                for name, amount in needs.items()
+                if name != "cpu"
+            )
+            for resources in able
+        )
 
-    def _held_above(self, call: Call, name: str) -> float:
-        """How much of a resource those hold that wait for ``call``, its parent and so on."""
+    def _held(self, resources: Resources, calls: Iterable[Call], name: str) -> float:
+        """How much of one resource of a machine these calls hold."""
         return sum(
-            above.recipe.resources[name]
-            for above in self._waiting_above(call)
-            if above.units and name in above.units
+            call.recipe.resources[name]
+            for call in calls
+            if call.units and name in call.units and self._taken_from.get(call.id) is resources
         )
 
     def _kept_out_by_ancestors(self, call: Call) -> bool:
@@ -114,6 +174,14 @@ class Claims:
 
     def _innocence(self, call: Call) -> tuple[bool, bool, int]:
         """Least of a call whose ancestors hold what it lacks; it keeps others from going on."""
-        lacking = self.resources.lacking(call.recipe.resources)
-        held: Any = any(self._held_above(call, name) for name in lacking)
+        above = list(self._waiting_above(call))
+        held = any(
+            self._held(resources, above, name)
+            for resources in self._nodes.values()
+            for name in self.lacking(call.recipe.resources)
+        )
         return (not held, call.parent is None, call.id)
+
+
+def _without_cpu(needs: dict[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in needs.items() if name != "cpu"}

@@ -208,6 +208,8 @@ class Run:
         try:
             self.engine.start(self.reactor, self.post, self.observer)
             self.observer.run_started(self)
+            for lacking in self.core.unmet() if self.core.growing else ():
+                self.observer.notice(f"{lacking}: waiting for a node that has it")
             self._perform(self.core.begin(time.monotonic()))
             self.reactor.run_until(lambda: self.status is not None)
         except RunError as error:

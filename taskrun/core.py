@@ -35,6 +35,7 @@ from taskrun.children import note_refused
 from taskrun.claims import Impossible
 from taskrun.errors import RunError
 from taskrun.model import Failure
+from taskrun.workforce import Worker
 
 RESTARTS = 10  # idle workers that may die, beside one a slot ...
 RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up
@@ -74,12 +75,12 @@ class Scheduler(Bunches):
 
     def begin(self, now: float) -> list[m.Command]:
         """Start the run.  Raises RunError if a task needs a resource that nobody has."""
-        for family in self.graph.families.values():
-            if lacking := self.resources.missing(family.recipe.resources):
-                raise RunError(
-                    f"{family.name} needs {lacking}: offer it with --resource "
-                    f"{lacking.split('=')[0]}=N, or ask for less in @task(resources=)"
-                )
+        if (unmet := self.unmet()) and not self.growing:
+            lacking = unmet[0].partition(" needs ")[2]
+            raise RunError(
+                f"{unmet[0]}: offer it with --resource {lacking.split('=')[0]}=N, or ask for "
+                "less in @task(resources=)"
+            )
         self._now = now
         self.graph.begin()
         return self._settle()
@@ -136,7 +137,8 @@ class Scheduler(Bunches):
     # -- workers ----------------------------------------------------------------------
 
     def on_worker_ready(self, event: m.WorkerReady) -> None:
-        self._homes[event.lane].join(event.worker, event.pid, event.slots, self._now)
+        home = self._homes[event.lane]
+        home.join(Worker(event.worker, event.pid, home, event.slots, self._now, event.node))
 
     def on_retiring(self, event: m.Retiring) -> None:
         worker = self._workers.get(event.worker)
@@ -148,6 +150,7 @@ class Scheduler(Bunches):
         # A call that needs more than is left waits for the node that left to come back.
         capacity = self.resources.capacity
         capacity["cpu"] = max(capacity["cpu"], event.slots)
+        self._claims.set_nodes(event.nodes)
 
     def on_worker_lost(self, event: m.WorkerLost) -> None:
         known = self._workers.get(event.worker)

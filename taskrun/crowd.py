@@ -41,10 +41,10 @@ class Crowd:
 
     # -- workers come, report and go --------------------------------------------------
 
-    def join(self, id: int, pid: int, slots: int, now: float) -> None:
+    def join(self, worker: Worker) -> None:
         """A worker can take calls."""
         self._starting = max(0, self._starting - 1)
-        worker = Worker(id, pid, self, slots, now)
+        id = worker.id
         self._everyone[id] = self.workers[id] = self._room[id] = worker
 
     def leave(self, id: int) -> Worker | None:
@@ -115,17 +115,21 @@ class Crowd:
                 self._assign(worker, self.ready.take(queue, share))
                 continue
             call = queue.first
-            lacking = self._claims.lacking(call, needs)
-            if lacking or (call.parent is None and not awaited.isdisjoint(needs)):
+            place, lacking = self._claims.find_place(call, needs, self._by_load())
+            if place is None or (call.parent is None and not awaited.isdisjoint(needs)):
                 awaited.update(lacking)
                 passed_over.append(queue)
                 continue
             self.ready.discard(call)
             if not queue.recipe.limits or self._claims.admit(call, now):
-                self._claims.take(call, needs)
-                self._assign(worker, [call])
+                self._claims.take(call, needs, place)
+                self._assign(place, [call])
         if self.ready.count:
             self._want_workers()
+
+    def _by_load(self) -> list[Worker]:
+        """Those with room, the least busy last."""
+        return sorted(self._room.values(), key=_load, reverse=True)
 
     def _needs(self, queue: Queue) -> dict[str, float]:
         """What a call holds; slots of ``-j`` are for those that compute."""

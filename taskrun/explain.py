@@ -48,8 +48,9 @@ def _why_ready(scheduler: Scheduler, call: Call) -> str:
         return "is ready and waits, because the run is paused"
     if (limit := scheduler.parked_at(call)) is not None:
         return f"is ready and waits until {limit} lets it pass"
-    lacking = scheduler.resources.lacking(call.recipe.resources)
-    if lacking:
+    if missing := scheduler.missing(call):
+        return f"is ready and waits for a node that has {missing.partition(' (')[0]}"
+    if lacking := scheduler.lacking(call):
         return f"is ready and waits until enough {', '.join(lacking)} is free"
     placement = scheduler.placement
     if placement.busy_cpu < placement.slots:

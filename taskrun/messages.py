@@ -9,7 +9,7 @@ second; each kind is described here once and built and taken apart in one place 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from taskrun.blobs import Portable
@@ -149,9 +149,11 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """So many slots there are from now on, on all nodes together."""
+    """So many slots there are from now on, on all nodes together.  ``nodes``: what the other
+    machines have of resources."""
 
     slots: int
+    nodes: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,10 +328,12 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class StartWorkers:
-    """So many more workers of a lane are wanted."""
+    """So many more workers of a lane are wanted; ``node``: on that machine, since only there
+    is what a call needs."""
 
     count: int
     lane: str = "process"
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class Placement:
         # Those with calls in advance that were not asked to give back, longest silent first.
         self._ahead: OrderedDict[int, Worker] = OrderedDict()
         self._starting = 0
+        self._starting_on: set[str] = set()  # one where only that machine will do
         self._look_at: float | None = None
         self._now = 0.0
 
@@ -76,10 +77,11 @@ class Placement:
     def _most_workers(self) -> int:
         return max(1, self.slots * self._spare_factor)
 
-    def join(self, id: int, pid: int, slots: int, now: float) -> None:
+    def join(self, worker: Worker) -> None:
         """A worker can take calls."""
         self._starting = max(0, self._starting - 1)
-        worker = Worker(id, pid, self, slots, now)
+        self._starting_on.discard(worker.node)
+        id = worker.id
         self._everyone[id] = self.workers[id] = self._idle[id] = worker
 
     def leave(self, id: int) -> Worker | None:
@@ -87,6 +89,7 @@ class Placement:
         worker = self.workers.pop(id, None)
         if worker is None:
             self._starting = max(0, self._starting - 1)
+            self._starting_on.clear()  # it may have been one of these
             return None
         del self._everyone[id]
         self._idle.pop(id, None)
@@ -205,18 +208,39 @@ class Placement:
             cpu = _cpu(queue.recipe)
             if cpu and self.busy_cpu + cpu > self.slots:
                 break  # nothing overtakes: a call that needs many slots gets its turn
+            worker = None
             if not queue.plain:
                 call, needs = queue.first, queue.recipe.resources
-                lacking = self._claims.lacking(call, needs)
+                worker, lacking = self._claims.find_place(call, needs, self._idle.values())
                 # A submitted call overtakes: who waits for it may hold what is awaited.
-                if lacking or (call.parent is None and not awaited.isdisjoint(needs)):
+                awaited_here = call.parent is None and not awaited.isdisjoint(needs)
+                if worker is None and not lacking:
+                    self._want_worker_on(self._claims.able(needs), cpu)
+                if worker is None or awaited_here:
                     awaited.update(lacking)
                     passed_over.append(queue)
                     continue
                 if queue.recipe.limits and not self._admit(call):
                     continue
-            _, worker = self._idle.popitem()
+            worker = self._take_idle(worker)
             self._assign(worker, queue, self._left_to(worker, self._share(queue)), cpu)
+
+    def _want_worker_on(self, nodes: set[str], cpu: float) -> None:
+        """Only these machines have what a ready call needs, and no worker there is idle: start
+        one where there is a slot for it."""
+        if nodes & self._starting_on:
+            return
+        node = max(nodes, key=self._claims.free_slots)
+        if self._claims.free_slots(node) >= cpu:
+            self._starting_on.add(node)
+            self._starting += 1
+            self.out.append(m.StartWorkers(1, node=node))
+
+    def _take_idle(self, worker: Worker | None) -> Worker:
+        """An idle worker, the one that is meant or the one that was at work last."""
+        if worker is None:
+            return self._idle.popitem()[1]
+        return self._idle.pop(worker.id)
 
     def _admit(self, call: Call) -> bool:
         """Whether its limits let ``call`` pass; otherwise it is parked, and ready no more."""
@@ -279,7 +303,7 @@ class Placement:
             worker.calls[call.id] = call
         worker.given += len(calls)
         if not self.ready.queue(calls[0].recipe).plain:
-            self._claims.take(calls[0], calls[0].recipe.resources)
+            self._claims.take(calls[0], calls[0].recipe.resources, worker)
         self._occupy(worker, cpu)
         worker.heard = self._now
 
@@ -309,14 +333,15 @@ class Placement:
             if not worker.lent or worker.innermost.over:
                 continue
             wait = worker.innermost
-            call = self._ready_below(wait.pending.values())
+            call = self._ready_below(wait.pending.values(), worker)
             if call is None and wait.hosts:
-                call = next((call for call in self.ready if self._fits(call)), None)
+                call = next((call for call in self.ready if self._fits(call, worker)), None)
             if call is not None and (not call.recipe.limits or self._admit(call)):
                 self._assign_nested(worker, call)
 
-    def _ready_below(self, calls: Iterable[Call]) -> Call | None:
-        """A ready call that one of ``calls`` is or needs, directly or not."""
+    def _ready_below(self, calls: Iterable[Call], place: Worker) -> Call | None:
+        """A ready call that one of ``calls`` is or needs, directly or not, and that can be
+        executed in ``place``."""
         seen: set[int] = set()
         stack = list(calls)
         while stack and len(seen) < SEARCH:
@@ -324,7 +349,7 @@ class Placement:
             if call.id in seen:
                 continue
             seen.add(call.id)
-            if call.state is READY and self._fits(call):
+            if call.state is READY and self._fits(call, place):
                 return call
             if call.state in (WAITING, HELD) and call.inputs:
                 stack.extend(call.inputs.values())
@@ -333,7 +358,7 @@ class Placement:
                 stack.extend(wait.pending.values() if wait else ())
         return None
 
-    def _fits(self, call: Call) -> bool:
+    def _fits(self, call: Call, place: Worker) -> bool:
         recipe = call.recipe
         if self.busy_cpu + _cpu(recipe) > self.slots or self._claims.limits.keeps_out(
             call, self._now

@@ -23,7 +23,7 @@ class Home(Protocol):
     ready: ReadyCalls
     workers: dict[int, Worker]
 
-    def join(self, id: int, pid: int, slots: int, now: float) -> None:
+    def join(self, worker: Worker) -> None:
         """A worker can take calls."""
 
     def leave(self, id: int) -> Worker | None:
@@ -60,19 +60,23 @@ class Worker:
 
     ``calls``: assigned and not ended, in order.  ``waits``: the attempts in it that wait, by
     call; where calls are nested, innermost last.  ``slots``: how many calls it executes at a
-    time; where that is one, only the first of ``calls`` may have begun.  ``lent``: nothing in
+    time; where that is one, only the first of ``calls`` may have begun.  ``node``: the other
+    machine that it is on.  ``lent``: nothing in
     it runs just now.  ``cpu``: what its running call takes of the slots.  ``heard``: when it
     last reported.  ``checked``: an overdue check is pending.  ``given``: how many calls it
     was given, without those that came back.
     """
 
     __slots__ = (
-        "calls", "checked", "cpu", "given", "heard", "home", "id", "lent", "pid", "retiring",
-        "slots", "waits",
+        "calls", "checked", "cpu", "given", "heard", "home", "id", "lent", "node", "pid",
+        "retiring", "slots", "waits",
     )  # fmt: skip
 
-    def __init__(self, id: int, pid: int, home: Home, slots: int, now: float) -> None:
+    def __init__(
+        self, id: int, pid: int, home: Home, slots: int, now: float, node: str = ""
+    ) -> None:
         self.id = id
+        self.node = node
         self.pid = pid
         self.home = home
         self.slots = slots

@@ -535,9 +535,9 @@ class Simulation:
 
     def _obey(self, command: m.Command) -> None:
         match command:
-            case m.StartWorkers(count, lane):
+            case m.StartWorkers(count, lane, node):
                 for _ in range(count):
-                    self.after(self.start, partial(self.new_worker, lane))
+                    self.after(self.start, partial(self.new_worker, lane, node=node or ""))
             case m.Assign(id, calls, nested):
                 sent = [(call, call.attempt) for call in calls]
                 self._tell(id, "calls", lambda worker: worker.assign(sent, nested))
@@ -548,14 +548,15 @@ class Simulation:
             case m.Deliver(id, outcomes, waiting):
                 self._tell(id, "calls", lambda worker: worker.deliver(waiting, outcomes))
 
-    def new_worker(self, lane: str = "process", slots: int = 1) -> FakeWorker:
+    def new_worker(self, lane: str = "process", slots: int = 1, node: str = "") -> FakeWorker:
         """A worker is there; one of a lane of its own has room for three calls."""
         id = next(self._worker_ids)
         alone = lane == "process" and slots == 1
         worker = FakeWorker(self, id) if alone else FakeCrowd(self, id)
         self.workers[id] = worker
         self.lane_of[id] = lane
-        worker.report(m.WorkerReady(id, lane=lane, slots=slots if alone or slots > 1 else 3))
+        slots = slots if alone or slots > 1 else 3
+        worker.report(m.WorkerReady(id, lane=lane, slots=slots, node=node))
         return worker
 
     def _tell(self, id: int, channel: str, action: Callable[[FakeWorker], None]) -> None:

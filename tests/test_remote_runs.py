@@ -356,3 +356,22 @@ def test_a_node_takes_part_in_one_run_after_the_other(site: Site) -> None:
     assert time.monotonic() - began < 10
     node.signal(signal.SIGINT)
     assert node.end().status == 0
+
+
+def test_a_call_goes_to_the_node_that_has_what_it_needs(site: Site) -> None:
+    source = """
+        @task(resources={"gpu": 1})
+        def train(n=each(range(3))):
+            return current().node, os.environ["CUDA_VISIBLE_DEVICES"]
+
+        @task
+        def report(all=result(train)): print(sorted(set(all)))
+        """
+    run = site.write_and_listen(source, jobs=1)
+    run.await_line("train needs gpu=1 (there is none): waiting for a node that has it", err=True)
+    site.node(run, 1, name="plain")
+    run.await_line("plain joined", err=True)
+    site.node(run, 2, "--resource", "gpu=1", name="fast")
+    ended = run.end()
+    assert ended.status == 0, ended.err
+    assert "[('fast', '0')]" in ended.out

@@ -70,12 +70,14 @@ def worker(
     from taskrun.authkey import authkey
     from taskrun.network.channels import Offer
     from taskrun.reactor import Reactor
+    from taskrun.settings import memory_here
     from taskrun.transport.tls import Certificates
     from taskrun.workers.node import DIAL_SECONDS, ROLE, Node
 
     parsed = addresses.parse(given, insecure_plain=insecure_plain)
     key, reactor = authkey(authkey_file), Reactor()
     files = Certificates(tls["tls_cert"], tls["tls_key"], tls["tls_ca"])
+    resources = {"memory": memory_here(), **resources}
     offer = Offer(name or socket.gethostname(), jobs, resources, tags, lane)
     node = Node(
         reactor,

@@ -185,7 +185,20 @@ class PoolEngine:
             self._local.start(workers, command.lane)
             return
         for worker in workers:
-            self._start_somewhere(worker, command.lane)
+            if command.node is None:
+                self._start_somewhere(worker, command.lane)
+            else:
+                self._start_on(worker, command.lane, command.node)
+
+    def _start_on(self, worker: int, lane: str, node: str) -> None:
+        """Start a worker on that machine."""
+        assert self._nodes is not None and self._local is not None
+        takers = {taker.name: taker for taker in self._nodes.takers()}
+        place: Local | Node | None = takers.get(node) if node else self._local
+        if place is None:
+            self._soon(m.WorkerLost(worker, f"not started: {node} has left", None))
+        else:
+            place.start([worker], lane)
 
     def _start_somewhere(self, worker: int, lane: str) -> None:
         """Start a worker where there is a slot for it: here first; else, where calls lend
@@ -209,7 +222,10 @@ class PoolEngine:
     def _on_capacity(self) -> None:
         """A node has come or gone."""
         assert self._nodes is not None
-        self._post(m.Capacity(self._slots + self._nodes.slots))
+        offers = {
+            node.name: {**node.offer.resources, "cpu": node.slots} for node in self._nodes.takers()
+        }
+        self._post(m.Capacity(self._slots + self._nodes.slots, offers))
         unplaced, self._unplaced = self._unplaced, []
         for worker, lane in unplaced:
             self._start_somewhere(worker, lane)
