@@ -24,7 +24,7 @@ class Bunches(Children):
             _leave(worker, call)
             self._interrupted(call)
         else:
-            self._out.append(m.ItemsEnded(call.recipe, bunch, bunch.done, event))
+            self._out.append(m.ItemsEnded(call.recipe, bunch, bunch.done, event, worker.pid))
             bunch.done += len(event.values)
             call.wall = event.wall
             call.seconds += sum(event.seconds)

@@ -395,12 +395,14 @@ class CallsAdded:
 
 
 class ItemsEnded(NamedTuple):
-    """For who fed a bunch: its items from place ``first`` on have ended; see :class:`Items`."""
+    """For who fed a bunch: its items from place ``first`` on have ended, in the process
+    ``pid``; see :class:`Items`."""
 
     recipe: Recipe
     bunch: Bunch
     first: int
     event: Items
+    pid: int
 
 
 class ItemsCancelled(NamedTuple):

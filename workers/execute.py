@@ -60,11 +60,16 @@ class Running:
     where it is a generator whose items are wanted.
     """
 
-    __slots__ = (
-        "attempt", "began", "below", "call", "cancel", "done", "futures", "index", "interrupt",
-        "items", "keys", "known", "on_end", "ordinals", "raised", "resumed", "told", "units",
-        "user",
-    )  # fmt: skip
+    # Here, and not in each: of most attempts they stay as they are.
+    user = raised = told = done = False
+    resumed = 0
+    interrupt: str | None = None
+    cancel: Callable[[], object] | None = None
+    on_end: Callable[[], object] | None = None
+    keys: set[bytes] | None = None
+    futures: dict[bytes, Future] | None = None
+    ordinals: dict[bytes, int] | None = None
+    items: Items | None = None
 
     def __init__(
         self, call: int, attempt: int, known: Known, index: Any, units: Any, below: Running | None
@@ -76,15 +81,6 @@ class Running:
         self.units = units
         self.below = below
         self.began = time()
-        self.user = self.raised = self.told = self.done = False
-        self.resumed = 0
-        self.interrupt: str | None = None
-        self.cancel: Callable[[], object] | None = None
-        self.on_end: Callable[[], object] | None = None
-        self.keys: set[bytes] | None = None
-        self.futures: dict[bytes, Future] | None = None
-        self.ordinals: dict[bytes, int] | None = None
-        self.items: Items | None = None
 
     def enter_user(self) -> None:
         """The task's code runs from here.  Raises Interrupted where it is to end."""

@@ -415,7 +415,7 @@ class Driver:
         self._added = []
 
     def _items_ended(self, command: m.ItemsEnded) -> None:
-        recipe, bunch, first, event = command
+        recipe, bunch, first, event, pid = command
         tokens = bunch.tokens[first : first + len(event.values)]
         seconds = event.seconds
         pace, known = sum(seconds) / len(seconds), self._paces.get(recipe.id)
@@ -429,7 +429,7 @@ class Driver:
             if self.error is not None:
                 bunch.owner.items_failed(tokens, self.error)
                 return
-        row = Row(event.worker, self._pid_of(event.worker), event.attempt, event.wall, seconds)
+        row = Row(event.worker, pid, event.attempt, event.wall, seconds)
         bunch.owner.items_ended(tokens, event.values, row)
 
     def _items_cancelled(self, command: m.ItemsCancelled) -> None:
