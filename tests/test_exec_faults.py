@@ -247,6 +247,22 @@ def test_what_a_task_does_to_its_stdout_ends_with_the_call(runs: Runs) -> None:
         assert sum(line.startswith("after") for line in said) == 9
 
 
+def test_a_pipe_in_the_place_of_stdout_takes_nothing_of_other_calls(runs: Runs) -> None:
+    """However short the calls are: thousands of them, in turns."""
+    source = """
+        import socket
+        ENDS = [*os.pipe(), *(end.detach() for end in socket.socketpair())]
+
+        @task
+        def work(n=each(range(6000))):
+            if n % 20 == 7: os.dup2(ENDS[1 + n % 40 // 20], 1)
+            if n % 20 == 8: print("line", n)
+        """
+    ended = runs.exec(source, "-j1").check()
+    said = {line.partition(" | ")[2] for line in ended.out.splitlines() if " | " in line}
+    assert said == {f"line {n}" for n in range(8, 6000, 20)}
+
+
 def test_a_hundred_megabytes_of_output_pass_through_in_flat_memory(runs: Runs) -> None:
     source = """
         @task

@@ -1,5 +1,5 @@
 """What goes wrong around shared state: clients that die, values that are large, and many
-clients at once.  ``STATE_SOAK=1`` for the long forms."""
+clients at once.  ``TASKRUN_SOAK=1`` for the long forms."""
 
 from __future__ import annotations
 
@@ -19,19 +19,26 @@ from hypothesis import strategies as st
 from state_support import FORK, Live, live, own_runtime
 
 from taskrun.errors import StateError, StateLost
-from taskrun.manager.protocol import framed
+from taskrun.manager.protocol import MANAGER, framed
 from taskrun.state.connecting import Connected
 from taskrun.state.remote import Connection, _readable
 
 __all__ = ["live", "own_runtime"]
-pytestmark = pytest.mark.timeout(300 if os.environ.get("STATE_SOAK") else 90)
-NO_TLS = (None, None, None)
-SOAK = bool(os.environ.get("STATE_SOAK"))
+SOAK = bool(os.environ.get("TASKRUN_SOAK"))
+pytestmark = pytest.mark.timeout(300 if SOAK else 90)
 
 
 def kill(child: Any) -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.join(20)
+
+
+def dial(live: Live, name: str) -> Connection:
+    """A bare connection of a client, past the handshake."""
+    service = live.service
+    return Connection(
+        service.address, service.authkey, ("client", name), (None, None, None), MANAGER
+    )
 
 
 def wait_until(holds: Any) -> None:
@@ -111,7 +118,7 @@ def _getters(live: Live) -> int:
 
 def test_the_locks_of_an_attempt_are_free_when_it_has_ended(live: Live) -> None:
     live.running.add((7, 1))
-    holder = Connection(live.service.address, live.service.authkey, ("client", "w1"), NO_TLS)
+    holder = dial(live, "w1")
     holder.send(("lock.acquire", "l", None, (("attempt", 7, 1), "a place", True)))
     assert holder.receive() == (0, True)
     state = live.connect()
@@ -138,7 +145,7 @@ def test_a_lock_that_did_not_reach_whoever_asked_for_it_is_free(
     ours = state.lock("x") if kind == "lock" else state.semaphore("x", 1)
     if waits:
         ours.acquire()
-    asks = Connection(live.service.address, live.service.authkey, ("client", "w1"), NO_TLS)
+    asks = dial(live, "w1")
     asks.send((f"{kind}.acquire", "x", options, (owner, place, True)))
     if waits:
         wait_until(lambda: state.value("x")["waiting"] == 1)
@@ -150,7 +157,7 @@ def test_a_lock_that_did_not_reach_whoever_asked_for_it_is_free(
 
 def test_a_lock_that_was_acknowledged_stays_with_its_attempt(live: Live) -> None:
     live.running.add((7, 1))
-    asks = Connection(live.service.address, live.service.authkey, ("client", "w1"), NO_TLS)
+    asks = dial(live, "w1")
     asks.send(("lock.acquire", "x", None, (("attempt", 7, 1), "a place", True)))
     assert asks.receive() == (0, True)
     asks.send("acknowledge")
@@ -222,7 +229,7 @@ def test_who_waits_when_the_coordinator_goes_is_told(own_runtime: Any) -> None:
 
 
 def test_an_answer_that_came_together_with_another_is_seen(live: Live) -> None:
-    both = Connection(live.service.address, live.service.authkey, ("client", "both"), NO_TLS)
+    both = dial(live, "both")
     request = framed(pickle.dumps(("counter.add", "c", None, (1,))))
     both._socket.sendall(request + request)
     wait_until(lambda: live.service.store.execute(("counter.get", "c", None, ()), None)[1] == 2)  # type: ignore[arg-type]
@@ -265,7 +272,7 @@ def test_garbage_after_the_handshake_ends_that_client_only(live: Live) -> None:
     state.counter("c").add(1)
     chance = random.Random(5)
     for number in range(60):
-        wild = Connection(live.service.address, live.service.authkey, ("client", "wild"), NO_TLS)
+        wild = dial(live, "wild")
         sock = wild._socket
         try:
             if number % 3 == 0:
@@ -284,7 +291,7 @@ def test_garbage_after_the_handshake_ends_that_client_only(live: Live) -> None:
 
 
 def test_a_request_that_names_code_is_not_unpickled(live: Live) -> None:
-    wild = Connection(live.service.address, live.service.authkey, ("client", "wild"), NO_TLS)
+    wild = dial(live, "wild")
     wild._send_bytes(pickle.dumps(("dict.set", "d", None, ("k", socket.gethostname))))
     with pytest.raises(StateLost):
         wild.receive()

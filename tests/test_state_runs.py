@@ -42,7 +42,7 @@ def work(i=each(range(12))):
 @task
 async def later(i=each(range(3))):
     async with lock:
-        d["locked"] += 1
+        d["locked"] = d.get("locked", 0) + 1  # it may be the first
 
 @task(after=[later])
 def total(new=result(work)):

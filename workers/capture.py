@@ -17,7 +17,6 @@ import select
 import struct
 import sys
 import termios
-from time import perf_counter
 from typing import Any, Final
 
 from taskrun.ledger import STREAMS, Ledger
@@ -26,8 +25,8 @@ from taskrun.ledger import STREAMS, Ledger
 # only waits.  Written at once and shorter than PIPE_BUF, so it stays in one piece.
 _REST = struct.Struct("!QI?")
 TOKEN_BYTES: Final = 16
-LOOK_SECONDS: Final = 0.0001  # between two closer looks at fd 1 and 2
 MARK_BYTES: Final = 1 + TOKEN_BYTES + _REST.size
+_owner, F_GETOWN = fcntl.fcntl, fcntl.F_GETOWN
 
 
 def mark(token: bytes, call: int, attempt: int, ended: bool) -> bytes:
@@ -51,17 +50,15 @@ class Capture:
         self._pipes = pipes
         for fd, pipe in enumerate(pipes, 1):
             os.dup2(pipe, fd)
-        self._identity = [_identity(fd) for fd in (1, 2)]
+        self._own = _claim(pipes)
         self._streams = [_text_stream(fd, name) for fd, name in enumerate(STREAMS, 1)]
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
         self._count = array.array("i", [0])
         self._reads = [0, 0]
-        self._looked = 0.0
         self._readers = [fd for fd in map(_reading_end, pipes) if fd is not None]
         # One poll tells of two things.  The Pipes' reading ends are readable when something
         # was written.  A writing end never is: what is at fd 1 or 2 instead, if it is a file,
-        # /dev/null or nothing at all, shows too; another Pipe, a socket or a terminal only
-        # when it is looked at more closely, which costs as much as a tiny call.
+        # /dev/null or nothing at all, shows too.
         poll = select.poll()
         for fd in (1, 2, *self._readers):
             poll.register(fd, select.POLLIN)
@@ -83,8 +80,7 @@ class Capture:
             self._look()
             self._recover_streams()
         found = self._poll(0)
-        if found or perf_counter() - self._looked > LOOK_SECONDS:
-            self._look()
+        self._look()
         if not (found or self._was_read()) and self._readers:
             return False
         if not self._touched():
@@ -105,9 +101,13 @@ class Capture:
             os.close(fd)
 
     def _look(self) -> None:
-        self._looked = perf_counter()
-        if not self._intact():
-            self._restore_descriptors()
+        """After every call: a later one, however short, would write to what is there instead."""
+        try:
+            if _owner(1, F_GETOWN) == self._own == _owner(2, F_GETOWN):
+                return
+        except OSError:
+            pass  # it was closed
+        self._restore_descriptors()
 
     def _was_read(self) -> bool:
         """Whether the coordinator has taken anything out since this was asked last."""
@@ -131,12 +131,6 @@ class Capture:
         try:
             return sys.stdout is self._streams[0] and sys.stderr is self._streams[1]
         except AttributeError:  # it was deleted
-            return False
-
-    def _intact(self) -> bool:
-        try:
-            return [_identity(1), _identity(2)] == self._identity
-        except OSError:
             return False
 
     def _restore_descriptors(self) -> None:
@@ -193,9 +187,19 @@ def _reading_end(pipe: int) -> int | None:
         return None
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_ino, status.st_dev
+def _claim(pipes: tuple[int, int]) -> int:
+    """Make the Pipes known as ours, as cheaply as it can be asked; gives what the answer is.
+
+    A descriptor's owner is who would get a signal, if that were asked for.  Where a Pipe has
+    none, nothing is known as ours, and put back after every call.
+    """
+    own = os.getpid()
+    try:
+        for pipe in pipes:
+            _owner(pipe, fcntl.F_SETOWN, own)
+    except OSError:
+        return -1
+    return own
 
 
 def _text_stream(fd: int, name: str) -> Any:
