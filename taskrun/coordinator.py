@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from taskrun import messages as m
+from taskrun.alarm import Alarm
 from taskrun.core import Scheduler
 from taskrun.engines.base import Engine
 from taskrun.errors import RunError
@@ -99,7 +100,7 @@ class Run:
         self._state = Service(
             reactor,
             is_running=self.core.is_running,
-            is_idle=lambda: self._timer_at is None,
+            is_idle=lambda: self._alarm.at is None,
             line=self._line,
             notice=self.observer.notice,
             key_file=settings.authkey_file,
@@ -113,8 +114,7 @@ class Run:
         self._here: Here | None = None
         self.engine = self._make_engine()
         self._names: dict[int | None, str] = {None: ""}  # of workers
-        self._timer: Any = None
-        self._timer_at: float | None = None
+        self._alarm = Alarm(self.reactor, self.core, self.post)
         self._signalled: int | None = None
         self._stopped_by = ""
         self._taken_back = False
@@ -266,21 +266,7 @@ class Run:
         performers = self._performers
         for command in commands:
             performers[type(command)](command)
-        deadline = self.core.deadline()
-        if deadline != self._timer_at:
-            self._set_timer(deadline)
-
-    def _set_timer(self, deadline: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = deadline
-        self._timer = None
-        if deadline is not None:
-            self._timer = self.reactor.call_at(deadline, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = self._timer_at = None
-        self.post(m.Tick())
+        self._alarm.follow()
 
     # -- what commands mean here ------------------------------------------------------
 

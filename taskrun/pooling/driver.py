@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any, Final, NamedTuple, Protocol
 
 from taskrun import messages as m
+from taskrun.alarm import Alarm
 from taskrun.blobs import Portable
 from taskrun.bunch import Bunch
 from taskrun.core import Scheduler
@@ -116,8 +117,6 @@ class Driver:
         self.bunches = most_calls is None  # whether small calls are to be sent in bunches
         self.waits_at_exit = False  # for the calls that there are then
         self.closing = self._killing = self._ended = False
-        self._timer: Any = None
-        self._timer_at: float | None = None
         self._lock = threading.Lock()
         self._core = Scheduler(
             Plan((), frozenset()),
@@ -131,6 +130,7 @@ class Driver:
             most_calls=most_calls,
         )
         self._reactor = Reactor()
+        self._alarm = Alarm(self._reactor, self._core, self._post)
         self._state = PoolState(self._reactor, starter.base, self._watch_attempts)
         self._engine = PoolWorkers(starter, self.recipe_ids, GRACE, self._state.address)
         self.loop = Loop(self._reactor, "taskrun-pool")
@@ -368,21 +368,7 @@ class Driver:
         if len(self._jobs) < self._low:
             self._low = 0
             self._reactor.call_soon(self._take)
-        deadline = self._core.deadline()
-        if deadline != self._timer_at:
-            self._set_timer(deadline)
-
-    def _set_timer(self, deadline: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = deadline
-        self._timer = None
-        if deadline is not None:
-            self._timer = self._reactor.call_at(deadline, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = self._timer_at = None
-        self._post(m.Tick())
+        self._alarm.follow()
 
     def _make_performers(self) -> dict[type, Callable[[Any], None]]:
         engine = self._engine.perform
