@@ -165,6 +165,21 @@ def listen_for_run() -> socket.socket:
     return made
 
 
+def listen_at(path: str) -> socket.socket:
+    """A listening Unix socket at ``path``.  Raises UsageError."""
+    prepare_unix(path)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.bind(path)
+        os.chmod(path, 0o600)
+        made.listen(4096)
+        made.setblocking(False)
+    except OSError as error:
+        made.close()
+        raise UsageError(f"cannot listen on unix:{path}: {error.strerror}") from None
+    return made
+
+
 def _bind(made: socket.socket, folder: str) -> None:
     number = 0
     while True:  # a process may have several runs, one after the other or at a time

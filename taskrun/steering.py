@@ -69,6 +69,7 @@ class Steering:
             "tell": self._tell,
             "pause": self._pause,
             "unpause": self._unpause,
+            "slots": self._slots,
         }
 
     def admit(self, peer: Peer) -> None:
@@ -235,6 +236,12 @@ class Steering:
         if paused != self._core.paused:
             self._run.observer.notice("paused: taskrun unpause goes on" if paused else "goes on")
             self._run.post(m.Pause(paused))
+
+    def _slots(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        """A server says what it leaves to this run."""
+        nodes = {str(node): int(slots) for node, slots in request["nodes"].items()}
+        self._run.engine.set_slots(int(request["slots"]), nodes)
+        answer("so be it")
 
     # -- which call -------------------------------------------------------------------
 

@@ -27,6 +27,13 @@ from taskrun.planning import estimate, make_plan
     help="Set a parameter, of one task by TASK.NAME=VALUE.",
 )  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would run and why; run nothing.")
+@click.option(
+    "--address",
+    metavar="A",
+    allow_from_autoenv=False,
+    help="Have the server at A run it.",
+)
+@click.option("--detach", is_flag=True, hidden=True, help="With --address: do not follow it.")
 @run_options
 @click.pass_context
 def execute(
@@ -35,10 +42,18 @@ def execute(
     words: tuple[str, ...],
     params: tuple[str, ...],
     dry_run: bool,
+    address: str | None,
+    detach: bool,
     **options: Any,
 ) -> int:
     """Run the tasks of FILE (of the nearest tasks.py, upwards), or only the
     TASKs named and what they need."""
+    if address is not None:
+        from taskrun.cli.submit import submit
+
+        return submit(context, address, words, detach)
+    if detach:
+        raise UsageError("--detach is for runs of a server: say --address, too")
     if dry_run and options["json"]:
         raise UsageError("--dry-run has no --json form; leave one of them out")
     stdout = stdout_for_events(context, options)

@@ -8,6 +8,7 @@ from taskrun import __version__
 
 _LOOK = "Show what a live run is doing, and why."
 _STEER = "Steer a live run."
+_SERVE = "Take many runs, and follow one of them."
 
 # name: (module, object in it, what it does; those that do the same are listed together)
 COMMANDS = {
@@ -22,6 +23,8 @@ COMMANDS = {
     "tell": ("taskrun.cli.steer", "tell", _STEER),
     "pause": ("taskrun.cli.steer", "pause", _STEER),
     "unpause": ("taskrun.cli.steer", "unpause", _STEER),
+    "serve": ("taskrun.cli.serve", "serve", _SERVE),
+    "attach": ("taskrun.cli.serve", "attach", _SERVE),
     "worker": ("taskrun.cli.worker", "worker", "Join this machine's cores to a coordinator."),
     "state": ("taskrun.cli.state", "state", "Look at the shared state of a live run."),
     "key": ("taskrun.cli.key", "key", "Make the key file that machines must share."),

@@ -171,7 +171,9 @@ _OPTIONS = (
     ),
     click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
     *_TLS_OPTIONS,
-    click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone."),
+    click.option(
+        "--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone.", hidden=True,
+    ),
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json as json_module
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -50,14 +50,15 @@ def _words(metavar: str) -> Any:
 class Asked:
     """A connection to a live run."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, run: str | None) -> None:
         self._wire = wire
+        self._run = {} if run is None else {"run": run}
 
     def __call__(self, do: str, **more: Any) -> Any:
         """Ask, and give the answer.  Raises UsageError with what the run says, RunError where
         it says nothing."""
         try:
-            self._wire.send(json_module.dumps({"do": do, **more}).encode())
+            self._wire.send(json_module.dumps({"do": do, **self._run, **more}).encode())
             answer = json_module.loads(bytes(self._wire.recv(ANSWER_SECONDS)))
         except (OSError, EOFError, TimeoutError) as error:
             raise RunError(f"the run at {self._wire.name} does not answer: {error}") from None
@@ -67,8 +68,8 @@ class Asked:
 
 
 @contextmanager
-def asking(address: str | None, authkey_file: str | None, tls: dict[str, Any]) -> Iterator[Asked]:
-    """A connection to the run at ``address``, or this user's only one."""
+def asking(where: Where, authkey_file: str | None, tls: dict[str, Any]) -> Iterator[Asked]:
+    """A connection to who is asked; without an address to this user's only run."""
     from taskrun import addresses
     from taskrun.authkey import authkey
     from taskrun.errors import DialError
@@ -79,24 +80,34 @@ def asking(address: str | None, authkey_file: str | None, tls: dict[str, Any]) -
     files = (tls.get("tls_cert"), tls.get("tls_key"), tls.get("tls_ca"))
     given = Certificates(*files) if any(files) else None
     try:
-        wire = dial_blocking(addresses.find(address), authkey(authkey_file), STEER, tls=given)
+        wire = dial_blocking(addresses.find(where.address), authkey(authkey_file), STEER, tls=given)
     except DialError as error:
         raise UsageError(str(error)) from None
     with wire:
-        yield Asked(wire)
+        yield Asked(wire, where.run)
 
 
-def _only_address(words: tuple[str, ...], command: str) -> str | None:
-    if len(words) > 1:
-        raise UsageError(f"{command} takes an ADDRESS or nothing, not {' '.join(words)}")
-    return words[0] if words else None
+class Where(NamedTuple):
+    """Who is asked: at ``address``; where a server is there, about its ``run``."""
+
+    address: str | None
+    run: str | None
 
 
-def _address_and_call(words: tuple[str, ...], command: str) -> tuple[str | None, str]:
-    if not 1 <= len(words) <= 2:
+def _where(words: tuple[str, ...], command: str) -> Where:
+    if len(words) > 2:
+        raise UsageError(f"{command} takes [ADDRESS [RUN]], not {' '.join(words)}")
+    return Where(*words, *[None] * (2 - len(words)))
+
+
+def _where_and_what(words: tuple[str, ...], command: str, what: str) -> tuple[Where, str]:
+    if not 1 <= len(words) <= 3:
         said = " ".join(words) or "nothing"
-        raise UsageError(f"{command} takes [ADDRESS] and a CALL such as 'fetch[3]', not {said}")
-    return (words[0] if len(words) == 2 else None), words[-1]
+        raise UsageError(f"{command} takes [ADDRESS [RUN]] and a {what}, not {said}")
+    return _where(words[:-1], command), words[-1]
+
+
+_CALL = "CALL such as 'fetch[3]'"
 
 
 def _tell(value: Any, json: bool) -> None:
@@ -108,7 +119,7 @@ def _tell(value: Any, json: bool) -> None:
 
 @_steering(
     "status",
-    _words("[ADDRESS]"),
+    _words("[ADDRESS [RUN]]"),
     click.option("--watch", is_flag=True, help="Show it anew every second, until the run ends."),
 )
 def status(
@@ -116,7 +127,7 @@ def status(
 ) -> None:
     """Show what the live run at ADDRESS, or your only one, is doing: how far
     each task is, what runs where and since when."""
-    with asking(_only_address(words, "status"), authkey_file, tls) as ask:
+    with asking(_where(words, "status"), authkey_file, tls) as ask:
         if not watch:
             _show(ask("status"), json)
             return
@@ -130,52 +141,54 @@ def status(
             time.sleep(WATCH_SECONDS)
 
 
-@_steering("explain", _words("[ADDRESS] CALL"))
+@_steering("explain", _words("[ADDRESS [RUN]] CALL"))
 def explain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Say why CALL runs, waits, was skipped or is tried again."""
-    address, call = _address_and_call(words, "explain")
-    with asking(address, authkey_file, tls) as ask:
+    where, call = _where_and_what(words, "explain", _CALL)
+    with asking(where, authkey_file, tls) as ask:
         _tell(ask("explain", call=call), json)
 
 
-@_steering("stack", _words("[ADDRESS] CALL"))
+@_steering("stack", _words("[ADDRESS [RUN]] CALL"))
 def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Show where in its code the running CALL is, without stopping it."""
-    address, call = _address_and_call(words, "stack")
-    with asking(address, authkey_file, tls) as ask:
+    where, call = _where_and_what(words, "stack", _CALL)
+    with asking(where, authkey_file, tls) as ask:
         _tell(ask("stack", call=call), json)
 
 
-@_steering("cancel", _words("[ADDRESS] CALL|run"))
+@_steering("cancel", _words("[ADDRESS [RUN]] CALL|run|RUN"))
 def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Cancel CALL, queued or running, with all that needs it; or the whole
     run, as Ctrl-C does."""
-    address, call = _address_and_call(words, "cancel")
-    with asking(address, authkey_file, tls) as ask:
+    where, call = _where_and_what(words, "cancel", _CALL)
+    with asking(where, authkey_file, tls) as ask:
         _tell(ask("cancel", call=call), json)
 
 
-@_steering("tell", _words("[ADDRESS] CALL MESSAGE"))
+@_steering("tell", _words("[ADDRESS [RUN]] CALL MESSAGE"))
 def tell(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Send MESSAGE, as a str, to CALL, which gets it by
     current().channel.recv()."""
-    if not 2 <= len(words) <= 3:
-        raise UsageError(f"tell takes [ADDRESS] CALL MESSAGE, not {' '.join(words) or 'nothing'}")
-    with asking(words[0] if len(words) == 3 else None, authkey_file, tls) as ask:
-        _tell(ask("tell", call=words[-2], message=words[-1]), json)
+    if not 2 <= len(words) <= 4:
+        said = " ".join(words) or "nothing"
+        raise UsageError(f"tell takes [ADDRESS [RUN]] CALL MESSAGE, not {said}")
+    where, call = _where_and_what(words[:-1], "tell", _CALL)
+    with asking(where, authkey_file, tls) as ask:
+        _tell(ask("tell", call=call, message=words[-1]), json)
 
 
-@_steering("pause", _words("[ADDRESS]"))
+@_steering("pause", _words("[ADDRESS [RUN]]"))
 def pause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Start no more calls; what runs goes on."""
-    with asking(_only_address(words, "pause"), authkey_file, tls) as ask:
+    with asking(_where(words, "pause"), authkey_file, tls) as ask:
         _tell(ask("pause"), json)
 
 
-@_steering("unpause", _words("[ADDRESS]"))
+@_steering("unpause", _words("[ADDRESS [RUN]]"))
 def unpause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Start calls again."""
-    with asking(_only_address(words, "unpause"), authkey_file, tls) as ask:
+    with asking(_where(words, "unpause"), authkey_file, tls) as ask:
         _tell(ask("unpause"), json)
 
 
@@ -196,8 +209,33 @@ def _show(now: dict[str, Any], json: bool, before: int = 0) -> int:
     return len(lines)
 
 
+def _server_lines(now: dict[str, Any]) -> Iterator[str]:
+    from taskrun import text
+
+    slots = now["slots"] + sum(node["slots"] for node in now["nodes"])
+    yield f"a server, pid {now['pid']}, {text.duration(now['seconds'])}, {slots:,} slots"
+    rows: list[tuple[str, ...]] = [("run", "state", "slots", "since", "what")]
+    for run in now["runs"]:
+        state = run["state"] if run["status"] is None else f"{run['state']} {run['status']}"
+        since = text.duration(max(0.0, time.time() - run["submitted"]))
+        what = " ".join([run["file"], *run["words"]])
+        rows.append((run["run"], state, f"{run['slots']:,}", since, what))
+    yield from _table(rows)
+    if now["nodes"]:
+        yield ""
+        yield from _table([("node", "slots", "state"), *map(_node, now["nodes"])])
+
+
+def _node(node: dict[str, Any]) -> tuple[str, ...]:
+    return (node["node"], f"{node['slots']:,}", node["state"])
+
+
 def _lines(now: dict[str, Any]) -> Iterator[str]:
     from taskrun import text
+
+    if now.get("server"):
+        yield from _server_lines(now)
+        return
 
     what = now["file"] or "a run"
     state = now["stopping"] or ("paused" if now["paused"] else "")

@@ -41,6 +41,7 @@ class Link:
         self.slots = 1
         self.pid: int | None = None
         self.ready = self.stopping = False
+        self.retiring = False  # it gets no more calls
         self.blameless = False  # it is gone because the machine is on which it was
         self.rejected: str | None = None
         self.assigned: dict[int, Any] = {}

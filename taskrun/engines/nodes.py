@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from time import monotonic
@@ -71,6 +71,7 @@ class Nodes:
         self._state = state
         self._made_bundle: Bundle | None = None
         self._closing = False
+        self._limits: dict[str, int] = {}
 
     def start(
         self,
@@ -94,6 +95,14 @@ class Nodes:
     def slots(self) -> int:
         """Of all nodes that take calls."""
         return sum(node.slots for node in self.nodes.values() if node.takes)
+
+    def limit(self, slots: Mapping[str, int]) -> None:
+        """Use at most so many slots of the nodes that are named, whenever they come."""
+        self._limits = dict(slots)
+
+    def limited(self, offer: ch.Offer) -> int:
+        """How many slots of a node that offers this may be used."""
+        return min(offer.slots, self._limits.get(offer.name, offer.slots))
 
     def takers(self) -> list[Node]:
         """The nodes that take calls."""
@@ -223,7 +232,6 @@ class Node:
         self.session = session
         self.name = name
         self.offer = hello.offer
-        self.slots = hello.offer.slots
         self.links: dict[int, RemoteLink] = {}
         self.prepared = self.draining = False
         self._nodes = nodes
@@ -245,9 +253,14 @@ class Node:
         }
 
     @property
+    def slots(self) -> int:
+        """How many workers it may have, but for spare ones."""
+        return self._nodes.limited(self.offer)
+
+    @property
     def takes(self) -> bool:
         """Whether it takes calls."""
-        return self.prepared and not self.draining
+        return self.prepared and not self.draining and self.slots > 0
 
     @property
     def load(self) -> int:

@@ -14,7 +14,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import count
 from time import monotonic, time
@@ -173,6 +173,30 @@ class PoolEngine:
         self._stack_callbacks[token] = callback
         self._links[worker].tell_control((m.STACK, token))
 
+    def set_slots(self, slots: int, of_nodes: Mapping[str, int]) -> None:
+        """From now on have so many workers here, and at most so many on the nodes that are
+        named.  Those that are too many end the calls that they have, and take no more.
+
+        Raises RunError where no process can be started.
+        """
+        assert self._local is not None
+        self._slots = slots
+        if slots and self._local.is_gone and not self._closing:
+            self._local.open()
+        if self._nodes is not None:
+            self._nodes.limit(of_nodes)
+        self._on_capacity()
+        self._retire_excess(self._local.links.values(), slots)
+        for node in self._nodes.nodes.values() if self._nodes is not None else ():
+            self._retire_excess(node.links.values(), node.slots)
+
+    def _retire_excess(self, links: Collection[Link], slots: int) -> None:
+        """Those that are at no call go first."""
+        staying = [link for link in links if not (link.retiring or link.stopping)]
+        staying.sort(key=lambda link: bool(link.assigned))
+        for link in staying[: max(0, len(staying) - slots)]:
+            self._retire(link)
+
     # -- commands ---------------------------------------------------------------------
 
     def _start_workers(self, command: m.StartWorkers) -> None:
@@ -220,18 +244,17 @@ class PoolEngine:
             place.start([worker], lane)
 
     def _on_capacity(self) -> None:
-        """A node has come or gone."""
-        assert self._nodes is not None
-        offers = {
-            node.name: {**node.offer.resources, "cpu": node.slots} for node in self._nodes.takers()
-        }
-        self._post(m.Capacity(self._slots + self._nodes.slots, offers))
+        """There are more slots, or fewer."""
+        takers = self._nodes.takers() if self._nodes is not None else []
+        offers = {node.name: {**node.offer.resources, "cpu": node.slots} for node in takers}
+        self._post(m.Capacity(self._slots + sum(node.slots for node in takers), offers))
         unplaced, self._unplaced = self._unplaced, []
         for worker, lane in unplaced:
             self._start_somewhere(worker, lane)
 
     def _retire(self, link: Link) -> None:
-        """A worker gets no more calls, since its node leaves."""
+        """A worker gets no more calls, since its node leaves, or has fewer slots."""
+        link.retiring = True
         self._post(m.Retiring(link.id))
 
     def _stop_worker(self, command: m.StopWorker) -> None:

@@ -90,8 +90,15 @@ class Service:
         self._listen()
         if self._path is not None:
             self._load(self._path)
-        if self._more is not None:
+        if self._more is not None and self._path_said() is None:
             self._listen_to(self._more)
+
+    def _path_said(self) -> str | None:
+        """The path of the Unix socket that is wanted, if one is."""
+        if self._more is None:
+            return None
+        address = addresses.parse(self._more, insecure_plain=self._insecure_plain)
+        return address if isinstance(address, str) else None
 
     def _find_key(self) -> bytes:
         try:
@@ -104,13 +111,17 @@ class Service:
             return os.urandom(32).hex().encode()
 
     def _listen(self) -> None:
-        try:
-            self._socket = addresses.listen_for_run()
-        except UsageError as error:
-            self._notice(f"this run cannot be found by others: {error}")
-            self._socket = addresses.listen_privately()
+        path = self._path_said()
+        self._socket = self._listen_for_run() if path is None else addresses.listen_at(path)
         self.address = self._socket.getsockname()
         self.reactor.add_reader(self._socket.fileno(), self._on_first_client)
+
+    def _listen_for_run(self) -> socket.socket:
+        try:
+            return addresses.listen_for_run()
+        except UsageError as error:
+            self._notice(f"this run cannot be found by others: {error}")
+            return addresses.listen_privately()
 
     def _on_first_client(self) -> None:
         assert self._socket is not None

@@ -1,0 +1,75 @@
+"""``taskrun serve`` and ``attach``: a coordinator that stays, and following one of its runs."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import click
+
+from taskrun.cli.options import CONTEXT, tls_options
+from taskrun.errors import UsageError
+from taskrun.settings import cores_here
+
+
+def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
+    if jobs is not None and jobs < 0:
+        raise UsageError(f"-j is a number of workers, 0 or more, not {jobs}")
+    return cores_here() if jobs is None else jobs
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--listen", metavar="ADDRESS", help="Where others come: HOST:PORT.")
+@click.option(
+    "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
+    help="How many workers this machine has for all runs. [default: the cores]",
+)  # fmt: skip
+@click.option(
+    "--state", type=click.Path(dir_okay=False), metavar="F",
+    help="Load the state that all runs reach from file F, and keep it there.",
+)  # fmt: skip
+@click.option("--authkey-file", metavar="F", help="Where the key of clients is.")
+@tls_options
+@click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone.")
+def serve(
+    listen: str | None,
+    jobs: int,
+    state: str | None,
+    authkey_file: str | None,
+    insecure_plain: bool,
+    **tls: str | None,
+) -> int:
+    """Take runs from taskrun exec --address, each in a process of its own, and
+    share this machine's workers and those of all nodes among them, until
+    Ctrl-C or SIGTERM."""
+    from taskrun.reactor import Reactor
+    from taskrun.serving.server import Server, tell
+    from taskrun.state.service import Service
+
+    make_service = partial(
+        Service,
+        key_file=authkey_file,
+        listen=listen,
+        certificates=(tls["tls_cert"], tls["tls_key"], tls["tls_ca"]),
+        insecure_plain=insecure_plain,
+        file=state,
+    )
+    return Server(Reactor(), jobs, make_service, tell).run()
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("run")
+@click.argument("address", required=False, metavar="[ADDRESS]")
+@click.option("--authkey-file", metavar="F", help="Where the key is.")
+@tls_options
+@click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
+def attach(run: str, address: str | None, **given: Any) -> int:
+    """Follow RUN of the server at ADDRESS, from the beginning of what is kept of
+    its output to its end. Ctrl-C asks whether to cancel it."""
+    from taskrun.addresses import find, shown
+    from taskrun.cli.submit import follow
+    from taskrun.serving import talk
+
+    found = address or os.environ.get("TASKRUN_ADDRESS") or shown(find())
+    return follow(found, [talk.said(do="attach", run=run)], given)

@@ -1,0 +1,266 @@
+"""One run of a server: a process of its own, what it writes, and who follows it.
+
+    waiting --a slot--> running --its end--> ended
+
+The process is an ordinary coordinator in the folder of its bundle.  What goes wrong in it
+ends this run, and no other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import IO, Any, Final, NamedTuple
+
+from taskrun import addresses, transport
+from taskrun.network.bundles import unpack
+from taskrun.reactor import Reactor
+from taskrun.roles import STEER
+from taskrun.serving.kept import Follower, Kept, Peer
+from taskrun.serving.talk import STDERR, STDOUT
+from taskrun.workers.jobs import Folder
+
+HERE: Final = "local"
+"""The place that is this machine, among the names of nodes."""
+WAITING: Final = "waiting"
+RUNNING: Final = "running"
+ENDED: Final = "ended"
+GRACE: Final = 4.0  # seconds that a run has to end in order when the server does
+LOST: Final = 3  # the exit status of a run whose process was killed
+_READ: Final = 64 * 1024
+_AGAIN: Final = 0.05  # seconds before a process that is starting is dialled again
+
+
+class Submission(NamedTuple):
+    """What a client wants: ``words`` come after ``taskrun exec``; ``file`` is the task file's
+    place in the bundle, and ``data`` the bundle.  ``jobs``: the most slots it may get."""
+
+    file: str
+    words: tuple[str, ...]
+    jobs: int | None
+    data: bytes
+
+
+class ServedRun:
+    """One run.  ``on_end`` is called when it has ended.  ``key`` is what its process and the
+    server prove to each other."""
+
+    def __init__(
+        self,
+        name: str,
+        submission: Submission,
+        reactor: Reactor,
+        key: bytes,
+        on_end: Callable[[ServedRun], object],
+    ) -> None:
+        """Raises OSError and ValueError where the bundle cannot be unpacked."""
+        self.name = name
+        self.file = submission.file
+        self.words = submission.words
+        self.jobs = submission.jobs
+        self.state = WAITING
+        self.status: int | None = None
+        self.shares: dict[str, int] = {}
+        self.submitted = time.time()
+        self.kept = Kept()
+        self._reactor = reactor
+        self._key = key
+        self._on_end = on_end
+        self._followers: list[Follower] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._steering: transport.Peer | None = None
+        self._dialling: transport.Dialling | None = None
+        self._folder = Folder()
+        try:
+            self._lay_out(submission.data)
+        except BaseException:
+            self._folder.remove()
+            raise
+
+    def _lay_out(self, data: bytes) -> None:
+        archive = os.path.join(self._folder.path, "bundle.zip")
+        with open(archive, "wb") as file:
+            file.write(data)
+        self._files = os.path.join(self._folder.path, "files")
+        unpack(archive, self._files)
+        os.unlink(archive)
+        self._key_file = os.path.join(self._folder.path, "key")
+        fd = os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "wb") as file:
+            file.write(self._key)
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def address(self) -> str:
+        """The path of its process's Unix socket."""
+        return os.path.join(addresses.runtime_folder(), f"serve-{os.getpid()}-{self.name}.sock")
+
+    @property
+    def slots(self) -> int:
+        """Of all places."""
+        return sum(self.shares.values())
+
+    # -- its process ------------------------------------------------------------------
+
+    def start(self, shares: Mapping[str, int]) -> None:
+        """Start it; ``shares``: place -> slots."""
+        self.shares = dict(shares)
+        command = [
+            sys.executable, "-P", "-m", "taskrun.cli.served", str(os.getpid()), "exec",
+            f"./{self.file}", *self.words, "-j", str(shares.get(HERE, 0)),
+            "--listen", f"unix:{self.address}",
+        ]  # fmt: skip
+        try:
+            self._process = made = subprocess.Popen(
+                command, cwd=self._files, env=self._environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            self._end(LOST, f"the process of {self.name} cannot be started: {error.strerror}")
+            return
+        self.state = RUNNING
+        assert made.stdout is not None and made.stderr is not None
+        self._listen(STDOUT, made.stdout)
+        self._listen(STDERR, made.stderr)
+        self._dial()
+
+    def _environment(self) -> dict[str, str]:
+        """What the server has, without what was said to the server itself."""
+        own = {name: text for name, text in os.environ.items() if not name.startswith("TASKRUN_")}
+        return {**own, "TASKRUN_AUTHKEY_FILE": self._key_file}
+
+    def _listen(self, stream: int, pipe: IO[bytes]) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self._reactor.add_reader(pipe.fileno(), lambda: self._read(stream, pipe))
+
+    def _read(self, stream: int, pipe: IO[bytes]) -> bool:
+        """Take what is there; whether there may be more."""
+        try:
+            data = os.read(pipe.fileno(), _READ)
+        except BlockingIOError:
+            return False
+        if data:
+            self.kept.write(stream, data)
+            self._pump()
+        else:
+            self._reactor.remove_reader(pipe.fileno())
+        return bool(data)
+
+    def look(self) -> None:
+        """Some process of the server's has ended: perhaps this one."""
+        if self._process is None or self._process.poll() is None or self.state == ENDED:
+            return
+        process = self._process
+        for stream, pipe in ((STDOUT, process.stdout), (STDERR, process.stderr)):
+            assert pipe is not None
+            while self._read(stream, pipe):
+                pass
+            self._reactor.remove_reader(pipe.fileno())
+            pipe.close()
+        status = process.returncode
+        if status >= 0:
+            self._end(status)
+        else:
+            number = signal.Signals(-status).name
+            self._end(LOST, f"the process of {self.name} was killed by {number}")
+
+    def _end(self, status: int, why: str = "") -> None:
+        if why:
+            self.kept.write(STDERR, f"taskrun: error: {why}\n".encode())
+        self.kept.finish()
+        self.state, self.status = ENDED, status
+        self.shares = {}
+        if self._dialling is not None:
+            self._dialling.close()
+        if self._steering is not None:
+            self._steering.close()
+        self._folder.remove()
+        if os.path.exists(self.address):
+            os.unlink(self.address)
+        followers, self._followers = self._followers, []
+        for follower in followers:
+            follower.ended(status)
+        self._on_end(self)
+
+    # -- steering it ------------------------------------------------------------------
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """The first time: stop in order.  The second time: at once."""
+        if self._process is not None and self.state == RUNNING:
+            self._process.send_signal(number)
+        elif self.state == WAITING:
+            self._end(128 + number, "stopped before it began")
+
+    def kill(self) -> None:
+        """End its process at once; its workers end with it."""
+        if self._process is not None and self.state == RUNNING:
+            self._process.kill()
+
+    def share(self, shares: Mapping[str, int]) -> None:
+        """Tell it how many slots it has from now on."""
+        if dict(shares) != self.shares:
+            self.shares = dict(shares)
+            self._tell_slots()
+
+    def _tell_slots(self) -> None:
+        if self._steering is not None:
+            import json
+
+            nodes = {place: slots for place, slots in self.shares.items() if place != HERE}
+            request = {"do": "slots", "slots": self.shares.get(HERE, 0), "nodes": nodes}
+            self._steering.send(json.dumps(request).encode())
+
+    def _dial(self) -> None:
+        """Connect to its process, as soon as that listens."""
+        if self.state == RUNNING:
+            self._dialling = transport.dial(
+                self.address, self._key, self._reactor, STEER, self._on_peer,
+                lambda error: self._reactor.call_at(monotonic() + _AGAIN, self._dial),
+            )  # fmt: skip
+
+    def _on_peer(self, peer: transport.Peer) -> None:
+        self._steering = peer
+        peer.listen(lambda frame: None, self._on_peer_end)
+        self._tell_slots()
+
+    def _on_peer_end(self, reason: str) -> None:
+        self._steering = None
+
+    # -- who follows it ---------------------------------------------------------------
+
+    def follow(self, peer: Peer) -> Follower:
+        """From now on ``peer`` is told all that it writes, and how it ends."""
+        follower = Follower(self.kept, peer)
+        if self.status is not None:
+            follower.ended(self.status)
+        else:
+            self._followers.append(follower)
+            follower.pump()
+        return follower
+
+    def leave(self, follower: Follower) -> None:
+        """One who followed it is gone."""
+        if follower in self._followers:
+            self._followers.remove(follower)
+
+    def _pump(self) -> None:
+        for follower in self._followers:
+            follower.pump()
+
+    def described(self) -> dict[str, Any]:
+        """For ``taskrun status``."""
+        return {
+            "run": self.name, "file": self.file, "words": list(self.words), "state": self.state,
+            "status": self.status, "pid": self.pid, "submitted": self.submitted,
+            "slots": self.slots, "shares": self.shares, "lines": self.kept.lines,
+            "followers": len(self._followers), "address": f"unix:{self.address}",
+        }  # fmt: skip

@@ -1,0 +1,301 @@
+"""The server: runs come and go, and share what there is.
+
+The main flow is :meth:`Server.run`.  The server itself executes nothing and imports nothing
+of its users': every run has a process of its own (see ``runs``).  What there is to be shared
+are the slots of this machine and those of the nodes that have joined (see ``hosts``);
+whenever a run or a node comes or goes, they are dealt anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from itertools import count
+from time import monotonic
+from typing import Any, Final
+
+from taskrun import transport
+from taskrun.errors import UsageError
+from taskrun.model import nearest
+from taskrun.network.bundles import digest_of
+from taskrun.reactor import Reactor
+from taskrun.roles import STEER
+from taskrun.serving import talk
+from taskrun.serving.kept import Follower
+from taskrun.serving.runs import ENDED, GRACE, HERE, RUNNING, WAITING, ServedRun, Submission
+from taskrun.serving.shares import deal
+from taskrun.signals import Signals
+from taskrun.state.service import Service
+
+REMEMBERED: Final = 20  # runs that have ended, with their output
+GOODBYE: Final = 1.0  # seconds that those who follow have to take the last words
+ANSWER_SECONDS: Final = 8.0  # that the process of a run has to answer
+_WITH_RUN: Final = ("explain", "stack", "tell", "pause", "unpause", "drain")
+
+
+class Server:
+    """A coordinator that stays.
+
+    ``slots``: how many workers this machine has for all runs together.  ``service``: where it
+    listens, and the state that all its runs can reach.  ``say`` writes a line for people.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        slots: int,
+        make_service: Callable[..., Service],
+        say: Callable[[str], object],
+    ) -> None:
+        self.runs: dict[str, ServedRun] = {}
+        self.status: int | None = None
+        self._reactor = reactor
+        self._slots = slots
+        self._say = say
+        self._began = time.time()
+        self._numbers = count(1)
+        self._clients: list[Client] = []
+        self._service = make_service(reactor, is_running=lambda call, attempt: False, notice=say)
+        self._service.roles[STEER] = self._on_steering
+        self._service.roles[talk.SUBMIT] = self._on_client
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until a signal comes; gives the exit status.  Raises UsageError where it
+        cannot listen."""
+        before = signal.signal(signal.SIGCHLD, lambda number, frame: self._reactor.post(self._reap))
+        try:
+            with Signals(self._reactor, self._on_signal):
+                self._service.start()
+                try:
+                    self._reactor.run_until(lambda: self.status is not None)
+                    self._end_runs()
+                finally:
+                    self._service.close()
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+            self._reactor.close()
+        assert self.status is not None
+        return self.status
+
+    def _on_signal(self, number: int) -> None:
+        if self.status is not None:
+            for run in self.live():
+                run.kill()
+            return
+        self.status = 0
+        if self.live():
+            self._say("ends its runs, then itself; again to do so at once")
+
+    def _end_runs(self) -> None:
+        for run in self.live():
+            run.interrupt(signal.SIGTERM)
+        if not self._reactor.run_until(lambda: not self.live(), monotonic() + GRACE):
+            for run in self.live():
+                run.kill()
+            self._reactor.run_until(lambda: not self.live(), monotonic() + GRACE)
+        told = [client.peer for client in self._clients]
+        self._reactor.run_until(lambda: all(peer.closed for peer in told), monotonic() + GOODBYE)
+
+    def _reap(self) -> None:
+        for run in list(self.runs.values()):
+            run.look()
+
+    # -- runs -------------------------------------------------------------------------
+
+    def live(self) -> list[ServedRun]:
+        """The runs that have not ended, in order of arrival."""
+        return [run for run in self.runs.values() if run.state != ENDED]
+
+    def _submit(self, submission: Submission) -> ServedRun:
+        name = f"r{next(self._numbers)}"
+        try:
+            run = ServedRun(
+                name, submission, self._reactor, self._service.authkey, self._on_run_end
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the files of the run cannot be laid out: {error}") from None
+        self.runs[name] = run
+        self._say(f"{name} {run.file} submitted")
+        self.deal()
+        return run
+
+    def _on_run_end(self, run: ServedRun) -> None:
+        self._say(f"{run.name} {run.file} ended with status {run.status}")
+        ended = [run for run in self.runs.values() if run.state == ENDED]
+        for old in ended[:-REMEMBERED]:
+            del self.runs[old.name]
+        self.deal()
+
+    def deal(self) -> None:
+        """Share what there is among those who are there."""
+        if self.status is not None:
+            return
+        places = {HERE: self._slots}
+        live = self.live()
+        # With more runs than slots, the last ones wait until they can have one.
+        started = [run for run in live if run.state == RUNNING]
+        waiting = [run for run in live if run.state == WAITING]
+        room = max(0, sum(places.values()) - len(started))
+        chosen = [*started, *waiting[:room]]
+        dealt = deal(places, {run.name: run.jobs for run in chosen})
+        for run in chosen:
+            if run.state == RUNNING:
+                run.share(dealt[run.name])
+            else:
+                run.start(dealt[run.name])
+
+    def find(self, name: str) -> ServedRun:
+        """The run of that name.  Raises UsageError."""
+        if name in self.runs:
+            return self.runs[name]
+        near = nearest(name, list(self.runs))
+        hint = f"did you mean {near}?" if near else "taskrun status shows those that are"
+        raise UsageError(f"there is no run {name!r} here (any more); {hint}")
+
+    # -- those who submit and follow --------------------------------------------------
+
+    def _on_client(self, peer: transport.Peer) -> None:
+        self._clients = [client for client in self._clients if not client.peer.closed]
+        client = Client(self, peer)
+        self._clients.append(client)
+        peer.listen(client.on_frame, client.on_end)
+
+    def submit_from(self, asked: dict[str, Any], bundle: memoryview) -> ServedRun:
+        """Begin what a client asks for.  Raises UsageError, and what reading it raises."""
+        if digest_of(bundle) != asked["digest"]:
+            raise UsageError("the bundle that came is not the one that was announced")
+        jobs = None if asked["jobs"] is None else max(1, int(asked["jobs"]))
+        words = tuple(map(str, asked["words"]))
+        return self._submit(Submission(str(asked["file"]), words, jobs, bytes(bundle)))
+
+    # -- those who look and steer -----------------------------------------------------
+
+    def _on_steering(self, peer: transport.Peer) -> None:
+        peer.listen(lambda frame: self._on_request(peer, bytes(frame)), lambda reason: None)
+
+    def _on_request(self, peer: transport.Peer, frame: bytes) -> None:
+        try:
+            request = json.loads(frame)
+            answer = self._answer(peer, request)
+        except UsageError as error:
+            peer.send(_json(error=str(error)))
+        except (ValueError, LookupError, TypeError):
+            peer.send(_json(error="this server does not know what that asks"))
+        else:
+            if answer is not None:
+                peer.send(_json(ok=answer))
+
+    def _answer(self, peer: transport.Peer, request: dict[str, Any]) -> Any:
+        """The answer; None: it comes from the run's process."""
+        do, name = str(request["do"]), request.get("run")
+        if name is not None:
+            self._ask(peer, self.find(str(name)), request)
+            return None
+        if do == "status":
+            return self._described()
+        if do == "cancel":
+            run = self.find(str(request["call"]))
+            if run.state == ENDED:
+                raise UsageError(f"{run.name} has ended, with status {run.status}")
+            run.interrupt(signal.SIGTERM)
+            return f"{run.name} is being stopped"
+        if do in _WITH_RUN:
+            raise UsageError(f"here are several runs: say which one, taskrun {do} ADDRESS RUN ...")
+        raise ValueError(do)
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "server": True, "pid": os.getpid(), "seconds": round(time.time() - self._began, 3),
+            "slots": self._slots, "runs": [run.described() for run in self.runs.values()],
+            "nodes": [],
+        }  # fmt: skip
+
+    def _ask(self, peer: transport.Peer, run: ServedRun, request: dict[str, Any]) -> None:
+        """Have the run's own process answer."""
+        if run.state != RUNNING:
+            raise UsageError(f"{run.name} is {run.state}")
+
+        def on_open(asked: transport.Peer) -> None:
+            asked.listen(lambda frame: answer(asked, bytes(frame)), lambda reason: refuse())
+            asked.send(json.dumps({**request, "run": None}).encode())
+
+        def answer(asked: transport.Peer, frame: bytes) -> None:
+            timer.cancel()
+            asked.close()
+            peer.send(frame)
+
+        def refuse() -> None:
+            timer.cancel()
+            peer.send(_json(error=f"{run.name} does not answer: it may be starting, or ending"))
+
+        dialling = transport.dial(
+            run.address, self._service.authkey, self._reactor, STEER, on_open,
+            lambda error: refuse(),
+        )  # fmt: skip
+        timer = self._reactor.call_at(monotonic() + ANSWER_SECONDS, dialling.close)
+
+
+class Client:
+    """One who submits a run, or follows one."""
+
+    def __init__(self, server: Server, peer: transport.Peer) -> None:
+        self._server = server
+        self.peer = peer
+        self._asked: dict[str, Any] | None = None  # of a submission, whose bundle is to come
+        self._run: ServedRun | None = None
+        self._follower: Follower | None = None
+
+    def on_frame(self, frame: memoryview) -> None:
+        """It says something."""
+        try:
+            self._take(frame)
+        except UsageError as error:
+            self._refuse(str(error))
+        except (ValueError, LookupError, TypeError):
+            self._refuse("this server does not know what that asks: is it of the same version?")
+
+    def _take(self, frame: memoryview) -> None:
+        if self._run is not None:
+            if talk.heard(frame)["do"] == "interrupt":
+                self._run.interrupt()
+        elif self._asked is not None:
+            if not frame or frame[0] != talk.BUNDLE:
+                raise ValueError
+            self._follow(self._server.submit_from(self._asked, frame[1:]))
+        else:
+            said = talk.heard(frame)
+            if said["do"] == "submit":
+                self._asked = said
+            elif said["do"] == "attach":
+                self._follow(self._server.find(str(said["run"])))
+            else:
+                raise ValueError
+
+    def _follow(self, run: ServedRun) -> None:
+        self._run = run
+        self.peer.send(talk.said(run=run.name))
+        self._follower = run.follow(self.peer)
+
+    def _refuse(self, reason: str) -> None:
+        self.peer.send(talk.said(error=reason))
+        self.peer.finish()
+
+    def on_end(self, reason: str) -> None:
+        """It is gone, which changes nothing."""
+        if self._run is not None and self._follower is not None:
+            self._run.leave(self._follower)
+
+
+def _json(**what: Any) -> bytes:
+    return json.dumps(what).encode()
+
+
+def tell(text: str) -> None:
+    """Write a line for people."""
+    print(f"taskrun: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,357 @@
+"""A server of runs, as people start it: submit, follow, attach, cancel, and what may break."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Ended, Running, Runs, started, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+KEY = "0123456789abcdef" * 4
+
+TASKS = """
+@task
+def work(n=each(range(8))):
+    mark(os.path.join({folder!r}, f"begun{{n}}"))
+    print("begin", n, flush=True)
+    while not os.path.exists(os.path.join({folder!r}, "go on")): time.sleep(0.01)
+    return n
+
+@task
+def total(all=result(work)): print(sum(all))
+"""
+
+
+class Site:
+    """A server, and those who come to it."""
+
+    def __init__(self, runs: Runs, runtime: str) -> None:
+        self.runs = runs
+        self.folder = runs.folder
+        key = self.folder / "key"
+        key.write_text(KEY)
+        key.chmod(0o600)
+        self.variables = {
+            "TASKRUN_AUTHKEY_FILE": str(key),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "XDG_RUNTIME_DIR": runtime,
+        }
+        self.server: Running
+        self.address = ""
+
+    def serve(self, jobs: int = 4, *words: str) -> Running:
+        self.server = self.runs.start(
+            "serve", "--listen", "127.0.0.1:0", "-j", str(jobs), *words, env=self.variables
+        )
+        self.address = self.server.await_line("listening on", err=True).split()[-1]
+        return self.server
+
+    def write(self, source: str = TASKS) -> str:
+        return str(self.runs.write(source.replace("{folder!r}", repr(str(self.folder)))
+                                   .replace("{{", "{").replace("}}", "}")))  # fmt: skip
+
+    def submit(self, *words: str, source: str = TASKS, **how: Any) -> Running:
+        """Submit a task file and follow it."""
+        return self.runs.start(
+            "exec", "--address", self.address, self.write(source), *words,
+            env=self.variables, **how,
+        )  # fmt: skip
+
+    def detach(self, *words: str, source: str = TASKS) -> str:
+        """Submit a task file; gives the run's name."""
+        return self.submit("--detach", *words, source=source).end().check().out.strip()
+
+    def ask(self, command: str, *words: str) -> Ended:
+        return self.runs.run(command, self.address, *words, env=self.variables)
+
+    def attach(self, run: str) -> Running:
+        return self.runs.start("attach", run, self.address, env=self.variables)
+
+    def status(self) -> Any:
+        return json.loads(self.ask("status", "--json").check().out)
+
+    def run(self, name: str) -> Any:
+        return next(run for run in self.status()["runs"] if run["run"] == name)
+
+    def await_begun(self, count: int) -> None:
+        wait_until(lambda: len(list(self.folder.glob("begun*"))) >= count)
+
+    def go_on(self) -> None:
+        (self.folder / "go on").touch()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    runtime = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
+    for runs in started(tmp_path):
+        yield Site(runs, runtime)
+    shutil.rmtree(runtime)
+
+
+# -- what it does ---------------------------------------------------------------------
+
+
+def test_a_submitted_run_looks_and_ends_as_if_it_ran_here(site: Site) -> None:
+    site.serve()
+    site.go_on()
+    ended = site.submit("-k").end().check()
+    assert "total | 28" in ended.out and "work[0] | begin 0" in ended.out
+    assert "9 calls in" in ended.err and "all ok" in ended.err
+
+
+def test_the_modules_beside_the_task_file_travel_and_the_server_imports_none(site: Site) -> None:
+    (site.folder / "helper.py").write_text("print('imported')\ndef square(x): return x * x\n")
+    server = site.serve()
+    source = """
+    import helper
+    @task
+    def nine(n: int = 2): print(helper.square(n), os.getcwd())
+    """
+    ended = site.submit("-p", "n=3", source=source).end().check()
+    assert "nine | 9 " in ended.out and str(site.folder / "cache") in ended.out
+    server.signal(signal.SIGTERM)
+    assert "imported" not in server.end().err
+
+
+def test_a_failing_run_has_its_own_exit_status(site: Site) -> None:
+    site.serve()
+    ended = site.submit(source="@task\ndef bad(): raise ValueError('so bad')").end().check(1)
+    assert "so bad" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "said"),
+    [
+        ("this is no Python", (), "SyntaxError"),
+        ("@task\ndef good(): pass", ("goood",), "there is no task 'goood'"),
+        ("@task\ndef good(): pass", ("--joblog", "log"), "--joblog is not for a run of a server"),
+        ("@task\ndef good(): pass", ("--bundle", "nothing*"), "there is no such file"),
+    ],
+)
+def test_what_cannot_be_run_is_its_users_error(
+    site: Site, source: str, words: tuple[str, ...], said: str
+) -> None:
+    site.serve()
+    ended = site.submit(*words, source=source).end().check(2)
+    assert said in ended.err
+
+
+def test_json_events_come_through_whole(site: Site) -> None:
+    site.serve()
+    site.go_on()
+    ended = site.submit("--json").end().check()
+    assert ended.states["total"] == "succeeded" or ended.states["total"] == "ok"
+
+
+def test_attaching_shows_a_run_from_its_beginning_to_two_at_once(site: Site) -> None:
+    site.serve()
+    run = site.detach()
+    site.await_begun(4)
+    both = [site.attach(run) for _ in range(2)]
+    for one in both:
+        one.await_line("work[0] | begin 0")
+    site.go_on()
+    for one in both:
+        assert "total | 28" in one.end().check().out
+    assert "total | 28" in site.attach(run).end().check().out  # when it is over, too
+    assert "there is no run 'r9'" in site.attach("r9").end().check(2).err
+
+
+def test_two_runs_at_once_get_half_of_the_slots_each(site: Site) -> None:
+    site.serve(4)
+    first = site.detach()
+    site.await_begun(4)
+    second = site.detach()
+    assert [site.run(name)["slots"] for name in (first, second)] == [2, 2]
+    site.go_on()
+    site.attach(first).end().check()
+    site.attach(second).end().check()
+
+
+def test_a_run_that_is_alone_again_gets_all_slots(site: Site) -> None:
+    site.serve(4)
+    first = site.detach(source="@task\ndef long():\n    while True: time.sleep(0.01)")
+    second = site.detach()
+    site.await_begun(2)
+    wait_until(lambda: site.run(second)["slots"] == 2)
+    assert not (site.folder / "begun2").exists()
+    site.ask("cancel", first).check()
+    site.await_begun(4)
+    assert site.run(first)["status"] == 143
+    site.go_on()
+    site.attach(second).end().check()
+
+
+def test_a_run_waits_where_there_is_no_slot_for_it(site: Site) -> None:
+    site.serve(1)
+    first, second = site.detach(), site.detach()
+    site.await_begun(1)
+    assert [site.run(name)["state"] for name in (first, second)] == ["running", "waiting"]
+    assert "r2 is waiting" in site.ask("status", second).check(2).err
+    site.go_on()
+    assert "total | 28" in site.attach(second).end().check().out
+
+
+def test_status_and_steering_reach_a_run_of_the_server(site: Site) -> None:
+    site.serve(2)
+    run = site.detach("-k")
+    site.await_begun(2)
+    shown = site.ask("status").check().out
+    assert run in shown and "running" in shown
+    assert json.loads(site.ask("status", run, "--json").check().out)["total"] == 9
+    assert "waits for work" in site.ask("explain", run, "total").check().out
+    assert "time.sleep(0.01)" in site.ask("stack", run, "work[0]").check().out
+    site.ask("cancel", run, "work[7]").check()
+    assert "say which one" in site.ask("pause").check(2).err
+    site.ask("pause", run).check()
+    site.ask("unpause", run).check()
+    site.go_on()
+    assert "1 cancelled" in site.attach(run).end().err
+    assert "has ended" in site.ask("cancel", run).check(2).err
+
+
+def test_all_runs_reach_the_state_of_the_server(site: Site) -> None:
+    site.serve()
+    source = """
+    import taskrun
+    @task
+    def add(address: str):
+        with taskrun.connect(address) as server: print(server.counter("n").add(1))
+    """
+    for _ in range(2):
+        site.submit("-p", f"address={site.address}", source=source).end().check()
+    assert "2" in site.ask("state", "get", "n").check().out
+
+
+# -- what may break -------------------------------------------------------------------
+
+
+def test_a_run_goes_on_when_its_submitting_client_is_killed(site: Site) -> None:
+    site.serve()
+    client = site.submit()
+    client.await_line("begin 3")
+    client.signal(signal.SIGKILL)
+    client.process.wait(10)
+    site.go_on()
+    assert "total | 28" in site.attach("r1").end().check().out
+
+
+def test_a_killed_coordinator_costs_its_own_run_only(site: Site) -> None:
+    site.serve(4)
+    client = site.submit()
+    site.await_begun(4)
+    other = site.detach()
+    wait_until(lambda: site.run(other)["state"] == "running")
+    os.kill(site.run("r1")["pid"], signal.SIGKILL)
+    ended = client.end()
+    assert ended.status == 3 and "the process of r1 was killed by SIGKILL" in ended.err
+    site.go_on()
+    assert "total | 28" in site.attach(other).end().check().out
+
+
+def test_nothing_is_left_two_seconds_after_the_server_was_killed(site: Site) -> None:
+    server = site.serve(4)
+    client = site.submit()
+    site.await_begun(4)
+    server.signal(signal.SIGKILL)
+    server.process.wait(10)
+    server.assert_gone(2.0)
+    ended = client.end()
+    assert ended.status == 3 and "lost the server" in ended.err and "Traceback" not in ended.err
+
+
+def test_a_server_that_is_told_to_end_ends_its_runs_first(site: Site) -> None:
+    server = site.serve(4)
+    client = site.submit()
+    site.await_begun(4)
+    server.signal(signal.SIGTERM)
+    assert server.end().status == 0
+    assert client.end().status == 143
+
+
+def test_whoever_has_another_key_is_refused(site: Site) -> None:
+    site.serve()
+    other = site.folder / "other"
+    other.write_text("f" * 64)
+    other.chmod(0o600)
+    ended = site.submit("--authkey-file", str(other)).end().check(2)
+    assert "does not accept this authkey" in ended.err and "ffff" not in ended.err
+
+
+def test_ctrl_c_off_a_terminal_cancels_the_run(site: Site) -> None:
+    site.serve()
+    client = site.submit()
+    client.await_line("begin 3")
+    client.signal(signal.SIGINT)
+    ended = client.end()
+    assert ended.status == 130 and "stopped: Ctrl-C" in ended.err
+    assert site.run("r1")["status"] == 130
+
+
+@pytest.mark.parametrize(("answer", "status"), [(b"d\n", 0), (b"c\n", 130)])
+def test_ctrl_c_on_a_terminal_asks(site: Site, answer: bytes, status: int) -> None:
+    site.serve()
+    ours, theirs = pty.openpty()
+    client = site.submit(stdin=theirs, stderr=theirs)
+    try:
+        client.await_line("begin 3")
+        client.signal(signal.SIGINT)
+        seen = b""
+        while b"leaves it alone: " not in seen:
+            seen += os.read(ours, 4096)
+        os.write(ours, answer)
+        assert client.end().status == status
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    if status == 0:
+        assert site.run("r1")["state"] == "running"
+
+
+def test_what_is_written_beyond_what_is_kept_is_counted(site: Site) -> None:
+    site.serve()
+    source = """
+    @task
+    def much():
+        for n in range(40_000): print(n, "x" * 90)
+    """
+    run = site.detach(source=source)
+    wait_until(lambda: site.run(run)["state"] == "ended", 60)
+    ended = site.attach(run).end().check()
+    skipped = next(line for line in ended.err.splitlines() if "lines were written before" in line)
+    lost = int(skipped.split()[1].replace(",", ""))
+    assert lost > 20_000
+    assert lost + ended.out.count("\n") + ended.err.count("\n") - 1 == site.run(run)["lines"]
+    assert "much | 39999 x" in ended.out
+
+
+def test_a_request_that_means_nothing_is_refused_and_the_server_goes_on(site: Site) -> None:
+    from taskrun.transport import dial_blocking
+
+    site.serve()
+    host, port = site.address.split(":")
+    where = (host, int(port))
+    for garbage in (b"", b"\x00", b"\xff\xfe", b"\x00[]", b'\x00{"do": "fly"}', b"\x00{}",
+                    b'\x00{"do": "attach"}'):  # fmt: skip
+        with dial_blocking(where, KEY.encode(), b"submit") as wire:
+            wire.send(garbage)
+            assert b"error" in bytes(wire.recv(10))
+    for do in (b"", b"[]", b'{"do": "fly"}', b'{"do": 3}', b'{"do": "cancel"}', b"null"):
+        with dial_blocking(where, KEY.encode(), b"steer") as wire:
+            wire.send(do)
+            assert b"error" in bytes(wire.recv(10))
+    with dial_blocking(where, KEY.encode(), b"submit") as wire:
+        wire.send(b'\x00{"do": "submit", "file": "a.py", "digest": "x", "words": [], "jobs": null}')
+        wire.send(b"\x03no archive")
+        assert b"error" in bytes(wire.recv(10))
+    assert site.status()["runs"] == []
