@@ -34,10 +34,11 @@ _TAG_STYLES = (
 
 # Escape sequences that move the cursor or change the terminal; colours (final byte m) may stay.
 _UNTAMED = re.compile(
-    rb"\x1b\[[0-?]*[ -/]*[@-ln-~]"  # CSI, all but SGR
+    rb"(?:\x1b\[|\xc2\x9b)[0-?]*[ -/]*[@-ln-~]"  # CSI, all but SGR
     rb"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, SOS, PM, APC
     rb"|\x1b(?!\[)[ -/]*[0-~]"  # two-character escapes: reset, save the cursor, charsets
-    rb"|[\x0b\x0c\x0e\x0f]"  # vertical moves, and shifts to another character set
+    rb"|[\x08\x0b-\x0f]"  # backspace, moves, and shifts to another character set
+    rb"|\xc2[\x80-\x9f]"  # one-character forms of sequences, as some terminals take them
 )
 
 

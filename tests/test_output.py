@@ -412,8 +412,15 @@ def test_colours_end_with_their_line(tty: tuple[int, int]) -> None:
 
 
 def test_a_task_cannot_move_the_cursor(tty: tuple[int, int]) -> None:
-    hostile = b"\x1b[2Aup\x1b[K \x1b]0;title\x07\x1bc\x0b\x0e\x1b[?1049hdone\n"
+    hostile = b"\x1b[2Aup\x1b[K \x1b]0;title\x07\x1bc\x0b\x0e\x1b[?1049hdo\b\xc2\x9b2Jne\n"
     assert on_terminal(tty, hostile, NO_COLOR="1") == b"a | up done\r\n"
+
+
+def test_a_message_of_a_failure_cannot_either() -> None:
+    assert (
+        text.tame(b"  ValueError: one\rtwo\x1b[2J\n  three\b\n")
+        == b"  ValueError: onetwo\n  three\n"
+    )
 
 
 def test_names_have_colours_on_a_terminal_unless_refused(tty: tuple[int, int]) -> None:
