@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
+import pytest
 from workshop import make, shop
+
+from taskrun import authkey
 
 __all__ = ["make", "shop"]
 
 # A shell starts what runs in the background with SIGINT ignored, and so would we start what
 # is tested here, which then could not be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_key_of_another_test() -> Iterator[None]:
+    """A key that was taken from the environment stays in memory, and the variable does not."""
+    yield
+    authkey._taken.clear()

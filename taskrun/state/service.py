@@ -78,6 +78,7 @@ class Service:
         self._socket: socket.socket | None = None
         self._server: Server | None = None
         self._store: Store | None = None
+        self.is_used = False  # whether there may be anything in the state
         self._file: StateFile | None = None
         self.authkey = b""
 
@@ -189,17 +190,13 @@ class Service:
     def store(self) -> Store:
         if self._store is None:
             self._store = self._find_store()
+            self.is_used = True
         return self._store
 
     def _new_store(self) -> Store:
         from taskrun.state.store import Store
 
         return Store(self._is_alive, self._line)
-
-    @property
-    def is_used(self) -> bool:
-        """Whether there may be anything in the state."""
-        return self._store is not None
 
     def client(self, attempt: Callable[[], tuple[int, int] | None]) -> LocalClient:
         """A client for code in this process."""
