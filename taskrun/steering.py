@@ -70,6 +70,7 @@ class Steering:
             "pause": self._pause,
             "unpause": self._unpause,
             "slots": self._slots,
+            "drain": self._drain,
         }
 
     def admit(self, peer: Peer) -> None:
@@ -97,6 +98,7 @@ class Steering:
         done = sum(task["done"] for task in tasks)
         total = sum(task["total"] for task in tasks)
         rate = self._measure(done)
+        nodes = self._nodes()
         answer(
             {
                 "pid": os.getpid(),
@@ -111,6 +113,7 @@ class Steering:
                 "eta": round((total - done) / rate, 1) if rate else None,
                 "tasks": tasks,
                 "running": [self._running(call) for call in self._first_running()],
+                "nodes": [node.described() for node in nodes.nodes.values()] if nodes else [],
                 "workers": [
                     {"worker": worker.id, "pid": worker.pid, "calls": worker.running}
                     for worker in core.workers()
@@ -242,6 +245,16 @@ class Steering:
         nodes = {str(node): int(slots) for node, slots in request["nodes"].items()}
         self._run.engine.set_slots(int(request["slots"]), nodes)
         answer("so be it")
+
+    def _drain(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        nodes = self._nodes()
+        if nodes is None:
+            raise UsageError("this run has no nodes: it was started without --listen")
+        nodes.drain(str(request["node"]))
+        answer(f"{request['node']} takes no more calls, and leaves when it has ended its own")
+
+    def _nodes(self) -> Any:
+        return getattr(self._run.engine, "nodes", None)
 
     # -- which call -------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 from taskrun.errors import DialError, UsageError, WireError
 from taskrun.network import channels as ch
 from taskrun.network.conversation import LEAVE, Conversation
-from taskrun.network.joining import Hello, Refused, Welcome, hello_frame, read_answer
+from taskrun.network.joining import Hello, Hosting, Refused, Welcome, hello_frame, read_answer
 from taskrun.reactor import Reactor, Timer
 from taskrun.signals import Signals
 from taskrun.workers.jobs import QUIT_GRACE, Work
@@ -43,7 +43,7 @@ class Node:
 
     ``dial(on_peer, on_failure)`` connects to the coordinator.  ``address``: as messages say
     it.  ``say`` writes a line for people.  ``idle_exit``: seconds without anything to do
-    after which it leaves by itself.
+    after which it leaves by itself.  ``once``: it is there for one run, and leaves with it.
     """
 
     def __init__(
@@ -55,14 +55,18 @@ class Node:
         address: str = "",
         say: Callable[[str], object] = lambda text: None,
         idle_exit: float | None = None,
+        once: bool = False,
     ) -> None:
         self.status: int | None = None
+        self.server: tuple[Any, Hosting] | None = None
+        """Where a server was found: the connection to it, and what it said."""
         self._reactor = reactor
         self._offer = offer
         self._dial = dial
         self._address = address
         self._say = say
         self._idle_exit = idle_exit
+        self._once = once
         self._busy_at = monotonic()
         self._wait = FIRST_WAIT
         self._said_waiting = False
@@ -74,8 +78,8 @@ class Node:
     # -- the main flow ----------------------------------------------------------------
 
     def run(self) -> int:
-        """Serve until told to leave; gives the exit status.  Raises UsageError where the
-        coordinator will never take this node."""
+        """Serve until told to leave, or until a server is found; gives the exit status.
+        Raises UsageError where the coordinator will never take this node."""
         with Signals(self._reactor, self._on_signal):
             self._connect()
             self._later(_TICK, self._tick)
@@ -145,6 +149,10 @@ class Node:
         if isinstance(answer, Welcome):
             self._on_welcome(peer, answer, sent)
             return
+        if isinstance(answer, Hosting):
+            self.server, self.status = (peer, answer), 0
+            peer.pause()  # what it says next is for whoever goes on
+            return
         peer.close()
         self._on_refused(answer)
 
@@ -180,7 +188,7 @@ class Node:
         """The coordinator, or the end of the lease, has ended the session."""
         self._say(reason)
         self._end_session(reason, grace)
-        if self._leaving:
+        if self._leaving or self._once:
             self.status = 0
         else:
             self._connect_later()
@@ -196,6 +204,12 @@ class Node:
         """The first one: finish what runs, then leave.  The second: at once."""
         if self._leaving or self._session is None:
             self.status = 0 if not self._leaving else 128 + number
+            return
+        self.leave()
+
+    def leave(self) -> None:
+        """Finish what runs, then leave."""
+        if self._leaving or self._session is None:
             return
         self._leaving = True
         self._say("leaves when it has ended the calls that it has; again to leave at once")
@@ -301,7 +315,10 @@ class Session:
     # -- the work ---------------------------------------------------------------------
 
     def _on_message(self, key: int, channel: int, data: Any) -> None:
-        self.work.take(key, channel, data)
+        if channel == ch.DRAIN:
+            self._node.leave()
+        else:
+            self.work.take(key, channel, data)
 
     def _on_room(self) -> None:
         self.work.on_room()

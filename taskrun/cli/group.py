@@ -8,6 +8,7 @@ from taskrun import __version__
 
 _LOOK = "Show what a live run is doing, and why."
 _STEER = "Steer a live run."
+_NODE = "Join a machine's cores; have it leave."
 _SERVE = "Take many runs, and follow one of them."
 
 # name: (module, object in it, what it does; those that do the same are listed together)
@@ -25,7 +26,8 @@ COMMANDS = {
     "unpause": ("taskrun.cli.steer", "unpause", _STEER),
     "serve": ("taskrun.cli.serve", "serve", _SERVE),
     "attach": ("taskrun.cli.serve", "attach", _SERVE),
-    "worker": ("taskrun.cli.worker", "worker", "Join this machine's cores to a coordinator."),
+    "worker": ("taskrun.cli.worker", "worker", _NODE),
+    "drain": ("taskrun.cli.steer", "drain", _NODE),
     "state": ("taskrun.cli.state", "state", "Look at the shared state of a live run."),
     "key": ("taskrun.cli.key", "key", "Make the key file that machines must share."),
     "completion": ("taskrun.cli.completion", "completion", "Print a shell's completion script."),

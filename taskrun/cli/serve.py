@@ -29,6 +29,10 @@ def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | 
     "--state", type=click.Path(dir_okay=False), metavar="F",
     help="Load the state that all runs reach from file F, and keep it there.",
 )  # fmt: skip
+@click.option(
+    "--lease", type=click.FloatRange(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
+    help="How long a node may be silent. [default: 15]",
+)  # fmt: skip
 @click.option("--authkey-file", metavar="F", help="Where the key of clients is.")
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone.")
@@ -36,6 +40,7 @@ def serve(
     listen: str | None,
     jobs: int,
     state: str | None,
+    lease: float,
     authkey_file: str | None,
     insecure_plain: bool,
     **tls: str | None,
@@ -55,7 +60,7 @@ def serve(
         insecure_plain=insecure_plain,
         file=state,
     )
-    return Server(Reactor(), jobs, make_service, tell).run()
+    return Server(Reactor(), jobs, make_service, tell, lease).run()
 
 
 @click.command(context_settings=CONTEXT)

@@ -192,6 +192,15 @@ def unpause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls:
         _tell(ask("unpause"), json)
 
 
+@_steering("drain", _words("[ADDRESS [RUN]] NODE"))
+def drain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+    """Have NODE, of a live run or of a server, end the calls that it has,
+    take no more, and leave."""
+    where, node = _where_and_what(words, "drain", "NODE")
+    with asking(where, authkey_file, tls) as ask:
+        _tell(ask("drain", node=node), json)
+
+
 # -- how a status looks ---------------------------------------------------------------
 
 
@@ -247,6 +256,9 @@ def _lines(now: dict[str, Any]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("task", *columns)]
     rows += [(task["task"], *(f"{task[column]:,}" for column in columns)) for task in now["tasks"]]
     yield from _table(rows)
+    if now["nodes"]:
+        yield ""
+        yield from _table([("node", "slots", "state"), *map(_node, now["nodes"])])
     running = now["running"]
     if running:
         yield ""

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from taskrun.cli.options import CONTEXT, check_jobs, check_resources, tls_options
 from taskrun.errors import UsageError
+
+if TYPE_CHECKING:
+    from taskrun.network.channels import Offer
+    from taskrun.reactor import Reactor
+    from taskrun.transport.tls import Certificates
 
 
 @click.command(context_settings=CONTEXT)
@@ -66,38 +74,71 @@ def worker(
         raise UsageError("say the ADDRESS of the coordinator, HOST:PORT")
     import socket
 
-    from taskrun import addresses, transport
+    from taskrun import addresses
     from taskrun.authkey import authkey
     from taskrun.network.channels import Offer
-    from taskrun.reactor import Reactor
     from taskrun.settings import memory_here
     from taskrun.transport.tls import Certificates
-    from taskrun.workers.node import DIAL_SECONDS, ROLE, Node
 
     parsed = addresses.parse(given, insecure_plain=insecure_plain)
-    key, reactor = authkey(authkey_file), Reactor()
+    key = authkey(authkey_file)
     files = Certificates(tls["tls_cert"], tls["tls_key"], tls["tls_ca"])
     resources = {"memory": memory_here(), **resources}
     offer = Offer(name or socket.gethostname(), jobs, resources, tags, lane)
-    node = Node(
-        reactor,
-        offer,
-        lambda on_peer, on_failure: transport.dial(
-            parsed,
-            key,
-            reactor,
-            ROLE,
-            on_peer,
-            on_failure,
-            timeout=DIAL_SECONDS,
-            tls=files,
-            insecure_plain=insecure_plain,
-        ),
-        address=given,
-        say=_say,
-        idle_exit=idle_exit,
-    )
-    return node.run()
+    server = Coordinator(given, parsed, key, files, insecure_plain)
+    return _serve(server, offer, idle_exit)
+
+
+class Coordinator(NamedTuple):
+    """Where a node goes: the address as it was given and as it was read, and what is proved
+    there."""
+
+    shown: str
+    address: Any
+    key: bytes
+    files: Certificates
+    insecure_plain: bool
+
+    def dialler(self, reactor: Reactor, role: bytes) -> Callable[..., object]:
+        """What connects by that role, and then calls ``on_peer`` or ``on_failure``."""
+        from taskrun import transport
+        from taskrun.workers.node import DIAL_SECONDS
+
+        return lambda on_peer, on_failure: transport.dial(
+            self.address, self.key, reactor, role, on_peer, on_failure, timeout=DIAL_SECONDS,
+            tls=self.files, insecure_plain=self.insecure_plain,
+        )  # fmt: skip
+
+
+def _serve(server: Coordinator, offer: Offer, idle_exit: float | None) -> int:
+    """Be a node of whatever is there: a run, and the next one, or a server of runs."""
+    from taskrun.reactor import Reactor
+    from taskrun.workers.host import Host
+    from taskrun.workers.node import ROLE, Node
+
+    while True:
+        reactor = Reactor()
+        dial = server.dialler(reactor, ROLE)
+        node = Node(reactor, offer, dial, address=server.shown, say=_say, idle_exit=idle_exit)
+        status = node.run()
+        if node.server is None:
+            return status
+        host = Host(reactor, *node.server, offer, dial, partial(_take_part, server), _say)
+        ended = host.run()
+        reactor.close()
+        if ended is not None:
+            return ended
+
+
+def _take_part(server: Coordinator, run: str, offer: Offer) -> int:
+    """Be the node of one run of a server."""
+    from taskrun.reactor import Reactor
+    from taskrun.workers.node import ROLE, Node
+
+    reactor = Reactor()
+    dial = server.dialler(reactor, ROLE + b"@" + run.encode())
+    shown = f"{server.shown} for {run}"
+    return Node(reactor, offer, dial, address=shown, say=_say, once=True).run()
 
 
 def _say(text: str) -> None:

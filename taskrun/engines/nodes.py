@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 from taskrun.engines.local import Crew
 from taskrun.engines.remote import RemoteLink
-from taskrun.errors import WireError
+from taskrun.errors import UsageError, WireError
 from taskrun.network import channels as ch
 from taskrun.network.bundles import Bundle
 from taskrun.network.conversation import LEAVE, Conversation, Data
@@ -71,7 +71,7 @@ class Nodes:
         self._state = state
         self._made_bundle: Bundle | None = None
         self._closing = False
-        self._limits: dict[str, int] = {}
+        self._limits: Mapping[str, int] | None = None
 
     def start(
         self,
@@ -97,12 +97,15 @@ class Nodes:
         return sum(node.slots for node in self.nodes.values() if node.takes)
 
     def limit(self, slots: Mapping[str, int]) -> None:
-        """Use at most so many slots of the nodes that are named, whenever they come."""
+        """Use so many slots of the nodes that are named, and none of others, whenever they
+        come."""
         self._limits = dict(slots)
 
     def limited(self, offer: ch.Offer) -> int:
         """How many slots of a node that offers this may be used."""
-        return min(offer.slots, self._limits.get(offer.name, offer.slots))
+        if self._limits is None:
+            return offer.slots
+        return min(offer.slots, self._limits.get(offer.name, 0))
 
     def takers(self) -> list[Node]:
         """The nodes that take calls."""
@@ -202,6 +205,16 @@ class Nodes:
             raise
         return made
 
+    def drain(self, name: str) -> None:
+        """Have the node of that name finish what it has, and leave.  Raises UsageError."""
+        for node in self.nodes.values():
+            if node.name == name:
+                node.say(ch.DRAIN, b"")
+                return
+        names = ", ".join(node.name for node in self.nodes.values())
+        here = f"there are {names}" if names else "none has joined"
+        raise UsageError(f"there is no node {name!r}: {here}")
+
     # -- leaving ----------------------------------------------------------------------
 
     def lose(self, node: Node, how: str) -> None:
@@ -261,6 +274,14 @@ class Node:
     def takes(self) -> bool:
         """Whether it takes calls."""
         return self.prepared and not self.draining and self.slots > 0
+
+    def described(self) -> dict[str, Any]:
+        """For ``taskrun status``."""
+        state = "draining" if self.draining else "here" if self.prepared else "joining"
+        if self._peer is None:
+            state = "away"
+        workers = sorted(self.links)
+        return {"node": self.name, "slots": self.slots, "state": state, "workers": workers}
 
     @property
     def load(self) -> int:

@@ -83,7 +83,7 @@ class PoolEngine:
         self._environment = environment
         self._state = state
         self._slots = slots
-        self._nodes = nodes
+        self.nodes = nodes
         self._unplaced: list[tuple[int, str]] = []  # workers, while there is no place for them
         self._local: Local | None = None
         self._links: dict[int, Link] = {}
@@ -117,8 +117,8 @@ class PoolEngine:
         self._blobs = self._begin_blobs(self._notice)
         self._settings = settings = self._make_settings()
         self._local = Local(self, reactor, settings, self._launch())
-        if self._nodes is not None:
-            self._nodes.start(self, reactor, settings, self._on_capacity, self._retire)
+        if self.nodes is not None:
+            self.nodes.start(self, reactor, settings, self._on_capacity, self._retire)
             if not self._slots:
                 observer.notice("no calls are executed here (-j 0): waiting for nodes to join")
         if self._slots:
@@ -140,8 +140,8 @@ class PoolEngine:
             return
         places.end(self._notice)
         self._closing = True
-        if self._nodes is not None:
-            self._nodes.abandon()
+        if self.nodes is not None:
+            self.nodes.abandon()
         local.abandon(min(deadline, monotonic() + 1.0))
         for link in self._links.values():
             if link.assigned or not link.ready:
@@ -154,8 +154,8 @@ class PoolEngine:
         local.quit(min(self._grace, left / 8))
         if not self._run_until(lambda: local.is_gone, deadline):
             local.kill()
-        if self._nodes is not None:
-            self._nodes.close(max(deadline, monotonic() + 1.0))
+        if self.nodes is not None:
+            self.nodes.close(max(deadline, monotonic() + 1.0))
         for link in list(self._links.values()):
             self._let_go(link)
 
@@ -183,11 +183,11 @@ class PoolEngine:
         self._slots = slots
         if slots and self._local.is_gone and not self._closing:
             self._local.open()
-        if self._nodes is not None:
-            self._nodes.limit(of_nodes)
+        if self.nodes is not None:
+            self.nodes.limit(of_nodes)
         self._on_capacity()
         self._retire_excess(self._local.links.values(), slots)
-        for node in self._nodes.nodes.values() if self._nodes is not None else ():
+        for node in self.nodes.nodes.values() if self.nodes is not None else ():
             self._retire_excess(node.links.values(), node.slots)
 
     def _retire_excess(self, links: Collection[Link], slots: int) -> None:
@@ -205,7 +205,7 @@ class PoolEngine:
             self._later(LONG, self._ask_for_the_long)
         assert self._local is not None
         workers = [next(self._worker_ids) for _ in range(command.count)]
-        if self._nodes is None:
+        if self.nodes is None:
             self._local.start(workers, command.lane)
             return
         for worker in workers:
@@ -216,8 +216,8 @@ class PoolEngine:
 
     def _start_on(self, worker: int, lane: str, node: str) -> None:
         """Start a worker on that machine."""
-        assert self._nodes is not None and self._local is not None
-        takers = {taker.name: taker for taker in self._nodes.takers()}
+        assert self.nodes is not None and self._local is not None
+        takers = {taker.name: taker for taker in self.nodes.takers()}
         place: Local | Node | None = takers.get(node) if node else self._local
         if place is None:
             self._soon(m.WorkerLost(worker, f"not started: {node} has left", None))
@@ -227,7 +227,7 @@ class PoolEngine:
     def _start_somewhere(self, worker: int, lane: str) -> None:
         """Start a worker where there is a slot for it: here first; else, where calls lend
         theirs, where least is going on."""
-        nodes, local = self._nodes, self._local
+        nodes, local = self.nodes, self._local
         assert nodes is not None and local is not None
         places: list[tuple[Local | Node, int]] = [(node, node.slots) for node in nodes.takers()]
         if self._slots:
@@ -245,7 +245,7 @@ class PoolEngine:
 
     def _on_capacity(self) -> None:
         """There are more slots, or fewer."""
-        takers = self._nodes.takers() if self._nodes is not None else []
+        takers = self.nodes.takers() if self.nodes is not None else []
         offers = {node.name: {**node.offer.resources, "cpu": node.slots} for node in takers}
         self._post(m.Capacity(self._slots + sum(node.slots for node in takers), offers))
         unplaced, self._unplaced = self._unplaced, []

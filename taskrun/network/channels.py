@@ -25,6 +25,7 @@ CONTROL: Final = 6  # a frame for a worker's control Pipe
 SIGNAL: Final = 7  # SIGNALLED
 VALUE: Final = 8  # a value, to be kept for workers; the key says its number
 FORGET: Final = 9  # a value is not needed any more
+DRAIN: Final = 10  # finish what you have, take nothing more, and leave
 
 # -- to the coordinator ---------------------------------------------------------------
 

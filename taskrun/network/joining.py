@@ -3,6 +3,7 @@
     node:         hello     its versions, what it offers, which session it was in
     coordinator:  welcome   the session, how much of it was received, the lease
                   or refused, with the reason
+    server:       hosting   the node is one for several runs; see ``taskrun.workers.host``
 
 A node that comes back within its lease says how much it has received, and both go on from
 there.  A node that meets another session than its own ends what it did for that.
@@ -11,7 +12,7 @@ there.  A node that meets another session than its own ends what it did for that
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from taskrun.errors import WireError
 from taskrun.network.channels import VERSION, Offer, offer_from
@@ -42,6 +43,17 @@ class Refused(NamedTuple):
 
     reason: str
     later: bool
+
+
+class Hosting(NamedTuple):
+    """... or this, where a server is.  ``session``: it comes back with that."""
+
+    name: str
+    session: str
+    hosts: bool
+
+
+Answer: TypeAlias = Welcome | Refused | Hosting
 
 
 def hello_frame(hello: Hello) -> bytes:
@@ -80,15 +92,17 @@ def read_hello(frame: memoryview) -> Hello:
     return Hello(offer_from(said), str(said.get("session", "")), received)
 
 
-def answer_frame(answer: Welcome | Refused) -> bytes:
-    """A welcome or a refusal, to be sent."""
+def answer_frame(answer: Answer) -> bytes:
+    """An answer, to be sent."""
     return _frame(answer._asdict())
 
 
-def read_answer(frame: memoryview) -> Welcome | Refused:
-    """Raises WireError where it is neither."""
+def read_answer(frame: memoryview) -> Answer:
+    """Raises WireError where it is none."""
     try:
         said = _said(frame)
+        if "hosts" in said:
+            return Hosting(**said)
         return Refused(**said) if "reason" in said else Welcome(**said)
     except (TypeError, ValueError) as error:
         raise WireError(f"the coordinator answers what is no answer: {error}") from None

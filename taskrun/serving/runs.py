@@ -48,7 +48,7 @@ class Submission(NamedTuple):
 
 class ServedRun:
     """One run.  ``on_end`` is called when it has ended.  ``key`` is what its process and the
-    server prove to each other."""
+    server prove to each other; ``lease``: seconds that its nodes may be silent."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class ServedRun:
         reactor: Reactor,
         key: bytes,
         on_end: Callable[[ServedRun], object],
+        lease: float,
     ) -> None:
         """Raises OSError and ValueError where the bundle cannot be unpacked."""
         self.name = name
@@ -71,6 +72,7 @@ class ServedRun:
         self._reactor = reactor
         self._key = key
         self._on_end = on_end
+        self._lease = lease
         self._followers: list[Follower] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._steering: transport.Peer | None = None
@@ -116,7 +118,7 @@ class ServedRun:
         self.shares = dict(shares)
         command = [
             sys.executable, "-P", "-m", "taskrun.cli.served", str(os.getpid()), "exec",
-            f"./{self.file}", *self.words, "-j", str(shares.get(HERE, 0)),
+            f"./{self.file}", f"--lease={self._lease}", *self.words, "-j", str(shares.get(HERE, 0)),
             "--listen", f"unix:{self.address}",
         ]  # fmt: skip
         try:

@@ -25,6 +25,7 @@ from taskrun.network.bundles import digest_of
 from taskrun.reactor import Reactor
 from taskrun.roles import STEER
 from taskrun.serving import talk
+from taskrun.serving.hosts import NODE, Hosts, relay, role_of
 from taskrun.serving.kept import Follower
 from taskrun.serving.runs import ENDED, GRACE, HERE, RUNNING, WAITING, ServedRun, Submission
 from taskrun.serving.shares import deal
@@ -34,7 +35,7 @@ from taskrun.state.service import Service
 REMEMBERED: Final = 20  # runs that have ended, with their output
 GOODBYE: Final = 1.0  # seconds that those who follow have to take the last words
 ANSWER_SECONDS: Final = 8.0  # that the process of a run has to answer
-_WITH_RUN: Final = ("explain", "stack", "tell", "pause", "unpause", "drain")
+_WITH_RUN: Final = ("explain", "stack", "tell", "pause", "unpause")
 
 
 class Server:
@@ -42,6 +43,7 @@ class Server:
 
     ``slots``: how many workers this machine has for all runs together.  ``service``: where it
     listens, and the state that all its runs can reach.  ``say`` writes a line for people.
+    ``lease``: seconds that a node may be silent.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Server:
         slots: int,
         make_service: Callable[..., Service],
         say: Callable[[str], object],
+        lease: float,
     ) -> None:
         self.runs: dict[str, ServedRun] = {}
         self.status: int | None = None
@@ -60,6 +63,9 @@ class Server:
         self._numbers = count(1)
         self._clients: list[Client] = []
         self._service = make_service(reactor, is_running=lambda call, attempt: False, notice=say)
+        self._lease = lease
+        self._hosts = Hosts(reactor, self.deal, say, lease, frozenset((HERE,)))
+        self._service.roles[NODE] = self._hosts.accept
         self._service.roles[STEER] = self._on_steering
         self._service.roles[talk.SUBMIT] = self._on_client
 
@@ -116,17 +122,26 @@ class Server:
         name = f"r{next(self._numbers)}"
         try:
             run = ServedRun(
-                name, submission, self._reactor, self._service.authkey, self._on_run_end
+                name,
+                submission,
+                self._reactor,
+                self._service.authkey,
+                self._on_run_end,
+                self._lease,
             )
         except (OSError, ValueError) as error:
             raise UsageError(f"the files of the run cannot be laid out: {error}") from None
         self.runs[name] = run
+        self._service.roles[role_of(name)] = lambda peer: relay(
+            peer, run.address, self._service.authkey, self._reactor
+        )
         self._say(f"{name} {run.file} submitted")
         self.deal()
         return run
 
     def _on_run_end(self, run: ServedRun) -> None:
         self._say(f"{run.name} {run.file} ended with status {run.status}")
+        del self._service.roles[role_of(run.name)]
         ended = [run for run in self.runs.values() if run.state == ENDED]
         for old in ended[:-REMEMBERED]:
             del self.runs[old.name]
@@ -136,7 +151,7 @@ class Server:
         """Share what there is among those who are there."""
         if self.status is not None:
             return
-        places = {HERE: self._slots}
+        places = {HERE: self._slots, **self._hosts.places()}
         live = self.live()
         # With more runs than slots, the last ones wait until they can have one.
         started = [run for run in live if run.state == RUNNING]
@@ -147,8 +162,9 @@ class Server:
         for run in chosen:
             if run.state == RUNNING:
                 run.share(dealt[run.name])
-            else:
+            elif run.state == WAITING:
                 run.start(dealt[run.name])
+        self._hosts.tell(dealt)
 
     def find(self, name: str) -> ServedRun:
         """The run of that name.  Raises UsageError."""
@@ -205,6 +221,10 @@ class Server:
                 raise UsageError(f"{run.name} has ended, with status {run.status}")
             run.interrupt(signal.SIGTERM)
             return f"{run.name} is being stopped"
+        if do == "drain":
+            host = self._hosts.find(str(request["node"]))
+            self._hosts.drain(host)
+            return f"{host.name} takes no more calls, and leaves when it has ended its own"
         if do in _WITH_RUN:
             raise UsageError(f"here are several runs: say which one, taskrun {do} ADDRESS RUN ...")
         raise ValueError(do)
@@ -213,7 +233,7 @@ class Server:
         return {
             "server": True, "pid": os.getpid(), "seconds": round(time.time() - self._began, 3),
             "slots": self._slots, "runs": [run.described() for run in self.runs.values()],
-            "nodes": [],
+            "nodes": [host.described() for host in self._hosts.hosts.values()],
         }  # fmt: skip
 
     def _ask(self, peer: transport.Peer, run: ServedRun, request: dict[str, Any]) -> None:

@@ -1,0 +1,161 @@
+"""Nodes of a server: they take part in all its runs, and come and go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Running, started, wait_until
+from test_serve import TASKS, Site
+
+pytestmark = pytest.mark.timeout(120)
+
+WHERE = (
+    TASKS
+    + """
+@task
+def where(all=result(work)): print("on", current().node)
+"""
+)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    runtime = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
+    for runs in started(tmp_path):
+        yield Site(runs, runtime)
+    shutil.rmtree(runtime)
+
+
+def join(site: Site, jobs: int = 2, name: str = "lab") -> Running:
+    return site.runs.start(
+        "worker", site.address, "-j", str(jobs), "--name", name, env=site.variables
+    )
+
+
+def node(site: Site, name: str = "lab") -> Any:
+    return next((node for node in site.status()["nodes"] if node["node"] == name), None)
+
+
+def test_a_run_is_executed_on_a_node_where_the_server_has_no_slots(site: Site) -> None:
+    site.serve(0)
+    client = site.submit(source=WHERE)
+    wait_until(lambda: site.status()["runs"])
+    assert site.run("r1")["state"] == "waiting"
+    lab = join(site)
+    site.await_begun(2)
+    site.go_on()
+    ended = client.end().check()
+    assert "total | 28" in ended.out and "where | on lab" in ended.out
+    assert node(site)["slots"] == 2
+    lab.signal(signal.SIGTERM)
+    assert lab.end().status == 0
+    wait_until(lambda: node(site) is None)
+
+
+def test_two_runs_share_a_node_and_the_server_and_one_gets_all_when_it_is_alone(
+    site: Site,
+) -> None:
+    site.serve(2)
+    join(site, 2)
+    wait_until(lambda: node(site))
+    first = site.detach(
+        source="@task\ndef long(n=each(range(9))):\n    while True: time.sleep(0.01)"
+    )
+    wait_until(lambda: site.run(first)["slots"] == 4)
+    second = site.detach()
+    assert [site.run(name)["slots"] for name in (first, second)] == [2, 2]
+    site.ask("cancel", first).check()
+    site.await_begun(4)
+    assert site.run(second)["slots"] == 4
+    site.go_on()
+    assert "total | 28" in site.attach(second).end().check().out
+
+
+def test_one_run_after_the_other_uses_the_same_node(site: Site) -> None:
+    site.serve(0)
+    lab = join(site)
+    site.go_on()
+    for _ in range(3):
+        assert "total | 28" in site.submit().end().check().out
+    wait_until(lambda: len(lab.processes()) == 1)
+
+
+def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:
+    site.serve(1)
+    lab = join(site, 2)
+    wait_until(lambda: node(site))
+    run = site.detach()
+    site.await_begun(3)
+    assert "there is no node 'lib'" in site.ask("drain", "lib").check(2).err
+    site.ask("drain", "lab").check()
+    wait_until(lambda: node(site)["state"] == "draining")
+    assert lab.process.poll() is None  # its calls go on
+    site.go_on()
+    assert "total | 28" in site.attach(run).end().check().out
+    assert lab.end().status == 0
+
+
+def test_a_node_that_is_killed_leaves_nothing_and_costs_its_calls_only(site: Site) -> None:
+    site.serve(1, "--lease", "1.5")
+    lab = join(site, 2)
+    wait_until(lambda: node(site))
+    source = TASKS.replace("@task\ndef work", "@task(retries=2)\ndef work")
+    run = site.detach(source=source)
+    site.await_begun(3)
+    lab.signal(signal.SIGKILL)
+    lab.process.wait(10)
+    lab.assert_gone(2.0)
+    wait_until(lambda: node(site) is None)
+    site.go_on()
+    assert "total | 28" in site.attach(run).end().check().out
+
+
+def test_a_killed_server_is_missed_by_its_node_which_joins_the_next_one(site: Site) -> None:
+    server = site.serve(0, "--lease", "1.5")
+    lab = join(site)
+    client = site.submit()
+    site.await_begun(2)
+    server.signal(signal.SIGKILL)
+    assert client.end().status == 3
+    server.assert_gone()
+    lab.await_line("lost the connection to the server", err=True)
+    wait_until(lambda: len(lab.processes()) == 1)
+    again = site.runs.start("serve", "--listen", site.address, "-j", "0", env=site.variables)
+    again.await_line("listening on", err=True)
+    site.go_on()
+    assert "total | 28" in site.submit().end().check().out
+
+
+def test_an_interrupted_node_leaves_at_once_the_second_time(site: Site) -> None:
+    site.serve(1)
+    lab = join(site)
+    wait_until(lambda: node(site))
+    site.detach("-k")
+    site.await_begun(3)
+    lab.signal(signal.SIGINT)
+    lab.await_line("again to leave at once", err=True)
+    lab.signal(signal.SIGINT)
+    assert lab.end().status == 130
+
+
+def test_the_node_of_a_plain_run_is_listed_and_can_be_drained(site: Site) -> None:
+    path = site.write()
+    run = site.runs.start("exec", path, "-j", "1", "--listen", "127.0.0.1:0", env=site.variables)
+    site.address = run.await_line("listening on", err=True).split()[-1]
+    lab = join(site)
+    site.await_begun(3)
+    found = node(site)
+    assert found["slots"] == 2 and found["state"] == "here" and len(found["workers"]) == 2
+    assert re.search(r"lab\s+2\s+here", site.ask("status").check().out)
+    site.ask("drain", "lab").check()
+    wait_until(lambda: node(site)["state"] == "draining")
+    site.go_on()
+    assert "total | 28" in run.end().check().out
+    assert lab.end().status == 0

@@ -1,0 +1,235 @@
+"""A node of a server: takes part in several runs at a time, with a supervisor for each.
+
+The server says in which runs this node is to take part.  For each of them a process is forked
+that is the node of that run and of no other: it dials the server by a role that names the run,
+and the server passes on what it and the run's process say to each other.  So a run's part in
+this node has a lease of its own; a connection that breaks, even a server that is gone for a
+moment, ends nothing here before that is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any, Final
+
+from taskrun import sessions
+from taskrun.errors import DialError, TaskrunError
+from taskrun.network.channels import Offer
+from taskrun.network.joining import Hello, Hosting, hello_frame, read_answer
+from taskrun.reactor import Reactor, Timer
+from taskrun.signals import Signals
+
+BEAT: Final = 1.0  # seconds
+SILENCE: Final = 7.5  # seconds without an answer, after which the connection is given up
+AGAIN: Final = 0.5  # seconds before the server is dialled again, or a supervisor started again
+_GOODBYE: Final = 1.0  # seconds for the server to take the last words
+
+Dial = Callable[[Callable[[Any], object], Callable[[DialError], object]], object]
+
+
+class Host:
+    """This machine's part in all runs of a server.
+
+    ``peer`` is the connection over which the server gave ``hosting`` as its answer; ``dial``
+    makes another one.  ``take_part(run, offer)`` is the supervisor for a run: it is called in
+    a process of its own, and gives its exit status.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        peer: Any,
+        hosting: Hosting,
+        offer: Offer,
+        dial: Dial,
+        take_part: Callable[[str, Offer], int],
+        say: Callable[[str], object],
+    ) -> None:
+        self._reactor = reactor
+        self._hosting = hosting
+        self._offer = offer
+        self._dial = dial
+        self._take_part = take_part
+        self._say = say
+        self._parts: dict[str, int] = {}  # run -> pid
+        self._ending: set[str] = set()  # runs whose supervisors were told to leave
+        self._wanted: set[str] = set()
+        self._peer: Any = None
+        self._heard = monotonic()
+        self._leaving = self._over = False
+        self._status = 0
+        self._attach(peer)
+
+    # -- the main flow ----------------------------------------------------------------
+
+    def run(self) -> int | None:
+        """Take part until told to leave; gives the exit status, or None where there is no
+        server any more, but something else that wants a node."""
+        self._say(f"joined a server as {self._hosting.name}")
+        before = signal.signal(signal.SIGCHLD, lambda *_: self._reactor.post(self._reap))
+        try:
+            with Signals(self._reactor, self._on_signal):
+                self._beat()
+                self._reactor.run_until(lambda: self._over)
+                self._end_parts()
+                self._say_goodbye()
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+        return self._status if self._leaving else None
+
+    def _on_signal(self, number: int) -> None:
+        """The first one: finish what runs, then leave.  The second: at once."""
+        if self._leaving:
+            self._status, self._over = 128 + number, True
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._leaving:
+            self._leaving = True
+            self._say("leaves when it has ended the calls that it has; again to leave at once")
+            self._tell({"draining": True})
+            self._wanted.clear()
+            self._adjust()
+
+    def _end_parts(self) -> None:
+        """They end with us; let them say so."""
+        for pid in self._parts.values():
+            sessions.send([pid], signal.SIGTERM)
+            sessions.send([pid], signal.SIGINT)
+        deadline = monotonic() + 4 * _GOODBYE
+        if not self._reactor.run_until(lambda: not self._parts, deadline):
+            sessions.send(self._parts.values(), signal.SIGKILL)
+
+    def _say_goodbye(self) -> None:
+        peer, self._peer = self._peer, None
+        if peer is not None:
+            peer.finish()
+            self._reactor.run_until(lambda: peer.closed, monotonic() + _GOODBYE)
+            peer.close()
+
+    # -- the server -------------------------------------------------------------------
+
+    def _attach(self, peer: Any) -> None:
+        self._peer = peer
+        self._heard = monotonic()
+        peer.listen(partial(self._on_frame, peer), partial(self._on_end, peer))
+
+    def _tell(self, what: dict[str, Any]) -> None:
+        if self._peer is not None:
+            self._peer.send(json.dumps(what).encode())
+
+    def _beat(self) -> None:
+        if self._peer is not None and monotonic() - self._heard > SILENCE:
+            self._peer.close()
+            self._on_end(self._peer, f"no answer for {SILENCE:g} s")
+        self._tell({"beat": True})
+        self._later(BEAT, self._beat)
+
+    def _on_frame(self, peer: Any, frame: memoryview) -> None:
+        if peer is not self._peer:
+            return
+        self._heard = monotonic()
+        said = json.loads(bytes(frame))
+        if "take" in said and not self._leaving:
+            self._wanted = set(said["take"])
+            self._adjust()
+        if said.get("drain"):
+            self._leave()
+
+    def _on_end(self, peer: Any, reason: str) -> None:
+        if peer is self._peer and not self._over:
+            self._peer = None
+            self._say(f"lost the connection to the server: {reason}")
+            self._later(AGAIN, self._connect)
+
+    def _connect(self) -> None:
+        if not self._over:
+            self._dial(self._on_peer, self._on_failure)
+
+    def _on_failure(self, error: DialError) -> None:
+        if error.retry:
+            self._later(AGAIN, self._connect)
+        else:
+            self._say(str(error))
+            self._over = True
+
+    def _on_peer(self, peer: Any) -> None:
+        timer = self._later(SILENCE, peer.close)
+        peer.listen(partial(self._on_answer, peer, timer), lambda reason: self._connect())
+        peer.send(hello_frame(Hello(self._offer, self._hosting.session, 0)))
+
+    def _on_answer(self, peer: Any, timer: Timer, frame: memoryview) -> None:
+        timer.cancel()
+        answer = read_answer(frame)
+        if not isinstance(answer, Hosting):
+            peer.close()
+            self._over = True  # what is there now is no server
+            return
+        if answer.session != self._hosting.session:
+            self._wanted.clear()  # another server: its runs are others
+            self._adjust()
+        self._hosting = answer
+        self._attach(peer)
+        if self._leaving:
+            self._tell({"draining": True})
+
+    # -- the runs ---------------------------------------------------------------------
+
+    def _adjust(self) -> None:
+        """Start the supervisors that are missing, and have those leave that are too many."""
+        for run in sorted(self._wanted - self._parts.keys()):
+            self._start(run)
+        for run in self._parts.keys() - self._wanted - self._ending:
+            self._ending.add(run)
+            sessions.send([self._parts[run]], signal.SIGTERM)
+        if self._leaving and not self._parts:
+            self._over = True
+
+    def _start(self, run: str) -> None:
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._say(f"no process can be started for {run}: {error.strerror}")
+            self._later(AGAIN, self._adjust)
+            return
+        if pid == 0:
+            self._be(run, parent)
+        self._parts[run] = pid
+
+    def _be(self, run: str, parent: int) -> None:
+        """In the child: be the supervisor for this run, and end."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            sessions.die_with_parent(parent)
+            status = self._take_part(run, self._offer._replace(name=self._hosting.name))
+        except TaskrunError as error:
+            self._say(f"{run}: {error}")
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _reap(self) -> None:
+        for run, pid in list(self._parts.items()):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                del self._parts[run]
+                self._ending.discard(run)
+                self._later(AGAIN, self._adjust)  # it may be wanted again
+        if self._leaving and not self._parts:
+            self._over = True
+
+    def _later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        return self._reactor.call_at(monotonic() + seconds, callback)
