@@ -738,6 +738,41 @@ def test_a_call_knows_who_and_where_it_is(runs: Runs) -> None:
     assert lines_of(runs.exec(source).check().out, "number 07")
 
 
+@pytest.mark.parametrize("how", ["-j1", "-j2", "--inline"])
+def test_where_a_call_goes_is_its_own_affair(runs: Runs, how: str) -> None:
+    ended = runs.exec(
+        """
+        import shutil, tempfile
+
+        @task
+        def wanders(n=each(range(6))):
+            os.chdir(tempfile.mkdtemp(dir="."))
+            there = os.getcwd()
+            seen = looks.submit(n).result()
+            if n % 2: shutil.rmtree(there)
+            else: assert os.getcwd() == there
+            return seen
+
+        @task
+        def looks(n):
+            here = os.getcwd()
+            os.chdir("/")
+            return here
+
+        @task
+        async def coroutine(x=result(wanders)):
+            return os.getcwd()
+
+        @task
+        def total(seen=result(wanders), last=result(coroutine)):
+            print(*{*seen, last, os.getcwd()})
+        """,
+        how,
+        "--output=raw",
+    ).check()
+    assert ended.out == f"{runs.folder}\n"
+
+
 def test_a_label_may_be_huge_or_strange(runs: Runs) -> None:
     source = """
         @task(label="{text}")

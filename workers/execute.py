@@ -16,7 +16,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter, time
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -34,6 +34,7 @@ from taskrun.errors import (
 from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
 from taskrun.model import Failure
 from taskrun.values import encode, encode_failure, encode_items
+from taskrun.workers.folder import Folder
 from taskrun.workers.items import Items, Later
 from taskrun.workers.loops import Loops, standing_still
 from taskrun.workers.outbox import Port
@@ -109,7 +110,8 @@ class Executor:
 
     ``on_ctrl_c``: called where a KeyboardInterrupt has ended a call, which then counts as
     cancelled; without it, that is an exception like any other.  ``later``: how items of a
-    generator are sent while it runs; without it, they go with its report.
+    generator are sent while it runs; without it, they go with its report.  ``folder``: the
+    working directory of all calls; without it, one takes over what another has made of it.
     """
 
     running: Running | None = None
@@ -124,6 +126,7 @@ class Executor:
         thread_variables: frozenset[str] = frozenset(),
         on_ctrl_c: Callable[[], object] | None = None,
         later: Later | None = None,
+        folder: Folder | None = None,
     ) -> None:
         self.made: dict[Any, Any] = {}
         self.forked = False
@@ -136,6 +139,7 @@ class Executor:
         self._thread_variables = thread_variables
         self._on_ctrl_c = on_ctrl_c
         self._later = later
+        self._folder = folder
         self._generators: list[Any] = []
         self.early: dict[tuple[int, int], str] = {}  # interrupted before they came
         self._bunch: tuple[int, int, deque[Any]] | None = None  # that is executed: what is left
@@ -171,6 +175,8 @@ class Executor:
             kind, payload, items = self._failed(running, error)
         seconds = perf_counter() - start
         wrote = self._marks.ended(call, attempt)
+        if self._folder is not None:
+            self._folder.restore()
         self._report(running, (ENDED, call, attempt, kind, payload, items, running.began,
                                seconds, wrote))  # fmt: skip
 
@@ -251,7 +257,8 @@ class Executor:
         waiting = self.running
         assert waiting is not None
         self._marks.ended(waiting.call, waiting.attempt, ended=False)
-        with standing_still(), _room_to_recurse():
+        aside = nullcontext() if self._folder is None else self._folder.set_aside()
+        with standing_still(), _room_to_recurse(), aside:
             self.execute(record)
 
     def _report(self, running: Running, record: tuple[Any, ...]) -> None:

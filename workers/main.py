@@ -36,6 +36,7 @@ from taskrun.wire import READ_SIZE, Decoder
 from taskrun.workers.capture import Capture, Uncaptured
 from taskrun.workers.control import Control, tell_why
 from taskrun.workers.execute import Executor, Running
+from taskrun.workers.folder import Folder
 from taskrun.workers.items import Flusher
 from taskrun.workers.outbox import Outbox
 from taskrun.workers.recipes import Home
@@ -124,6 +125,7 @@ class Worker:
             self._capture,
             thread_variables=variables,
             later=Flusher().later,
+            folder=Folder() if settings.pool is None else None,
         )
         self._context = WorkerContext(
             self.executor,

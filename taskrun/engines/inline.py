@@ -22,6 +22,7 @@ from taskrun.engines.records import Records
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor, Timer
 from taskrun.workers.execute import Executor, Running
+from taskrun.workers.folder import Folder
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import WorkerContext
 from taskrun.workers.settings import Preloaded, environment_additions
@@ -81,6 +82,7 @@ class InlineEngine:
         """See ``engines.base``."""
         self._reactor = reactor
         self._records = Records(post, observer, self._recipe_ids, self._constants)
+        self._folder = Folder()
         self._executor = Executor(
             self,
             Home(None, Preloaded(None)),
@@ -88,6 +90,7 @@ class InlineEngine:
             _Nobody(),
             thread_variables=frozenset(environment_additions(dict(os.environ))),
             on_ctrl_c=self._on_ctrl_c,
+            folder=self._folder,
         )
         self._context = WorkerContext(
             self._executor,
@@ -107,9 +110,12 @@ class InlineEngine:
 
     def close(self, deadline: float) -> None:
         """See ``engines.base``."""
+        if self._closed:
+            return
         self._closed = True
         self._queue.clear()
         self._executor.close()
+        self._folder.close()
 
     # -- commands ---------------------------------------------------------------------
 
