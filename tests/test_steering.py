@@ -137,6 +137,25 @@ def test_the_address_may_be_left_out_where_there_is_one_run(
     assert gone.status == 2 and "no run of yours is alive" in gone.err
 
 
+def test_of_several_runs_status_shows_the_addresses(
+    runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    folder = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    alone = {"XDG_RUNTIME_DIR": folder}
+    both = [runs.start_exec(TASKS, "-j1", env=alone) for _ in range(2)]
+    sockets = [f"{folder}/taskrun/run-{running.process.pid}.sock" for running in both]
+    wait_until(lambda: all(os.path.exists(path) for path in sockets))
+    shown = runs.run("status", env=alone).check().out
+    found = json.loads(runs.run("status", "--json", env=alone).check().out)
+    assert all(f"unix:{path}" in shown for path in sockets)
+    assert {now["pid"] for now in found} == {running.process.pid for running in both}
+    assert "several runs of yours" in runs.run("explain", "total", env=alone).check(2).err
+    go_on(runs)
+    for running in both:
+        assert running.end().status == 0
+
+
 def test_whoever_has_another_key_is_refused(runs: Runs, live: Running) -> None:
     other = runs.folder / "key"
     other.write_text("0123456789abcdef0123")

@@ -126,7 +126,12 @@ def status(
     words: tuple[str, ...], watch: bool, json: bool, authkey_file: str | None, **tls: Any
 ) -> None:
     """Show what the live run at ADDRESS, or your only one, is doing: how far
-    each task is, what runs where and since when."""
+    each task is, what runs where and since when. Of several runs of yours it
+    shows the addresses."""
+    several = [] if words or watch else _several()
+    if several:
+        _show_several(several, json, authkey_file, tls)
+        return
     with asking(_where(words, "status"), authkey_file, tls) as ask:
         if not watch:
             _show(ask("status"), json)
@@ -199,6 +204,41 @@ def drain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: A
     where, node = _where_and_what(words, "drain", "NODE")
     with asking(where, authkey_file, tls) as ask:
         _tell(ask("drain", node=node), json)
+
+
+# -- several runs -----------------------------------------------------------------------
+
+
+def _several() -> list[str]:
+    """The addresses of this user's runs, where none is meant and there are several."""
+    import os
+
+    from taskrun import addresses
+
+    if os.environ.get("TASKRUN_ADDRESS"):
+        return []
+    paths = addresses.live_runs()
+    return [addresses.shown(path) for path in paths] if len(paths) > 1 else []
+
+
+def _show_several(
+    several: list[str], json: bool, authkey_file: str | None, tls: dict[str, Any]
+) -> None:
+    """A line a run; one that ends meanwhile, or has another key, is shown as what it is."""
+    found: list[dict[str, Any]] = []
+    for address in several:
+        try:
+            with asking(Where(address, None), authkey_file, tls) as ask:
+                found.append({"address": address, **ask("status")})
+        except (UsageError, RunError) as error:
+            found.append({"address": address, "error": str(error)})
+    if json:
+        click.echo(json_module.dumps(found))
+        return
+    click.echo("several runs of yours are alive; taskrun status ADDRESS shows one of them")
+    for now in found:
+        first = now["error"] if "error" in now else next(_lines(now))
+        click.echo(f"  {now['address']}  {first}")
 
 
 # -- how a status looks ---------------------------------------------------------------
