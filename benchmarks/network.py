@@ -190,7 +190,7 @@ class _Call:
     """What an engine reads of a call."""
 
     attempt = 1
-    index = units = None
+    blob = index = units = None
 
     def __init__(self, id: int, recipe: Recipe, args: Any) -> None:
         self.id, self.recipe, self._args = id, recipe, args
