@@ -177,3 +177,9 @@ class Interrupted(BaseException):
 
     A BaseException, so that a task's ``except Exception`` does not swallow it.
     """
+
+
+MALFORMED = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
+"""What reading a request raises that is not of the form that is known."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call
-from taskrun.errors import StateError, UsageError
+from taskrun.errors import MALFORMED, StateError, UsageError
 from taskrun.explain import explain
 from taskrun.model import nearest
 
@@ -30,6 +30,7 @@ STACK_SECONDS: Final = 5.0  # that a worker has to say where it is
 MOST_SHOWN: Final = 1000  # running calls that a status lists
 RARELY: Final = 20  # a status costs at most this fraction of the loop's time
 WHOLE_RUN: Final = "run"
+MOST_REQUEST: Final = 16 * 1024 * 1024  # bytes
 
 
 class Steered(Protocol):
@@ -75,6 +76,7 @@ class Steering:
 
     def admit(self, peer: Peer) -> None:
         """Somebody with the key wants to ask."""
+        peer.limit(MOST_REQUEST)
         peer.listen(lambda frame: self._on_request(peer, bytes(frame)), lambda reason: None)
 
     def _on_request(self, peer: Peer, frame: bytes) -> None:
@@ -87,7 +89,7 @@ class Steering:
             self._do[request["do"]](request, answer)
         except UsageError as error:
             peer.send(json.dumps({"error": str(error)}).encode())
-        except (ValueError, LookupError, TypeError):
+        except MALFORMED:
             peer.send(json.dumps({"error": "this run does not know what that asks"}).encode())
 
     # -- looking ----------------------------------------------------------------------

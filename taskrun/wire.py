@@ -42,7 +42,9 @@ def header(size: int) -> bytes:
 class Decoder:
     """Bytes in, in pieces of any size; whole frames out."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_FRAME) -> None:
+        """``most``: bytes that a frame may have."""
+        self.most = most
         self._pieces: list[bytes | memoryview] = []
         self._have = 0
         self._need = 4  # nothing can be done with less
@@ -58,7 +60,7 @@ class Decoder:
         frames: list[memoryview] = []
         start, end = 0, len(buffer)
         while True:
-            body, self._need = _measure(buffer, start, end)
+            body, self._need = _measure(buffer, start, end, self.most)
             if end - start < self._need:
                 break
             frames.append(buffer[start + body : start + self._need])
@@ -69,7 +71,7 @@ class Decoder:
         return frames
 
 
-def _measure(buffer: memoryview, start: int, end: int) -> tuple[int, int]:
+def _measure(buffer: memoryview, start: int, end: int, most: int) -> tuple[int, int]:
     """Where the body of the frame at ``start`` begins, and how long the frame is with its
     header; as far as that is known, else what must be there to know more."""
     if end - start < 4:
@@ -81,7 +83,7 @@ def _measure(buffer: memoryview, start: int, end: int) -> tuple[int, int]:
         if end - start < body:
             return body, body
         (size,) = _LONG.unpack_from(buffer, start + 4)
-    if not 0 <= size <= MAX_FRAME:
+    if not 0 <= size <= most:
         raise WireError(f"a frame cannot have {size} bytes: the other end is not a taskrun Pipe")
     return body, body + size
 

@@ -22,7 +22,7 @@ from taskrun.engines.remote import RemoteLink
 from taskrun.errors import UsageError, WireError
 from taskrun.network import channels as ch
 from taskrun.network.bundles import Bundle
-from taskrun.network.conversation import LEAVE, Conversation, Data
+from taskrun.network.conversation import LEAVE, MOST_FRAME, WINDOW, Conversation, Data
 from taskrun.network.joining import Hello, Refused, Welcome, answer_frame, read_hello
 from taskrun.network.parcels import Parcels
 from taskrun.network.relay import Relay
@@ -32,6 +32,7 @@ from taskrun.workers.settings import Settings
 ROLE: Final = b"node"
 LEASE: Final = 15.0  # seconds
 JOINING: Final = 10.0  # seconds for a node to say hello
+_MOST_UNREAD: Final = 4 * WINDOW  # bytes; a node that leaves more unread is none
 
 
 class Peer(Protocol):
@@ -39,6 +40,9 @@ class Peer(Protocol):
 
     name: str
     closed: bool
+    unsent: int
+
+    def limit(self, size: int) -> None: ...
 
     def listen(
         self, on_frame: Callable[[memoryview], object], on_end: Callable[[str], object]
@@ -129,6 +133,7 @@ class Nodes:
 
     def accept(self, peer: Peer) -> None:
         """Somebody who has the key says that it is a node."""
+        peer.limit(MOST_FRAME)
         timer = self.reactor.call_at(monotonic() + JOINING, peer.close)
 
         def first(frame: memoryview) -> None:
@@ -298,8 +303,9 @@ class Node:
         crew = self._nodes.crew
         for worker in workers:
             link = RemoteLink(
-                worker, self.name, self.conversation, self._parcels, crew.output, lane
-            )
+                worker, self.name, self.conversation, self._parcels, crew.output, lane,
+                self._expect_end,
+            )  # fmt: skip
             self.links[worker] = link
             crew.add(link)
         self.say(ch.START, pickle.dumps((workers, lane)))
@@ -318,6 +324,9 @@ class Node:
         if peer is not self._peer:
             return  # another has taken its place
         self._heard = monotonic()
+        if peer.unsent > _MOST_UNREAD:
+            self._nodes.lose(self, f"lost with the node {self.name}, which reads nothing")
+            return
         if frame and frame[0] == LEAVE:
             reason = bytes(frame[1:]).decode(errors="replace")
             self._nodes.lose(self, f"ended with the node {self.name}: {reason}")
@@ -404,9 +413,27 @@ class Node:
             self._nodes.crew.hear_control(link, memoryview(data))
 
     def _on_ended(self, key: int, data: Data) -> None:
-        link = self.links.pop(ch.worker_of(key), None)
-        if link is not None:
-            self._nodes.crew.ended(link, link.hear_the_last(data))
+        link = self.links.get(ch.worker_of(key))
+        if link is None:
+            return
+        how = link.hear_the_last(data)
+        del self.links[link.id]
+        try:
+            self._nodes.crew.ended(link, how)
+        except Exception:
+            self.links[link.id] = link  # it is lost with the node, which said what no node says
+            raise
+
+    def _expect_end(self, link: RemoteLink) -> None:
+        """A worker was killed.  A node that never says that it is gone is none."""
+        self._nodes.reactor.call_at(
+            monotonic() + 2 * self._nodes.lease, lambda: self._end_overdue(link)
+        )
+
+    def _end_overdue(self, link: RemoteLink) -> None:
+        if self.links.get(link.id) is link:
+            self._notice(f"is lost: it did not end w{link.id}")
+            self._nodes.lose(self, f"lost with the node {self.name}, which did not end it")
 
     def _on_draining(self, key: int, data: Data) -> None:
         self.draining = True

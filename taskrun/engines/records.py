@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from typing import Any, Protocol
 
 from taskrun import messages as m
 from taskrun.bunch import Bunch
 from taskrun.errors import WireError
-from taskrun.model import Recipe
+from taskrun.model import Failure, Recipe
 from taskrun.observers import Observer
 from taskrun.reactor import Timer
 from taskrun.values import encode
 
 _ONLY_TUPLES = frozenset([tuple])
 _ENDED_LENGTH = 9  # the kind, and a Report
+_KINDS = frozenset(("value", "held", "error", "retry", "skip"))
 
 
 class Source(Protocol):
@@ -125,7 +127,7 @@ class Records:
                 reports.append(record[1:])
                 continue
             if reports:
-                self._post(m.Finished(source.id, reports))
+                self._finished(source, reports)
                 reports = []
             event = self._event(source, record)
             if isinstance(event, m.Submitted):
@@ -137,7 +139,12 @@ class Records:
         if row is not None:
             self._post(row)
         if reports:
-            self._post(m.Finished(source.id, reports))
+            self._finished(source, reports)
+
+    def _finished(self, source: Source, reports: list[tuple[Any, ...]]) -> None:
+        if source.node:
+            _check_reports(reports)
+        self._post(m.Finished(source.id, reports))
 
     def _event(self, source: Source, record: tuple[Any, ...]) -> m.Event | None:
         try:
@@ -228,3 +235,29 @@ class Records:
 def _check_bunch(call: Any, count: int) -> None:
     if type(call.blob) is not Bunch or not 0 < count <= call.blob.left:
         raise WireError("a worker told of items that it does not have")
+
+
+def _check_reports(reports: list[tuple[Any, ...]]) -> None:
+    """What another machine says of the ends of attempts must not confuse the core."""
+    for call, _, kind, payload, items, began, seconds, _ in reports:
+        sound = (
+            type(call) is int
+            and kind in _KINDS
+            and type(began) is type(seconds) is float
+            and 0 <= seconds < inf
+            and (items is None or type(items) is list)
+            and (kind == "value" or _is_payload(kind, payload))
+        )
+        if not sound:
+            raise WireError("a worker told of an end in no known form")
+
+
+def _is_payload(kind: str, payload: Any) -> bool:
+    if kind == "skip":
+        return isinstance(payload, str)
+    if type(payload) is not tuple or len(payload) != 2:
+        return False
+    if kind == "held":
+        return True
+    failure = payload[kind == "retry"]
+    return isinstance(failure, Failure)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from signal import SIGKILL
 from typing import Any, Final
 
 from taskrun.blobs import Shared
 from taskrun.engines.capture import Attempt
 from taskrun.engines.links import Link
+from taskrun.errors import WireError
 from taskrun.messages import CALL, DELIVER, NESTED
 from taskrun.network import channels as ch
 from taskrun.network.conversation import Conversation, Data
@@ -37,7 +39,9 @@ class RemoteLink(Link):
         parcels: Parcels,
         emit: Callable[..., None],
         lane: str,
+        expect_end: Callable[[RemoteLink], object],
     ) -> None:
+        """``expect_end`` is called when the worker is killed: its node has to say so."""
         super().__init__(worker, f"{node}/w{worker}", emit)
         self.lane, self.slots = lane, SLOTS[lane]
         self.node = node
@@ -47,6 +51,7 @@ class RemoteLink(Link):
         self._moment = 0
         self._copy: Copy | None = None  # of its ledger, not looked at yet
         self._listening = True
+        self._expect_end = expect_end
 
     # -- to the worker ----------------------------------------------------------------
 
@@ -78,6 +83,8 @@ class RemoteLink(Link):
 
     def signal(self, number: int, executing: Attempt | None = None) -> None:
         data = ch.SIGNALLED.pack(number, *(executing or _NOBODY))
+        if number == SIGKILL and executing is None:
+            self._expect_end(self)
         self._conversation.send(ch.of_control(self.id), ch.SIGNAL, data)
 
     # -- from the worker --------------------------------------------------------------
@@ -97,8 +104,11 @@ class RemoteLink(Link):
             self._copy = generation, bytes(data[ch.GENERATION.size :])
 
     def hear_the_last(self, data: Data) -> str:
-        """Take the message that the worker has ended; gives how."""
-        how, self._moment, self._copy = pickle.loads(data)
+        """Take the message that the worker has ended; gives how.  Raises WireError."""
+        how, moment, copied = pickle.loads(data)
+        if type(moment) is not int or not (copied is None or _is_copy(copied)):
+            raise WireError("a worker's end is told in no known form")
+        self._moment, self._copy = moment, copied
         return str(how)
 
     @property
@@ -129,3 +139,8 @@ class RemoteLink(Link):
 
     def stop_listening(self) -> None:
         self._listening = False
+
+
+def _is_copy(copied: Any) -> bool:
+    """Whether this is a generation and what a ledger held."""
+    return type(copied) is tuple and list(map(type, copied)) == [int, bytes]

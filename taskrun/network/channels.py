@@ -6,6 +6,7 @@ frames of its Pipes are the messages.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, Final, NamedTuple
 
@@ -137,6 +138,8 @@ def offer_from(said: Any) -> Offer:
         offer = Offer(name, slots, resources, tuple(map(str, said["tags"])), str(said["lane"]))
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a node says what no node says: {error!r}") from None
-    if not (0 < offer.slots <= 100_000 and offer.name.isprintable() and len(name) < 200):
+    sound = all(0 <= value < math.inf for value in offer.resources.values())
+    named = offer.name.isprintable() and 0 < len(name) < 200
+    if not (0 < offer.slots <= 100_000 and named and sound):
         raise ValueError("a node offers what no node can have")
     return offer

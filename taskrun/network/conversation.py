@@ -37,6 +37,7 @@ _ECHO: Final = 4  # the same, and when the beat was sent that this answers
 LEAVE: Final = 5  # the conversation is over, and why
 
 _HEAD = struct.Struct("!BQIBB")
+MOST_FRAME: Final = CHUNK + _HEAD.size  # bytes; no frame of a conversation has more
 _COUNT = struct.Struct("!BQ")
 _STAMP = struct.Struct("!BQd")
 

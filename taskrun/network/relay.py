@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from taskrun.errors import WireError
 from taskrun.network import channels as ch
 from taskrun.network.conversation import Conversation, Data
 from taskrun.reactor import Reactor
@@ -49,6 +50,8 @@ class Relay:
         """A message came for one of them."""
         end = self._ends.get(number)
         if channel == ch.OPEN and self._connect is not None:
+            if end is not None:
+                raise WireError(f"connection {number} was opened twice")
             try:
                 self._add(number, self._connect())
             except OSError:

@@ -19,7 +19,7 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import transport
-from taskrun.errors import UsageError
+from taskrun.errors import MALFORMED, UsageError
 from taskrun.model import nearest
 from taskrun.network.bundles import digest_of
 from taskrun.reactor import Reactor
@@ -201,7 +201,7 @@ class Server:
             answer = self._answer(peer, request)
         except UsageError as error:
             peer.send(_json(error=str(error)))
-        except (ValueError, LookupError, TypeError):
+        except MALFORMED:
             peer.send(_json(error="this server does not know what that asks"))
         else:
             if answer is not None:
@@ -277,7 +277,7 @@ class Client:
             self._take(frame)
         except UsageError as error:
             self._refuse(str(error))
-        except (ValueError, LookupError, TypeError):
+        except MALFORMED:
             self._refuse("this server does not know what that asks: is it of the same version?")
 
     def _take(self, frame: memoryview) -> None:

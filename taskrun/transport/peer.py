@@ -67,6 +67,10 @@ class Peer:
             self._reactor.call_soon(lambda: self._take(rest))
         self.resume()
 
+    def limit(self, size: int) -> None:
+        """From now on a frame of more than ``size`` bytes ends the connection."""
+        self._decoder.most = size
+
     def pause(self) -> None:
         """Receive no more for now: the other end has to wait."""
         if self._listening:
