@@ -160,17 +160,19 @@ class Attempts(Books):
         else:
             self._end(call, FAILED)
 
-    def _lost(self, call: Call, event: m.WorkerLost) -> None:
+    def _lost(self, call: Call, event: m.WorkerLost, inner: Call | None) -> None:
+        """``inner``: what its worker executed while ``call`` waited."""
         call.seconds = self._now - call.began if call.began is not None else 0.0
         if call.ending:
             self._interrupted(call)
             return
         said = f"; its last output:\n{event.last_output.rstrip()}" if event.last_output else ""
+        there = f" in {inner.title}, while {call.title} waited" if inner not in (None, call) else ""
         failure = Failure(
             "lost",
             "WorkerLost",
             f"the worker that executed {call.title} (attempt {call.attempt}) "
-            f"{_was(event.reason)}{said}",
+            f"{_was(event.reason)}{there}{said}",
         )
         self._attempt_failed(call, failure, "lost", retryable=True)
 

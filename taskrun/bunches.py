@@ -54,11 +54,11 @@ class Bunches(Children):
             self._go_on_with(call, call.blob.cut(count))
             self._end_if_done(worker, call)
 
-    def _lost(self, call: Call, event: m.WorkerLost) -> None:
+    def _lost(self, call: Call, event: m.WorkerLost, inner: Call | None) -> None:
         """Only the item is lost that was executed."""
         if type(call.blob) is Bunch and call.blob.left > 1:
             self._go_on_with(call, call.blob.cut(call.blob.left - 1))
-        super()._lost(call, event)
+        super()._lost(call, event, inner)
 
     def _go_on_with(self, call: Call, rest: Bunch) -> None:
         """What was cut off is a call of its own, and next in its queue."""

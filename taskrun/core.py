@@ -169,8 +169,9 @@ class Scheduler(Bunches):
         ]
         for call in begun:
             del worker.calls[call.id]
+        inner = begun[-1] if begun and not home.begins_at_once else None
         for call in begun:
-            self._lost(call, event)
+            self._lost(call, event, inner if call.id in worker.waits else None)
         self._requeue(list(worker.calls.values()))
 
     def _die_too_often(self) -> bool:

@@ -77,6 +77,26 @@ def total(all=result(fine)): return sum(all)
             assert f"last words of {way}" in failure["message"]
 
 
+def test_what_is_lost_while_it_waits_names_the_call_that_took_it_along(runs: Runs) -> None:
+    """Past four workers a slot, those that wait execute what they wait for themselves."""
+    source = """
+        @task
+        def deep(n):
+            if n == 0: os._exit(9)
+            return deep.submit(n - 1).result()
+
+        @task
+        def root(): return deep.submit(7)
+        """
+    ended = runs.exec(source, "-j1")
+    assert ended.status == 1
+    said = [line for line in ended.err.splitlines() if "WorkerLost: the worker that" in line]
+    own = [line for line in said if "executed deep#7 (attempt 1) exited with status 9" in line]
+    taken = [line for line in said if "exited with status 9 in deep#7, while deep#" in line]
+    assert own and taken
+    assert not any(" in deep#7" in line for line in own)
+
+
 def test_a_worker_that_is_killed_while_idle_is_replaced(runs: Runs) -> None:
     source = """
         @task(priority=1)
