@@ -171,7 +171,18 @@ class Books:
             worker.running for worker in self._workers.values() if worker.home is not self.placement
         )
 
+    def spare(self) -> Worker | None:
+        """The idle worker to which a small call would go if it came now; None: it would wait."""
+        if self.over or self.stopping or self.paused or self._limits.parked_count:
+            return None
+        return self.placement.spare()
+
     # -- small steps ------------------------------------------------------------------
+
+    def reserve(self) -> int:
+        """The id of a call that is to come."""
+        self._made += 1
+        return self._made - 1
 
     def _new_call(
         self,
@@ -180,9 +191,9 @@ class Books:
         family: Any,
         parent: Call | None = None,
         key: bytes = b"",
+        id: int | None = None,
     ) -> Call:
-        call = Call(self._made, recipe, index, family, parent, key)
-        self._made += 1
+        call = Call(self.reserve() if id is None else id, recipe, index, family, parent, key)
         if self._keep:
             self.calls.append(call)
         else:

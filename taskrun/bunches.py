@@ -45,6 +45,12 @@ class Bunches(Children):
         self._put_down(call)
         self._end(call, OK)
 
+    def on_sent(self, event: m.Sent) -> None:
+        """A bunch went to a spare worker before it was in the books."""
+        call = self._submitted(event.recipe, None, b"", event.bunch, event.call)
+        self._announce()
+        self.placement.sent(self._workers[event.worker], call, self._now)
+
     # -- what was cut off -------------------------------------------------------------
 
     def _cut_off(self, worker: Worker, id: int, attempt: int, count: int) -> None:

@@ -51,10 +51,12 @@ class Children(Attempts):
             self._admit(call)
         self._feeding = self._feeding and not event.last
 
-    def _submitted(self, recipe: Recipe, parent: Call | None, key: bytes, blob: Any) -> Call:
+    def _submitted(
+        self, recipe: Recipe, parent: Call | None, key: bytes, blob: Any, id: int | None = None
+    ) -> Call:
         ordinal = self._ordinals.get(recipe.id, 0)
         self._ordinals[recipe.id] = ordinal + 1
-        call = self._new_call(recipe, ordinal, None, parent, key)
+        call = self._new_call(recipe, ordinal, None, parent, key, id)
         call.blob = blob
         call.users = 1  # the parent, or whoever fed it, may ask for the value
         self.graph.created.append(call)

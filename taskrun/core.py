@@ -60,6 +60,7 @@ class Scheduler(Bunches):
             m.GaveBack: self.on_gave_back,
             m.Submitted: self.on_submitted,
             m.Fed: self.on_fed,
+            m.Sent: self.on_sent,
             m.Waiting: self.on_waiting,
             m.Resumed: self.on_resumed,
             m.CancelCalls: self.on_cancel_calls,

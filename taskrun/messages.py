@@ -228,6 +228,16 @@ class Fed:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """A bunch was sent to the spare worker, as the first attempt of a reserved call."""
+
+    worker: WorkerId
+    call: CallId
+    recipe: Recipe
+    bunch: Bunch
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A running attempt waits for futures and lends its slot."""
 
@@ -310,6 +320,7 @@ Event: TypeAlias = (
     | GaveBack
     | Submitted
     | Fed
+    | Sent
     | Waiting
     | Resumed
     | CancelCalls

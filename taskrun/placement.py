@@ -242,6 +242,18 @@ class Placement:
             return self._idle.popitem()[1]
         return self._idle.pop(worker.id)
 
+    def spare(self) -> Worker | None:
+        """The idle worker that would get the next call at once."""
+        if not self._idle or self.ready.count or self.busy_cpu + DEFAULT_CPU > self.slots:
+            return None
+        return next(reversed(self._idle.values()))
+
+    def sent(self, worker: Worker, call: Call, now: float) -> None:
+        """A spare worker has got this call already."""
+        self._now = now
+        del self._idle[worker.id]
+        self._hand_over(worker, [call], _cpu(call.recipe))
+
     def _admit(self, call: Call) -> bool:
         """Whether its limits let ``call`` pass; otherwise it is parked, and ready no more."""
         self.ready.discard(call)

@@ -14,13 +14,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pickle import HIGHEST_PROTOCOL, dumps
-from types import FunctionType
 from typing import Any, Final, NamedTuple
 
 from taskrun.blobs import THRESHOLD, Portable, Seen
 from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver, Job
-from taskrun.pooling.functions import Recipes, dumps_call, is_stateless
+from taskrun.pooling.functions import TINY, Recipes, dumps_call, is_small, is_stateless
 from taskrun.pooling.looping import Loop
 from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap
@@ -51,7 +50,6 @@ PER_WORKER: Final = 64  # ... and for each worker
 Size = int | str | None  # of memory
 
 _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
-_TINY = frozenset((int, float, bool, type(None)))  # what goes as it is with others
 _FOREIGN = "this Pool belongs to the process that this one was forked from"
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
@@ -138,8 +136,16 @@ class Pool:
         """``func(*args, **kwds)``."""
         self._check_running()
         result = AsyncResult(self, self._driver, None, None)
-        self._apply(result, func, args, kwds, timeout, retries, waits=True)
+        if not (is_small(func, args, kwds, timeout, retries) and self._direct(result, func, args)):
+            self._apply(result, func, args, kwds, timeout, retries, waits=True)
         return result.get()
+
+    def _direct(self, result: AsyncResult, func: Any, args: Any) -> bool:
+        """The shortest way of a small call for which the caller waits; False: take another."""
+        recipe = self._recipes.by_name.get(func)
+        return recipe is not None and self._driver.submit_direct(
+            recipe, args, self._singles, result, waits=True
+        )
 
     def apply_async(
         self,
@@ -157,14 +163,11 @@ class Pool:
             self._check_running()
         driver = self._driver
         result = AsyncResult(self, driver, callback, error_callback)
-        small = (
-            type(func) is FunctionType
-            and type(args) is tuple
-            and not (kwds or retries or timeout is not None)
-            and _TINY.issuperset(map(type, args))
-        )
+        small = is_small(func, args, kwds, timeout, retries)
         if small and (recipe := self._recipes.by_name.get(func)) is not None:
-            driver.submit_small(recipe, args, self._singles, result)
+            direct = callback is None and error_callback is None
+            if not (direct and driver.submit_direct(recipe, args, self._singles, result)):
+                driver.submit_small(recipe, args, self._singles, result)
         else:
             self._apply(result, func, args, kwds, timeout, retries)
         return result
@@ -457,7 +460,7 @@ def _feed(
             except StopIteration:
                 break
             kind = type(args[0])
-            if small and kind in _TINY:
+            if small and kind in TINY:
                 driver.submit_small(recipe, args, made, count)
             else:
                 blob = _dumps_scalar(args) if kind in _SCALARS else dumps_call((args, {}))

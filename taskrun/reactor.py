@@ -207,6 +207,13 @@ class Reactor:
             self.run_once(timeout)
         return True
 
+    def awaits_only(self, fd: int, timeout: float | None) -> bool:
+        """Wait at most ``timeout`` seconds for anything, and call nobody: whether ``fd`` can be
+        read, and nothing else is to be done.  Whatever it is, the next turn finds it."""
+        if self._inbox:
+            return False
+        return bool(self._poller.poll(self._patience(timeout), _AT_ONCE) == [(fd, _READ)])
+
     def run_once(self, timeout: float | None = None) -> None:
         """One turn: wait at most ``timeout`` seconds, then call whatever is due."""
         found = self._poller.poll(self._patience(timeout), _AT_ONCE)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from taskrun import blobs, bunch, places
 from taskrun import messages as m
-from taskrun.engines.links import PROCESS, Link
+from taskrun.engines.links import PROCESS, Link, PipeLink
 from taskrun.engines.local import Launch, Local
 from taskrun.engines.records import Records
 from taskrun.errors import WireError
-from taskrun.model import Failure
+from taskrun.model import Failure, Recipe
 from taskrun.observers import Observer
 from taskrun.places import Place
 from taskrun.reactor import Reactor
@@ -348,6 +348,20 @@ class PoolEngine:
         self._escalate_later(link, command, after)
 
     # -- sending ----------------------------------------------------------------------
+
+    def at_hand(self, worker: int, recipe: Recipe) -> PipeLink | None:
+        """A worker of this machine that has nothing to do and knows a task; see ``trips``."""
+        link = self._links.get(worker)
+        if type(link) is not PipeLink or link.assigned or link.rejected or link.stopping:
+            return None
+        return link if recipe.id in link.known else None
+
+    def take(self, link: Link, records: list[Any]) -> None:
+        """Take records of a worker; it is stopped where they are none."""
+        try:
+            self._records.take(link, records)
+        except WireError as error:
+            self.reject(link, f"what it sent could not be read: {error}")
 
     def _flush_soon(self, link: Link) -> None:
         """Send at the end of this turn: what one event leads to goes out as one frame."""

@@ -28,6 +28,7 @@ from taskrun.observers import Observer
 from taskrun.pooling.looping import Loop, Waitable
 from taskrun.pooling.sharing import PoolState
 from taskrun.pooling.starting import PoolWorkers, Starter
+from taskrun.pooling.trips import Trips
 from taskrun.reactor import Reactor
 
 CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
@@ -115,6 +116,7 @@ class Driver:
         self._withdrawn = self._waits = False
         self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
         self.bunches = most_calls is None  # whether small calls are to be sent in bunches
+        self._direct = self.bunches  # ... or may go to an idle worker directly
         self.waits_at_exit = False  # for the calls that there are then
         self.closing = self._killing = self._ended = False
         self._lock = threading.Lock()
@@ -135,6 +137,8 @@ class Driver:
         self._engine = PoolWorkers(starter, self.recipe_ids, GRACE, self._state.address)
         self.loop = Loop(self._reactor, "taskrun-pool")
         self.loop.finish, self.loop.broken = self._finish, self._broken
+        self.loop.entered = self._entered
+        self._trips = Trips(self._reactor, self._core, self._engine, self._post)
         self._performers = self._make_performers()
         self._start()
 
@@ -182,6 +186,24 @@ class Driver:
             self._to_loop(self._take)
         if self._ended:
             self._fail_inbox()
+
+    def submit_direct(
+        self, recipe: Recipe, args: Any, owner: Owner, token: Any, *, waits: bool = False
+    ) -> bool:
+        """The same, by the shortest way; False where another way has to be taken.
+
+        ``waits``: the caller goes on to wait, and may do so here.
+        """
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            if not (self._inbox or self._trips.bunch or self._ended):
+                begun = self._trips.begin(recipe, Bunch(owner, (token,), [args]))
+                if begun and waits:
+                    self._entered(token, None)
+
+        return self._direct and self.loop.borrow(begin) and begun
 
     def cancel(self, jobs: Callable[[], Iterable[Job]]) -> None:
         """Cancel the calls of the jobs that ``jobs`` gives when the loop asks."""
@@ -258,6 +280,17 @@ class Driver:
         return self._engine.pids()
 
     # -- on the loop ------------------------------------------------------------------
+
+    def _entered(self, waitable: Waitable | None, timeout: float | None) -> None:
+        """Somebody comes to run the loop: end the trip that is under way."""
+        bunch = self._trips.bunch
+        if bunch is None:
+            return
+        if waitable is not bunch.tokens[0]:
+            self._trips.enter()
+        elif (answer := self._trips.end(timeout)) is not None:
+            row = Row(answer.worker, answer.pid, 1, answer.wall, [answer.seconds])
+            bunch.owner.items_ended(bunch.tokens, [answer.value], row)
 
     def _take(self) -> None:
         """Feed what was submitted, in order; calls of one recipe in a row together.
@@ -428,6 +461,7 @@ class Driver:
     def _watch_attempts(self) -> None:
         """State is used: from now on it is told of attempts that end."""
         self._performers[m.AttemptEnded] = self._stateful_attempt_ended
+        self._direct = False  # of those no attempt is told
 
     def _stateful_attempt_ended(self, command: m.AttemptEnded) -> None:
         self._state.attempt_ended(command.call.id, command.attempt)
@@ -494,6 +528,8 @@ class Driver:
                 job.owner.items_failed(job.tokens[job.done :], error)
             else:
                 job.failed(error)
+        if (bunch := self._trips.bunch) is not None:
+            bunch.owner.items_failed(bunch.tokens, error)
         self._fail_inbox()
 
     def _fail_inbox(self) -> None:

@@ -26,6 +26,7 @@ REMEMBERED: Final = 1024  # recipes
 
 Kind = type[Apply] | type[Map] | type[Starmap]
 
+TINY: Final = frozenset((int, float, bool, type(None)))  # what goes as it is with others
 _NAMED = (FunctionType, BuiltinFunctionType, type)
 
 
@@ -114,6 +115,16 @@ class Recipes:
         for part in function.__qualname__.split("."):
             found = getattr(found, part, None)
         return found is function
+
+
+def is_small(function: Any, args: Any, keywords: Any, timeout: float | None, retries: int) -> bool:
+    """Whether a call can go with others: of a function with a name, and plain arguments."""
+    return (
+        type(function) is FunctionType
+        and type(args) is tuple
+        and not (keywords or retries or timeout is not None)
+        and TINY.issuperset(map(type, args))
+    )
 
 
 def is_stateless(function: Any) -> bool:

@@ -22,7 +22,8 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from threading import get_ident
 from time import monotonic
 from typing import Any, Final
@@ -63,6 +64,8 @@ class Loop:
         self.reactor = reactor
         self.over = False
         self.finish: Callable[[], None] = lambda: None
+        # Called by who comes to run the loop: what it waits for, and at most how long.
+        self.entered: Callable[[Waitable | None, float | None], None] = _nobody_cares
         self.broken: Callable[[BaseException], None] = lambda error: None
         self.finished = threading.Event()
         self._pid = os.getpid()  # of the process that it runs in
@@ -139,12 +142,8 @@ class Loop:
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
                 return False
-            visited = not self.over and (
-                self._visit_from_main(waitable, deadline)
-                if in_main
-                else self._visit(waitable, deadline, ())
-            )
-            if not visited:
+            stay = partial(self._stay, waitable, deadline)
+            if self.over or not self._visit_safely(stay, in_main):
                 self._sleep(waitable, left)
         return True
 
@@ -168,7 +167,18 @@ class Loop:
         finally:
             self._sleepers -= 1
 
-    def _visit_from_main(self, waitable: Waitable, deadline: float | None) -> bool:
+    def borrow(self, action: Callable[[], None]) -> bool:
+        """Have ``action`` called as a guest would, without waiting for the loop; False where
+        the thread runs it, or another guest."""
+        if not self._parked or self._guest or self.over:
+            return False
+        in_main = threading.current_thread() is threading.main_thread()
+        return self._visit_safely(lambda noted: action(), in_main)
+
+    def _visit_safely(self, stay: Callable[[Sequence[int]], None], in_main: bool) -> bool:
+        return self._visit_from_main(stay) if in_main else self._visit(stay, ())
+
+    def _visit_from_main(self, stay: Callable[[Sequence[int]], None]) -> bool:
         noted: list[int] = []
 
         def note(number: int, frame: Any) -> None:
@@ -182,7 +192,7 @@ class Loop:
                 if callable(handler):
                     handlers.append((number, handler))
                     _signal.signal(number, note)
-            visited = self._visit(waitable, deadline, noted)
+            visited = self._visit(stay, noted)
         finally:
             for number, handler in handlers:
                 _signal.signal(number, handler)
@@ -190,26 +200,16 @@ class Loop:
             dict(handlers)[number](number, sys._getframe())
         return visited or bool(noted)
 
-    def _visit(
-        self, waitable: Waitable, deadline: float | None, noted: list[int] | tuple[()]
-    ) -> bool:
+    def _visit(self, stay: Callable[[Sequence[int]], None], noted: Sequence[int]) -> bool:
         """Run the loop in the thread's place; False where another guest does."""
         if not self._visitors.acquire(blocking=False):
             return False
-        reactor, settled = self.reactor, waitable.settled
-        callbacks = self._callbacks if self.in_thread else None
         since = monotonic()
         self._visits += 1
         self._guest = True
         try:
             self._take_over()
-            while not (settled() or noted or self.over or callbacks):
-                left = None if deadline is None else deadline - monotonic()
-                if left is not None and left <= 0:
-                    break
-                reactor.run_once(left)
-                if self._callbacks:
-                    self._unpark.set()
+            stay(noted)
         except Exception as error:
             self.broken(error)  # a bug of ours: the thread sees to what follows
         finally:
@@ -217,13 +217,26 @@ class Loop:
             self._guest = False
             self._owner.release()
             self._visitors.release()
-            if self._sleepers or self.over or reactor.patience() == 0.0:
+            if self._sleepers or self.over or self.reactor.patience() == 0.0:
                 self._need()
             elif monotonic() - since > PARKED / 2:
                 self._unpark.set()
-        if callbacks:
+        if self._callbacks and self.in_thread:
             self._run_callbacks()
         return True
+
+    def _stay(self, waitable: Waitable, deadline: float | None, noted: Sequence[int]) -> None:
+        """Run the loop until there is no need any more."""
+        self.entered(waitable, None if deadline is None else deadline - monotonic())
+        run_once, settled = self.reactor.run_once, waitable.settled
+        callbacks = self._callbacks if self.in_thread else None
+        while not (settled() or noted or self.over or callbacks):
+            left = None if deadline is None else deadline - monotonic()
+            if left is not None and left <= 0:
+                break
+            run_once(left)
+            if self._callbacks:
+                self._unpark.set()
 
     def _take_over(self) -> None:
         if not self._owner.acquire(blocking=False):
@@ -237,9 +250,11 @@ class Loop:
             while not self.over:
                 self._run_callbacks()
                 with self._owner:
+                    self.entered(None, None)
                     self._run_loop()
                 self._park()
             with self._owner:
+                self.entered(None, None)
                 self.finish()
                 self._close()
         except BaseException as error:
@@ -285,6 +300,10 @@ class Loop:
             callbacks.popleft()()
         if self._guest:
             self.post(_nothing)  # what it waits for may be there now
+
+
+def _nobody_cares(waitable: Waitable | None, timeout: float | None) -> None:
+    """Nothing is to be done before the loop is run."""
 
 
 def _nothing() -> None:

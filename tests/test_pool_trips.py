@@ -1,0 +1,211 @@
+"""Round trips of small calls, the shortest way: whatever comes in between, nothing is lost."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskrun.errors import CallCancelled, WorkerLost
+from taskrun.pool import AsyncResult, Pool
+
+SECONDS = 30.0
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    faulthandler.dump_traceback_later(90, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Opens what ``wait_for`` waits for."""
+    path = tmp_path / "gate"
+    os.environ["TRIPS_GATE"] = str(path)
+    yield path.touch
+    del os.environ["TRIPS_GATE"]
+
+
+@pytest.fixture
+def pool(gate: Any) -> Iterator[Pool]:
+    with Pool(2, context=multiprocessing.get_context("fork")) as pool:
+        yield pool
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+def fail(x: int) -> int:
+    raise ValueError(x)
+
+
+def long(x: int) -> bytes:
+    return b"x" * x
+
+
+def wait_for(x: int) -> int:
+    path = os.environ["TRIPS_GATE"]
+    end = time.monotonic() + SECONDS
+    while not os.path.exists(path) and time.monotonic() < end:
+        time.sleep(0.001)
+    return x
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def on_trip(pool: Pool, function: Callable[[int], Any], argument: int) -> AsyncResult:
+    """The result of a call that has gone directly to a worker, and is in nobody's books."""
+    end = time.monotonic() + SECONDS
+    warmers = [double] if function is wait_for else [double, function]
+    while time.monotonic() < end:
+        for warmer in warmers:
+            pool.map(warmer, range(4), 1)
+            pool.apply(warmer, (1,))
+        result = pool.apply_async(function, (argument,))
+        if pool._driver._trips.bunch is not None:
+            return result
+        result.cancel()
+        result.wait(SECONDS)
+    pytest.fail("no call went directly")
+
+
+def test_trips_give_what_usual_calls_give(pool: Pool) -> None:
+    for x in range(200):
+        assert pool.apply(double, (x,)) == 2 * x
+        assert pool.apply_async(double, (x,)).get(SECONDS) == 2 * x
+        with pytest.raises(ValueError, match=str(x)):
+            pool.apply(fail, (x,))
+    for size in (0, 100, 5_000, 1_000_000):
+        assert on_trip(pool, long, size).get(SECONDS) == b"x" * size
+
+
+def test_the_outcome_of_a_trip_names_the_worker(pool: Pool) -> None:
+    result = on_trip(pool, double, 4)
+    before = time.time()
+    assert result.get(SECONDS) == 8
+    outcome = result.outcome
+    assert outcome is not None and outcome.attempts == 1
+    assert (outcome.worker, outcome.pid) in [(each.name, each.pid) for each in pool.workers()]
+    assert abs(outcome.began - before) < SECONDS and 0 <= outcome.seconds < SECONDS
+
+
+def test_a_trip_ends_though_nobody_waits(pool: Pool) -> None:
+    result = on_trip(pool, double, 4)
+    until(result.ready)
+    assert result.get(0) == 8
+
+
+def test_get_gives_up_in_time_and_succeeds_later(pool: Pool, gate: Callable[[], None]) -> None:
+    result = on_trip(pool, wait_for, 5)
+    start = time.monotonic()
+    with pytest.raises(multiprocessing.TimeoutError):
+        result.get(0.05)
+    assert 0.05 <= time.monotonic() - start < SECONDS / 2
+    gate()
+    assert result.get(SECONDS) == 5
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_worker_that_is_killed_on_a_trip_costs_that_call(pool: Pool, waits: bool) -> None:
+    result = on_trip(pool, wait_for, 5)
+    pids = [worker.pid for worker in pool.workers()]
+    kill = threading.Timer(
+        0.05 if waits else 0.0, lambda: [os.kill(p, signal.SIGKILL) for p in pids]
+    )
+    kill.start()
+    if not waits:
+        kill.join()
+    with pytest.raises(WorkerLost):
+        result.get(SECONDS)
+    kill.join()
+    assert pool.apply(double, (3,)) == 6
+
+
+def test_a_worker_that_was_killed_before_its_trip_costs_nothing(pool: Pool) -> None:
+    for _ in range(5):
+        assert on_trip(pool, double, 1).get(SECONDS) == 2
+        for worker in pool.workers():
+            os.kill(worker.pid, signal.SIGKILL)
+        assert pool.apply(double, (2,)) == 4
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_trip_can_be_cancelled(pool: Pool, waits: bool) -> None:
+    result = on_trip(pool, wait_for, 5)
+    cancel = threading.Timer(0.05 if waits else 0.0, result.cancel)
+    cancel.start()
+    if not waits:
+        cancel.join()
+    with pytest.raises(CallCancelled):
+        result.get(SECONDS)
+    cancel.join()
+    assert pool.apply(double, (3,)) == 6
+
+
+def test_calls_beside_a_trip_run_on_the_other_worker(pool: Pool, gate: Callable[[], None]) -> None:
+    first = on_trip(pool, wait_for, 5)
+    assert [pool.apply(double, (x,)) for x in range(20)] == [2 * x for x in range(20)]
+    assert not first.ready()
+    gate()
+    assert first.get(SECONDS) == 5
+
+
+def test_close_waits_for_a_trip_and_terminate_ends_it(gate: Callable[[], None]) -> None:
+    for end in ("close", "terminate"):
+        pool = Pool(2, context=multiprocessing.get_context("fork"))
+        result = on_trip(pool, wait_for, 5)
+        getattr(pool, end)()
+        if end == "close":
+            gate()
+        pool.join()
+        if end == "close":
+            assert result.get(SECONDS) == 5
+        else:
+            assert result.ready()
+
+
+def test_many_threads_make_trips_at_once(pool: Pool) -> None:
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        for x in range(number, number + 300):
+            found = pool.apply(double, (x,)), pool.apply_async(double, (x,)).get(SECONDS)
+            if found != (2 * x, 2 * x):
+                wrong.append((x, found))
+
+    threads = [threading.Thread(target=work, args=(1000 * n,), daemon=True) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(
+    pool: Pool, gate: Callable[[], None]
+) -> None:
+    result = on_trip(pool, wait_for, 5)
+    timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        result.get(SECONDS)
+    timer.join()
+    gate()
+    assert result.get(SECONDS) == 5
+    assert pool.apply(double, (3,)) == 6
