@@ -56,10 +56,16 @@ def long(x: int) -> bytes:
 
 def wait_for(x: int) -> int:
     path = os.environ["TRIPS_GATE"]
+    Path(f"{path}.{x}").touch()
     end = time.monotonic() + SECONDS
     while not os.path.exists(path) and time.monotonic() < end:
         time.sleep(0.001)
     return x
+
+
+def has_begun() -> bool:
+    """Whether ``wait_for(5)`` has."""
+    return os.path.exists(os.environ["TRIPS_GATE"] + ".5")
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -82,6 +88,7 @@ def on_trip(pool: Pool, function: Callable[[int], Any], argument: int) -> AsyncR
             return result
         result.cancel()
         result.wait(SECONDS)
+        Path(os.environ["TRIPS_GATE"] + ".5").unlink(missing_ok=True)
     pytest.fail("no call went directly")
 
 
@@ -125,9 +132,13 @@ def test_get_gives_up_in_time_and_succeeds_later(pool: Pool, gate: Callable[[], 
 def test_a_worker_that_is_killed_on_a_trip_costs_that_call(pool: Pool, waits: bool) -> None:
     result = on_trip(pool, wait_for, 5)
     pids = [worker.pid for worker in pool.workers()]
-    kill = threading.Timer(
-        0.05 if waits else 0.0, lambda: [os.kill(p, signal.SIGKILL) for p in pids]
-    )
+
+    def kill_all() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    until(has_begun)
+    kill = threading.Timer(0.05 if waits else 0.0, kill_all)
     kill.start()
     if not waits:
         kill.join()
