@@ -20,6 +20,8 @@ from taskrun.network.conversation import Conversation, Data
 LARGE: Final = 128 * 1024  # bytes; what is smaller travels with its call
 MOST_KEPT: Final = 512 * 1024 * 1024  # bytes at a node; beyond, the longest unused go
 
+_MAY_BE_LARGE: Final = frozenset((bytes, Shared, tuple, list, dict))
+
 
 class Parcel:
     """Stands for data that a node has, in the file ``path``: bytes, or a blob to be mapped."""
@@ -86,6 +88,8 @@ class Parcels:
                 value.trouble,
             )
         if kind is tuple or kind is list:
+            if _MAY_BE_LARGE.isdisjoint(map(type, value)):
+                return value  # many small values, which a fan-out leaves to the call behind it
             return kind([self.wrap(item, call, needs) for item in value])
         if kind is dict:
             return {key: self.wrap(item, call, needs) for key, item in value.items()}
