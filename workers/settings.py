@@ -153,8 +153,19 @@ def python_command(code: str) -> list[str]:
     else:
         options += ["-E"] * bool(flags.ignore_environment) + ["-s"] * bool(flags.no_user_site)
     options += ["-S"] * bool(flags.no_site) + ["-B"] * bool(flags.dont_write_bytecode)
+    # In a folder that was deleted, Python 3.13.0 fails to import socket if it is on the path.
+    options += ["-P"] * (not _is_somewhere())
     options += [f"-W{option}" for option in sys.warnoptions]
     for name, value in sys._xoptions.items():
         options.append(f"-X{name}" if value is True else f"-X{name}={value}")
     clean = "import sys; sys.path[:] = [p for p in sys.path if p]; "
     return [sys.executable, *options, "-c", clean + code]
+
+
+def _is_somewhere() -> bool:
+    """Whether the working directory is still there."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
