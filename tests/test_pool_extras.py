@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import threading
@@ -32,7 +33,15 @@ def until(condition: Any) -> None:
 
 # -- memory ---------------------------------------------------------------------------
 
-kept: list[bytes] = []
+kept: list[mmap.mmap] = []
+
+
+def fresh(size: int) -> mmap.mmap:
+    """So much memory more: not such as this process has had before, and may have left."""
+    block = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for at in range(0, size, mmap.PAGESIZE):
+        block[at] = 1
+    return block
 
 
 def used_in_a_worker() -> int:
@@ -42,14 +51,13 @@ def used_in_a_worker() -> int:
 
 
 def keep(size: int) -> int:
-    kept.append(os.urandom(size))
+    kept.append(fresh(size))
     return os.getpid()
 
 
 def take(size: int) -> None:
-    found = os.urandom(size)
-    time.sleep(SECONDS)
-    assert found
+    with fresh(size):
+        time.sleep(SECONDS)
 
 
 def pid(_: Any = None) -> int:
