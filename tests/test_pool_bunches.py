@@ -95,13 +95,13 @@ def wait_for(path: Path) -> Callable[[], str]:
 def test_each_has_its_value_its_callback_and_its_outcome(log: Path) -> None:
     called: list[int] = []
     with warm() as pool:
-        pids = {worker.pid for worker in pool.workers()}
         results = [pool.apply_async(act, (x,), callback=called.append) for x in range(5000)]
         assert [result.get(SECONDS) for result in results] == list(range(5000))
+        pids = {worker.pid for worker in pool.workers()}
     assert sorted(called) == list(range(5000))
     assert begun(log) == collections.Counter(range(5000))
     outcomes = [result.outcome for result in results]
-    assert {outcome.pid for outcome in outcomes if outcome} == pids
+    assert {outcome.pid for outcome in outcomes if outcome} <= pids
     assert all(outcome and 0 < outcome.seconds < 10 for outcome in outcomes)
     assert all(outcome and abs(outcome.began - time.time()) < 60 for outcome in outcomes)
 
