@@ -12,12 +12,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import TASKRUN, Running, Runs, started
+from harness import TASKRUN, Running, Runs, started, wait_until
+
+from taskrun import addresses
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -108,12 +111,12 @@ class Hosts:
         if done.returncode:
             pytest.skip(f"no delay and loss in this kernel (tc netem): {done.stderr.strip()}")
 
-    def start(self, number: int, *words: str) -> Running:
-        """Start taskrun on a host."""
+    def start(self, number: int, *words: str, program: tuple[str, ...] = (TASKRUN,)) -> Running:
+        """Start taskrun, or another program, on a host."""
         name = f"taskrun-{self._id}-{number}"
         variables = {"XDG_CACHE_HOME": str(self.runs.folder / f"cache{number}")}
         return self.runs.start(
-            *words, program=("ip", "netns", "exec", name, TASKRUN),
+            *words, program=("ip", "netns", "exec", name, *program),
             env={**self.variables, **variables},
         )  # fmt: skip
 
@@ -220,6 +223,47 @@ def test_a_slow_host_does_not_keep_the_others_waiting(hosts: Hosts) -> None:
     hosts.node(2)
     hosts.node(3)
     assert re_nodes(run.end(100).check().out) == 24
+
+
+STATE = """
+import taskrun
+from taskrun import state
+
+seen, gate = state.set("seen"), state.event("gate")
+
+@task
+def work(x=each(range(4))):
+    with taskrun.connect("10.77.0.1:7077") as server: server.counter("all").add(x)
+    seen.add(x)
+    gate.wait(30)
+    print(f"{current().node} went on")
+"""
+
+OPEN = """
+import taskrun
+with taskrun.connect("10.77.0.1:7077", run="r1") as run: run.event("gate").set()
+"""
+
+
+def test_the_state_of_a_server_and_its_runs_is_reached_by_its_address_alone(hosts: Hosts) -> None:
+    hosts.start(1, "serve", "-j", "0", "--listen", "0.0.0.0:7077").await_line("listening", err=True)
+    hide = f'mount -t tmpfs -o mode=0700 none {addresses.runtime_folder()} && exec "$@"'
+    hosts.start(
+        2, "worker", "10.77.0.1:7077", "-j", "4", "--name", "host2",
+        program=("sh", "-c", hide, "sh", TASKRUN),
+    )  # fmt: skip
+    file = str(hosts.runs.write(STATE))
+    client = hosts.start(3, "exec", file, "--address", "10.77.0.1:7077")
+    client.await_line("host2 joined", err=True)
+
+    def look(*words: str) -> str:
+        return hosts.start(3, "state", "10.77.0.1:7077", *words, "--json").end().check().out
+
+    wait_until(lambda: '"seen": [0, 1, 2, 3]' in look("--run", "r1", "dump"))
+    assert look("get", "all") == "6\n"
+    script = hosts.runs.write(OPEN, "open.py", head="")
+    hosts.start(3, str(script), program=(sys.executable,)).end().check()
+    assert client.end().check().out.count("host2 went on") == 4
 
 
 def re_nodes(out: str) -> int:

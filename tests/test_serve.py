@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from harness import Ended, Running, Runs, started, wait_until
 
+import taskrun
+
 pytestmark = pytest.mark.timeout(120)
 
 KEY = "0123456789abcdef" * 4
@@ -231,6 +233,27 @@ def test_all_runs_reach_the_state_of_the_server(site: Site) -> None:
     for _ in range(2):
         site.submit("-p", f"address={site.address}", source=source).end().check()
     assert "2" in site.ask("state", "get", "n").check().out
+
+
+def test_the_state_of_a_run_is_reached_by_the_address_of_its_server(site: Site) -> None:
+    site.serve()
+    source = TASKS.replace("    print", "    seen.add(n); print")
+    run = site.detach(source="from taskrun import state\nseen = state.set('seen')\n" + source)
+    site.await_begun(4)
+    wait_until(lambda: "4 items" in site.ask("state", "--run", run, "list").check().out)
+    wanted = json.loads(site.ask("state", "get", "seen", "--json", "--run", run).check().out)
+    assert wanted == [0, 1, 2, 3]
+    assert "nothing is named 'seen'" in site.ask("state", "get", "seen").check(2).err
+    watching = site.runs.start("state", "--run", run, site.address, "watch", env=site.variables)
+    with taskrun.connect(site.address, KEY, run=run) as live:
+        wait_until(lambda: live.counter("n").add() and watching.out)
+        assert live.queue("q").put(b"x" * 3_000_000) is None
+        assert len(live.queue("q").get()) == 3_000_000
+    site.go_on()
+    assert watching.end().check()
+    site.attach(run).end().check()
+    assert f"{run} is ended" in site.ask("state", "--run", run).check(2).err
+    assert "there is no run 'x'" in site.ask("state", "--run", "x").check(2).err
 
 
 # -- what may break -------------------------------------------------------------------

@@ -19,20 +19,27 @@ ACTIONS = ("list", "get", "dump", "watch")
 
 @click.command("state", context_settings=CONTEXT)
 @click.argument("words", nargs=-1, metavar="[ADDRESS] [list | get | dump | watch] [NAME] [KEY]")
+@click.option("--run", metavar="RUN", help="Of a server's runs, that one.")
 @click.option("--json", "json", is_flag=True, help="Write JSON.")
 @click.option(
     "--authkey-file", metavar="F", help="Where the key is, if not where taskrun looks for it.",
 )  # fmt: skip
 @tls_options
-def state(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: str | None) -> None:
-    """Look at the shared state of the live run at ADDRESS (HOST:PORT or
-    unix:PATH), or of your only one: list what there is, get NAME or one KEY of
+def state(
+    words: tuple[str, ...],
+    run: str | None,
+    json: bool,
+    authkey_file: str | None,
+    **tls: str | None,
+) -> None:
+    """Look at the shared state of the live run, or of the server, at ADDRESS
+    (HOST:PORT or unix:PATH), or of your only one: list what there is, get NAME or one KEY of
     it, dump all of it, or watch NAME, or all, change."""
     address, action, rest = split(words)
     from taskrun.authkey import authkey
     from taskrun.state.connecting import connect
 
-    with connect(address, authkey(authkey_file), **tls) as connected:
+    with connect(address, authkey(authkey_file), run=run, **tls) as connected:
         _DO[action](connected, rest, json)
 
 

@@ -195,15 +195,29 @@ class Hosts:
 # -- a node's connection for one run ---------------------------------------------------
 
 
-def relay(near: transport.Peer, path: str, key: bytes, reactor: Reactor) -> None:
-    """Join a node's connection to one to the run's process, which listens at ``path``."""
+def relay(
+    near: transport.Peer,
+    path: str,
+    key: bytes,
+    reactor: Reactor,
+    *,
+    role: bytes = NODE,
+    first: bytes | None = None,
+    refuse: Callable[[], object] | None = None,
+) -> None:
+    """Join a connection to one of that role to the run's process, which listens at ``path``.
+
+    ``first``: a frame that came already.  ``refuse`` is called where there is nobody; without
+    it the connection is closed: a node comes again.
+    """
 
     def on_open(far: transport.Peer) -> None:
+        if first is not None:
+            far.send(first)
         _pass_on(near, far)
         _pass_on(far, near)
 
-    # Where it cannot be reached yet, the node comes again.
-    transport.dial(path, key, reactor, NODE, on_open, lambda error: near.close())
+    transport.dial(path, key, reactor, role, on_open, lambda error: (refuse or near.close)())
 
 
 def _pass_on(source: transport.Peer, target: transport.Peer) -> None:

@@ -23,12 +23,13 @@ from taskrun.errors import MALFORMED, UsageError
 from taskrun.model import nearest
 from taskrun.network.bundles import digest_of
 from taskrun.reactor import Reactor
-from taskrun.roles import STEER
+from taskrun.roles import STATE_OF_RUN, STEER
 from taskrun.serving import talk
 from taskrun.serving.hosts import NODE, Hosts, relay, role_of
 from taskrun.serving.kept import Follower
 from taskrun.serving.runs import ENDED, GRACE, HERE, RUNNING, WAITING, ServedRun, Submission
 from taskrun.serving.shares import deal
+from taskrun.serving.states import States
 from taskrun.signals import Signals
 from taskrun.state.service import Service
 
@@ -68,6 +69,8 @@ class Server:
         self._service.roles[NODE] = self._hosts.accept
         self._service.roles[STEER] = self._on_steering
         self._service.roles[talk.SUBMIT] = self._on_client
+        states = States(reactor, self.find, lambda: self._service.authkey)
+        self._service.roles[STATE_OF_RUN] = states.accept
 
     # -- the main flow ----------------------------------------------------------------
 

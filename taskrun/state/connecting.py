@@ -19,8 +19,9 @@ def connect(
     tls_cert: str | None = None,
     tls_key: str | None = None,
     tls_ca: str | None = None,
+    run: str | None = None,
 ) -> Connected:
-    """The shared state of a live run.
+    """The shared state of a live run, or of a server; with ``run``, of that run of a server.
 
     ``address``: ``"HOST:PORT"``, ``"tls://HOST:PORT"``, ``"unix:PATH"`` or (host, port);
     without one, the variable TASKRUN_ADDRESS, or this user's only live run.  ``authkey``:
@@ -29,8 +30,9 @@ def connect(
     TASKRUN_TLS_CERT and so on, may name files in PEM: a certificate to show with its key,
     and who must have signed the coordinator's.
 
-    Raises UsageError where there is no such run or key, StateLost where nobody answers,
-    StateRefused where the key is not the right one, or the address has another form.
+    Raises UsageError where there is no such address or key, StateLost where nobody answers,
+    StateRefused where the key is not the right one, the address has another form, or the
+    server has no such run.
     """
     if address is None or isinstance(address, str):
         address = addresses.find(address)
@@ -38,7 +40,7 @@ def connect(
         address = addresses.secured(address)
     key = authkey.encode() if isinstance(authkey, str) else authkey
     files = (tls_cert, tls_key, tls_ca)
-    return Connected(address, find_authkey() if key is None else key, files)
+    return Connected(address, find_authkey() if key is None else key, files, run)
 
 
 class Connected:
@@ -52,10 +54,11 @@ class Connected:
         address: Any,
         authkey: bytes,
         tls: tuple[str | None, str | None, str | None] = (None, None, None),
+        run: str | None = None,
     ) -> None:
         """``tls``: a certificate, its key, and who signs the others'."""
         self.address = address
-        self._client = RemoteClient(address, authkey, tls=tls)
+        self._client = RemoteClient(address, authkey, tls=tls, run=run)
         self._client.connect().close()  # now, rather than at first use, it is told
 
     def close(self) -> None:

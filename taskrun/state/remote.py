@@ -22,6 +22,7 @@ from taskrun import context
 from taskrun.addresses import shown
 from taskrun.errors import DialError, StateError, StateLost, StateRefused
 from taskrun.manager import protocol
+from taskrun.roles import STATE_OF_RUN
 from taskrun.state.clients import concluded, refuse_deadlock, settle
 from taskrun.state.wire import (
     ACKNOWLEDGE,
@@ -29,6 +30,7 @@ from taskrun.state.wire import (
     OK,
     OPEN,
     PARKED,
+    REFUSED,
     TAKING,
     WITHDRAW,
     Owner,
@@ -50,7 +52,15 @@ Files: TypeAlias = tuple[str | None, str | None, str | None]
 class Connection:
     """A socket, past the handshake; frames in and out, in pickles."""
 
-    def __init__(self, address: Any, authkey: bytes, owner: Owner, tls: Files, role: bytes) -> None:
+    def __init__(
+        self,
+        address: Any,
+        authkey: bytes,
+        owner: Owner,
+        tls: Files,
+        role: bytes,
+        run: str | None = None,
+    ) -> None:
         """Raises StateError or StateLost."""
         self._address = address
         self._role = role
@@ -62,8 +72,10 @@ class Connection:
             self._socket.settimeout(_DIAL_SECONDS)
             if self._is_near(address):
                 protocol.greet(authkey, self._send_bytes, self._receive_greeting)
-            self.send((None, OPEN, (owner,), {}))
+            self.send((None, OPEN, (owner,), {} if run is None else {"run": run}))
             kind, content = self.receive()
+            if kind == REFUSED:
+                raise StateRefused(f"{shown(address)}: {content}")
             if kind != "#RETURN":
                 raise StateError(f"{shown(address)} holds no shared state of taskrun: {content}")
             self._socket.settimeout(None)
@@ -213,6 +225,7 @@ class RemoteClient:
 
     ``attempt`` gives the (call, attempt) that is being executed in this process.
     ``tls``: see ``taskrun.connect``.  ``role``: GUEST where ``authkey`` is a guest's.
+    ``run``: the one that is meant of those of a server.
     """
 
     def __init__(
@@ -223,9 +236,11 @@ class RemoteClient:
         *,
         tls: Files = (None, None, None),
         role: bytes = protocol.MANAGER,
+        run: str | None = None,
     ) -> None:
         self._address = address
-        self._role = role
+        self._run = run
+        self._role = role if run is None else STATE_OF_RUN
         self._authkey = authkey
         self._attempt = attempt
         self._tls = tls
@@ -249,7 +264,7 @@ class RemoteClient:
         """A new connection.  Raises StateError or StateLost."""
         if self._closed:
             raise StateLost("this connection to shared state was closed")
-        made = Connection(self._address, self._authkey, self._own, self._tls, self._role)
+        made = Connection(self._address, self._authkey, self._own, self._tls, self._role, self._run)
         self._all.add(made)
         return made
 

@@ -32,7 +32,11 @@ WITHDRAW = "withdraw"
 ACKNOWLEDGE = "acknowledge"
 
 OPEN = "state"
-"""The first request of a connection (see taskrun.manager) that is to speak this."""
+"""The first request of a connection (see taskrun.manager) that is to speak this.  A server of
+several runs is told by the keyword ``run`` which of them is meant."""
+
+REFUSED = "#REFUSED"
+"""How a server of several runs answers one that means none of them; with the reason."""
 
 TAKING = frozenset(("queue.get", "channel.recv"))
 """Operations whose result is nowhere else: one that does not arrive is put back."""
