@@ -158,6 +158,33 @@ def write(folder: str, maker: str, view: memoryview) -> str:
     return path
 
 
+def reserve(maker: str) -> str:
+    """A new, empty file of this process; what begins with its path and a dash is removed with it.
+
+    Raises OSError where there is no folder that is this user's alone."""
+    sweep_around(own())
+    *others, last = own().folders
+    for folder in others:
+        try:
+            return _reserved(folder, maker)
+        except OSError:
+            pass  # the next one
+    return _reserved(last, maker)
+
+
+def _reserved(folder: str, maker: str) -> str:
+    fd, path = _created(folder, maker)
+    os.close(fd)
+    return path
+
+
+def release(path: str) -> None:
+    """Remove what :func:`reserve` gave, and what begins with it."""
+    folder, name = os.path.split(path)
+    remove_made(Place((folder,), name), but=())
+    _unlink(path)
+
+
 def _created(folder: str, maker: str) -> tuple[int, str]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     for _ in range(10_000):

@@ -184,6 +184,28 @@ def test_kill_9_of_the_coordinator_leaves_nothing(runs: Runs, engine: str) -> No
     running.assert_gone(15)
 
 
+def test_what_a_killed_coordinator_noted_is_removed_by_the_next(runs: Runs) -> None:
+    memory = runs.folder / "memory"
+    memory.mkdir()
+    env = {"TASKRUN_SHM": str(memory), "TMPDIR": str(memory)}
+    source = """
+        @task
+        def long():
+            if not os.path.exists("began"):
+                mark("began")
+                doze()
+        """
+    running = runs.start_exec(source, "--engine", PROCESSES, "-j", "1", env=env)
+    wait_until((runs.folder / "began").exists)
+    running.process.kill()
+    running.process.wait(10)
+    running.assert_gone(15)
+    left = sorted(path.name for path in memory.rglob("*") if path.is_file())
+    assert len(left) == 2 and left[1].startswith(f"{left[0]}-"), left
+    runs.exec(source, "--engine", PROCESSES, "-j", "1", env=env, deadline=60).check()
+    assert not list(memory.rglob("*"))
+
+
 def test_what_runs_in_a_thread_is_named_as_still_running(runs: Runs) -> None:
     running = runs.start_exec(
         """

@@ -23,7 +23,7 @@ from taskrun.messages import ENDED, SILENT
 from taskrun.model import Failure
 from taskrun.wire import READ_SIZE, Decoder, header
 from taskrun.workers import guest, house
-from taskrun.workers.briefs import Apart, Brief, Chunk
+from taskrun.workers.briefs import Apart, Brief, Chunk, path_of
 from taskrun.workers.settings import python_command
 
 GRACE: Final = 2.0  # seconds between interrupt, TERM and KILL
@@ -208,11 +208,11 @@ def _time_is_up(record: tuple[Any, ...], apart: Apart, began: float) -> bytes:
 
 def _noted(brief: bytes, chunk: int) -> bytes:
     """What a child that died had to say, as far as its notes tell."""
-    folder = pickle.loads(brief).notes
-    if folder is None:
+    notes = pickle.loads(brief).notes
+    if notes is None:
         return b""
     try:
-        with open(os.path.join(folder, str(chunk)), "rb") as file:
+        with open(path_of(notes, chunk), "rb") as file:
             return _without_end(file.read())
     except FileNotFoundError:
         return b""  # it died before it began

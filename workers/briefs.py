@@ -28,7 +28,7 @@ class Brief(NamedTuple):
     """What is the same for all chunks of a run.
 
     ``run`` is its random name.  ``file``: None where there is none.  ``folder``: the working
-    folder, where it is ours to say.  ``notes``: the folder of the notes, ``keep``: whether
+    folder, where it is ours to say.  ``notes``: how the paths of the notes begin, ``keep``: whether
     large values stay with the engine.  ``alone``: the process executes nothing but one chunk
     at a time.  ``coordinator``: its pid, where the processes are on its machine, and to end
     with it.  ``state``: the addresses of the shared state, and a key that is for this run only.
@@ -66,6 +66,11 @@ class Chunk(NamedTuple):
     recipes: list[tuple[Any, ...]]
     calls: list[tuple[Any, ...]]
     apart: Apart | None = None
+
+
+def path_of(notes: str, chunk: int) -> str:
+    """Where the notes of a chunk are, of a run whose notes begin so."""
+    return f"{notes}-{chunk}"
 
 
 def size_of(encoded: Any) -> int:

@@ -27,7 +27,7 @@ from taskrun.errors import RunError, StateError
 from taskrun.messages import AT, ENDED, ITEM, RENDER, SILENT
 from taskrun.model import Left, Taken
 from taskrun.wire import header
-from taskrun.workers.briefs import Brief, Chunk, Part, size_of
+from taskrun.workers.briefs import Brief, Chunk, Part, path_of, size_of
 from taskrun.workers.execute import Executor
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import Line, WorkerContext
@@ -180,7 +180,7 @@ class Guest:
     def _open_notes(self, chunk: int) -> int | None:
         if self._brief.notes is None:
             return None
-        path = os.path.join(self._brief.notes, str(chunk))
+        path = path_of(self._brief.notes, chunk)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         try:
             return os.open(path, flags, 0o600)

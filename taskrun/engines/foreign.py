@@ -470,7 +470,7 @@ class ForeignEngine:
             folder=os.getcwd() if own else None,
             environment=environment_additions(dict(os.environ)) if own else {},
             set_by_user={task: frozenset(values) for task, values in self._constants.items()},
-            notes=None if self._notes is None else self._notes.folder,
+            notes=None if self._notes is None else self._notes.path,
             keep=self._host.keeps,
             alone=self._host.alone,
             coordinator=os.getpid() if here else None,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
-import tempfile
 from typing import Any
 
 from taskrun import messages as m
+from taskrun import places
+from taskrun.errors import RunError
 from taskrun.model import Left
 from taskrun.wire import Decoder, header
+from taskrun.workers.briefs import path_of
 
 
 class Sent:
@@ -55,18 +56,25 @@ class Sent:
 
 
 class Notes:
-    """The folder of a run's notes."""
+    """The notes of a run: a file per chunk, in this process's own place (see ``places``), so
+    that what a killed coordinator leaves is removed by the next."""
 
     def __init__(self) -> None:
-        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.folder = tempfile.mkdtemp(prefix="taskrun-notes-", dir=base)
+        """Raises RunError where there is no place for them."""
+        try:
+            self.path = places.reserve("notes")
+        except OSError as error:
+            raise RunError(
+                f"{error.filename or 'shared memory'}: what calls have to say cannot be written "
+                f"there ({error.strerror or error}); TASKRUN_SHM names another folder"
+            ) from error
 
     def read(self, sent: Sent) -> list[tuple[Any, ...]]:
         """What is new in the notes of a chunk, up to what only its end can tell."""
         if sent.silent:
             return []
         try:
-            with open(os.path.join(self.folder, str(sent.id)), "rb") as file:
+            with open(path_of(self.path, sent.id), "rb") as file:
                 file.seek(sent.read)
                 data = file.read()
         except FileNotFoundError:
@@ -84,13 +92,13 @@ class Notes:
     def forget(self, sent: Sent) -> None:
         """The chunk is over."""
         try:
-            os.unlink(os.path.join(self.folder, str(sent.id)))
+            os.unlink(path_of(self.path, sent.id))
         except FileNotFoundError:
             pass  # it never began
 
     def close(self) -> None:
         """Remove them all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        places.release(self.path)
 
 
 def _is_for_the_end(sent: Sent, record: tuple[Any, ...]) -> bool:
