@@ -8,6 +8,7 @@ from taskrun import messages as m
 from taskrun.books import Books
 from taskrun.calls import CANCELLED, FAILED, OK, READY, RUNNING, SKIPPED, SLEEPING, Call
 from taskrun.model import Encoded, Failure
+from taskrun.workforce import Worker
 
 
 class Attempts(Books):
@@ -46,38 +47,56 @@ class Attempts(Books):
 
     def on_finished(self, event: m.Finished) -> None:
         worker = self._workers.get(event.worker)
-        find = self._find
-        queue = None
+        if worker is None:
+            return
+        calls, queue = worker.calls, None
         ready = self.placement.ready
+        plain: list[Call] = []
         for id, attempt, kind, payload, items, wall, seconds, _ in event.reports:
-            call = find(id)
-            if (
-                call is None
-                or call.attempt != attempt
-                or call.state is not RUNNING
-                or call.worker != event.worker
-            ):
+            call = calls.get(id)
+            if call is None or call.attempt != attempt:
                 continue  # stale
+            del calls[id]
             call.seconds = seconds
             call.wall = wall
-            if queue is None or queue.recipe is not call.recipe:
-                ready = self._ready[call.recipe.lane]
-                queue = ready.queue(call.recipe)
+            recipe = call.recipe
+            if queue is None or queue.recipe is not recipe:
+                ready = self._ready[recipe.lane]
+                queue = ready.queue(recipe)
             if queue.learn(seconds):
                 ready.move_up(queue)
-            if worker is not None:
-                worker.calls.pop(id, None)
-                if worker.waits:
-                    worker.end_wait(call)
+            if worker.waits:
+                worker.end_wait(call)
+            if kind == "value" and items is None and is_plain(call):
+                call.value = payload
+                plain.append(call)
+                continue
+            if plain:
+                self._all_succeeded(worker, plain)
+                plain = []
             if kind == "value" and call.ending is None:
                 self._succeeded(call, payload, items)
             else:
                 self._ended_otherwise(call, kind, payload, items)
-        if worker is not None:
-            worker.home.heard(worker, self._now)
-            self._follow()
-            if not self.paused:
-                worker.home.top_up(worker, self._now)
+        if plain:
+            self._all_succeeded(worker, plain)
+        worker.home.heard(worker, self._now)
+        self._follow()
+        if not self.paused:
+            worker.home.top_up(worker, self._now)
+
+    def _all_succeeded(self, worker: Worker, calls: list[Call]) -> None:
+        """Attempts of plain calls gave their values: what :meth:`_succeeded` and ``_end`` do,
+        without what does not concern these."""
+        self._live -= len(calls)
+        for call in calls:
+            call.state = OK
+            call.worker = call.began = call.blob = None
+        if not self._keep:
+            for call in calls:
+                del self._open[call.id]
+        self._out.append(m.Succeeded(worker.id, calls))
+        self.graph.all_ended_well(calls)
 
     def on_yielded(self, event: m.Yielded) -> None:
         call = self._current(event.call, event.attempt)
@@ -237,6 +256,18 @@ class Attempts(Books):
         """The attempt is over: what it held is free."""
         if call.units is not None:
             self._claims.put_down(call, call.recipe.resources)
+
+
+def is_plain(call: Call) -> bool:
+    """Whether nothing follows from its end but that it has ended, and what the graph knows."""
+    return (
+        call.ending is None
+        and call.units is None
+        and call.items is None
+        and call.watchers is None
+        and call.children is None
+        and call.recipe.timeout is None
+    )
 
 
 def _was(reason: str) -> str:

@@ -285,6 +285,15 @@ class Run:
             if state.is_used:
                 state.call_ended(command.call.id)
 
+        def succeeded(command: m.Succeeded) -> None:
+            if state.is_used:
+                for call in command.calls:
+                    state.attempt_ended(call.id, call.attempt)
+            observer.succeeded(command, names.get(command.worker) or name(command.worker))
+            if state.is_used:
+                for call in command.calls:
+                    state.call_ended(call.id)
+
         return {
             m.StartWorkers: engine,
             m.StopWorker: engine,
@@ -295,6 +304,7 @@ class Run:
             m.CallsAdded: lambda command: observer.calls_added(command.calls),
             m.AttemptEnded: attempt_ended,
             m.CallEnded: call_ended,
+            m.Succeeded: succeeded,
             m.RunEnded: self._run_ended,
         }
 

@@ -493,6 +493,24 @@ class Graph:
         if self._triggered:
             self._expand_triggered()
 
+    def all_ended_well(self, calls: list[Call]) -> None:
+        """These calls succeeded; see :meth:`ended`."""
+        for call in calls:
+            family = call.family
+            if (
+                family is None
+                or family.sources
+                or call.dependants is not None
+                or call.expansions is not None
+            ):
+                self.ended(call)
+                continue
+            if not (call.users or family.holds or family.users):
+                call.value = None
+            family.open -= 1
+            if not family.open:
+                self._close(family)
+
     def _input_ended(self, call: Call, used: Call) -> None:
         if call.state != WAITING and call.state != state.HELD:
             return
@@ -505,8 +523,10 @@ class Graph:
 
     def _one_less(self, family: Family) -> None:
         family.open -= 1
-        if family.open or family.closed:
-            return
+        if not (family.open or family.closed):
+            self._close(family)
+
+    def _close(self, family: Family) -> None:
         family.closed = True
         waiters, family.waiters = family.waiters, []
         for call, tolerant in waiters:

@@ -445,6 +445,20 @@ class CallEnded(NamedTuple):
     call: Any
 
 
+class Succeeded(NamedTuple):
+    """For observers, in place of an AttemptEnded and a CallEnded for each: attempts gave their
+    values, with nothing special about them, and with that their calls ended."""
+
+    worker: WorkerId
+    calls: list[Any]
+
+    def attempt(self, call: Any) -> AttemptEnded:
+        """How the attempt of one of them ended."""
+        return AttemptEnded(
+            call, call.attempt, "value", None, call.wall, call.seconds, self.worker, None
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RunEnded:
     """Nothing is left to do.  ``status`` is the exit status the core can know: 0, 1 or 3."""
@@ -465,5 +479,6 @@ Command: TypeAlias = (
     | ItemsCancelled
     | AttemptEnded
     | CallEnded
+    | Succeeded
     | RunEnded
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskrun.messages import AttemptEnded
+from taskrun.messages import AttemptEnded, Succeeded
 
 
 class Observer:
@@ -46,6 +46,13 @@ class Observer:
     def call_ended(self, call: Any) -> None:
         """A call reached its final state."""
 
+    def succeeded(self, event: Succeeded, worker: str) -> None:
+        """Attempts gave their values, and with that their calls ended.  Override it to be
+        told of many at once; otherwise you are told of each."""
+        for call in event.calls:
+            self.attempt_ended(event.attempt(call), worker)
+            self.call_ended(call)
+
     def worker_changed(self, worker: str, what: str) -> None:
         """A worker started or was lost; ``what`` reads like ``started, pid 31``."""
 
@@ -69,11 +76,7 @@ class Observers(Observer):
     def _bind(self) -> None:
         # Most observers override few methods: call only those that do something.
         for name in _EVENTS:
-            interested = [
-                observer
-                for observer in self._active
-                if getattr(type(observer), name) is not getattr(Observer, name)
-            ]
+            interested = [observer for observer in self._active if _overrides(observer, name)]
             setattr(self, name, self._fan(name, interested))
 
     def _fan(self, name: str, observers: list[Observer]) -> Callable[..., None]:
@@ -97,6 +100,11 @@ class Observers(Observer):
             f"{type(observer).__name__} failed in {name} and is switched off: "
             f"{type(error).__name__}: {error}"
         )
+
+
+def _overrides(observer: Observer, name: str) -> bool:
+    names = (name, "attempt_ended", "call_ended") if name == "succeeded" else (name,)
+    return any(getattr(type(observer), name) is not getattr(Observer, name) for name in names)
 
 
 _EVENTS = tuple(name for name in vars(Observer) if not name.startswith("_"))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from taskrun import text
-from taskrun.messages import AttemptEnded
+from taskrun.messages import AttemptEnded, Succeeded
 from taskrun.model import Failure
 from taskrun.observers import Observer
 from taskrun.terminal import Terminal
@@ -261,6 +261,10 @@ class Output(Observer):
             self.show_retry(_retry_line(event, worker))
         elif event.outcome != "value":
             self._failing[event.call.id] = event, worker
+
+    def succeeded(self, event: Succeeded, worker: str) -> None:
+        if self._live or self._failing:
+            super().succeeded(event, worker)
 
     def call_ended(self, call: Any) -> None:
         live = self._live.pop(call.id, None) if self._live else None

@@ -27,7 +27,7 @@ from taskrun.timers import Timers
 from taskrun.workforce import DEFAULT_CPU, Wait, Worker
 
 BATCH_SECONDS = 0.004  # how much work a worker is given in advance
-BATCH_CALLS = 256  # ... and at most so many calls
+BATCH_CALLS = 256
 LONG = 0.05  # calls longer than this are not sent in advance: a round trip is < 1 % of them
 SILENT = 0.002  # a worker silent for so long gives calls back when another is idle
 OVERDUE = 0.1  # ... and says in any case what it is doing: people want to know

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from taskrun import text
-from taskrun.messages import AttemptEnded
+from taskrun.messages import AttemptEnded, Succeeded
 from taskrun.observers import Observer
 from taskrun.terminal import Terminal
 
@@ -173,6 +173,15 @@ class Progress(Observer):
             self._running.pop(event.call.id, None)
             if self._fractions:
                 self._fractions.pop(event.call.id, None)
+
+    def succeeded(self, event: Succeeded, worker: str) -> None:
+        if self._running:
+            for call in event.calls:
+                self._running.pop(call.id, None)
+                self._fractions.pop(call.id, None)
+        self._done += len(event.calls)
+        if self._done >= self._next_line:
+            self._milestone()
 
     def call_ended(self, call: Any) -> None:
         self._done += 1

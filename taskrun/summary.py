@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from taskrun import text
-from taskrun.messages import AttemptEnded
+from taskrun.messages import AttemptEnded, Succeeded
 from taskrun.model import Failure
 from taskrun.observers import Observer
 from taskrun.output import captured_text
@@ -320,6 +320,19 @@ class Summary(Observer):
         elif event.outcome != "value":
             where = text.attempt_text(event.attempt, event.seconds, worker)
             self._failing[event.call.id] = where
+
+    def succeeded(self, event: Succeeded, worker: str) -> None:
+        recipe = tally = None
+        for call in event.calls:
+            if call.recipe is not recipe:
+                recipe = call.recipe
+                tally = self._tally(recipe.name)
+            seconds = call.seconds
+            self._attempts += 1
+            tally.ok += 1  # type: ignore[union-attr]
+            tally.seconds += seconds  # type: ignore[union-attr]
+            if seconds > self._slower_than:
+                self._slow(event.attempt(call))
 
     def call_ended(self, call: Any) -> None:
         tally = self._tally(call.recipe.name)

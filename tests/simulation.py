@@ -50,6 +50,17 @@ GRACE = 1.0  # seconds from an interrupt that is not obeyed to SIGKILL
 MOST_EVENTS = 200_000  # more than this is a run that does not end
 
 
+def one_by_one(commands: Iterable[m.Command]) -> Iterator[m.Command]:
+    """The ends of calls, as they would be told of without ``Succeeded``."""
+    for command in commands:
+        if isinstance(command, m.Succeeded):
+            for call in command.calls:
+                yield command.attempt(call)
+                yield m.CallEnded(call)
+        else:
+            yield command
+
+
 def keys_of(names: Iterable[str]) -> tuple[bytes, ...]:
     """Keys tell the calls of one parent apart; another's may have the same."""
     return tuple(name.encode() for name in names)
@@ -525,6 +536,7 @@ class Simulation:
     # -- obeying ----------------------------------------------------------------------
 
     def _perform(self, commands: list[m.Command]) -> None:
+        commands = list(one_by_one(commands))
         for command in commands:
             self.history.append((self.now, command))
             if isinstance(command, m.Assign):

@@ -176,6 +176,19 @@ def test_one_that_has_not_begun_is_cancelled_without_the_others(log: Path, tmp_p
     assert begun(log) == collections.Counter(set(range(50)) - {25, 49})
 
 
+def test_one_that_waits_for_its_turn_ends_when_it_is_cancelled(tmp_path: Path) -> None:
+    DEEDS[0] = wait_for(tmp_path / "go")
+    with warm(1) as pool:
+        results = submit(pool, 20_000)  # more than the workers are given in advance
+        single = pool.apply_async(sorted, ([3, 1, 2],))
+        others = [results[-1], results[10_000], single]
+        assert all([result.cancel() for result in others])
+        assert [ended(result) for result in others] == [CallCancelled] * 3
+        (tmp_path / "go").touch()
+        assert ended(results[0]) == "waited"
+        assert ended(results[-2]) == 19_998
+
+
 def test_one_that_runs_is_cancelled_without_the_others(log: Path, tmp_path: Path) -> None:
     DEEDS[10] = wait_for(tmp_path / "never")
     with warm(1) as pool:

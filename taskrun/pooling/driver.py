@@ -114,6 +114,7 @@ class Driver:
         self._window = WINDOW * (processes + 1)
         self._low = 0  # calls at which more are taken, once there was no room for all
         self._withdrawn = self._waits = False
+        self._unfed: dict[int, Job] = {}  # by their id(): cancelled in the inbox, and not told
         self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
         self.bunches = most_calls is None  # whether small calls are to be sent in bunches
         self._direct = self.bunches  # ... or may go to an idle worker directly
@@ -221,7 +222,7 @@ class Driver:
                     begun += 1
                 else:
                     waiting += job.tokens if isinstance(job, Bunch) else [job]
-            waiting += [job for _, _, _, job in self._inbox]
+            waiting += [job for _, _, _, job in list(self._inbox)]  # others add to it
             for job in waiting[max(0, self.processes - begun) :]:
                 self.loop.call_back(partial(cancel, job))
 
@@ -328,7 +329,7 @@ class Driver:
                 blobs.append(blob)
                 self._added.append(job)
             else:
-                job.failed(_withdrawn(recipe))
+                self._drop(recipe, None, job)
         return blobs
 
     def _bunch_size(self, recipe: Recipe) -> int:
@@ -360,8 +361,7 @@ class Driver:
 
     def _still_wanted(self, entries: list[Any], owner: Owner) -> list[Any]:
         for recipe, _, _, token in entries:
-            if owner.is_withdrawn(token):
-                owner.items_failed([token], _withdrawn(recipe))
+            self._drop(recipe, owner, token)
         return [entry for entry in entries if not owner.is_withdrawn(entry[3])]
 
     def _cancel(self, jobs: Iterable[Job]) -> None:
@@ -374,7 +374,25 @@ class Driver:
             else:
                 job.call = -1  # it will not be fed
                 self._withdrawn = True
+                self._unfed[id(job)] = job
+        if self._unfed:
+            self._reactor.call_soon(self._drop_unfed)  # those of many cancels together
         self._post(m.CancelCalls(tuple(known), "it was asked for"))
+
+    def _drop_unfed(self) -> None:
+        """Tell those that wait to be fed, and were cancelled; not only when their turn comes."""
+        for recipe, _, owner, job in list(self._inbox) if self._unfed else ():
+            self._drop(recipe, owner, job)
+        self._unfed.clear()
+
+    def _drop(self, recipe: Recipe, owner: Owner | None, job: Any) -> None:
+        """It is not to be fed, if it was cancelled; it is told so once."""
+        if self._unfed.pop(id(job), None) is None:
+            return
+        if owner is None:
+            job.failed(_withdrawn(recipe))
+        else:
+            owner.items_failed([job], _withdrawn(recipe))
 
     def _bunch_of(self, token: Any) -> int | None:
         """The call in which an item is."""
@@ -417,6 +435,7 @@ class Driver:
             m.ItemsCancelled: self._items_cancelled,
             m.AttemptEnded: self._attempt_ended,
             m.CallEnded: self._call_ended,
+            m.Succeeded: self._succeeded,
             m.RunEnded: self._run_ended,
         }
 
@@ -466,6 +485,12 @@ class Driver:
     def _stateful_attempt_ended(self, command: m.AttemptEnded) -> None:
         self._state.attempt_ended(command.call.id, command.attempt)
         self._last = command
+
+    def _succeeded(self, command: m.Succeeded) -> None:
+        attempt_ended = self._performers[m.AttemptEnded]
+        for call in command.calls:
+            attempt_ended(command.attempt(call))
+            self._call_ended(m.CallEnded(call))
 
     def _call_ended(self, command: m.CallEnded) -> None:
         call = command.call
