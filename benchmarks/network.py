@@ -45,6 +45,7 @@ from taskrun.values import encode
 DEADLINE = 120.0
 STUBS = Path(__file__).parents[1] / "tests" / "stubs.py"
 LARGE = 100 * 1000 * 1000
+FEW = 2000  # calls of Dask and Ray, which take long
 TASKS = """
 import time
 from taskrun import each, result, task
@@ -352,6 +353,36 @@ def allow_descriptors(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * count), hard))
 
 
+# -- one of them ----------------------------------------------------------------------
+
+
+def trip(folder: Path, options: argparse.Namespace) -> float:
+    with bench(folder) as made:
+        return round_trip(made)
+
+
+def crossed(folder: Path, options: argparse.Namespace) -> float:
+    """MB to the node, of LARGE that eight calls take."""
+    with bench(folder) as made:
+        return large(made)[0] * LARGE / 1e6
+
+
+def beats(folder: Path, options: argparse.Namespace) -> float:
+    return 100 * crowd(folder, options.nodes).beats
+
+
+FIGURES: dict[str, Callable[[Path, argparse.Namespace], float]] = {
+    "run": lambda folder, options: of_a_run(folder, options.calls),
+    "pool": lambda folder, options: of_a_pool(options.calls),
+    "dask": lambda folder, options: of_dask(min(options.calls, FEW)),
+    "ray": lambda folder, options: of_ray(min(options.calls, FEW)),
+    "trip": trip,
+    "crossed": crossed,
+    "beats": beats,
+}
+"""For ``make bench``: calls a second, milliseconds, MB, percent of a core."""
+
+
 # -- all of it ------------------------------------------------------------------------
 
 
@@ -360,12 +391,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--nodes", type=int, default=1000)
+    parser.add_argument("--figure", choices=FIGURES, help="print this one alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tasks.py").write_text(TASKS.format(calls=options.calls))
         (folder / "key").write_text(os.urandom(32).hex())
         (folder / "key").chmod(0o600)
+        if options.figure:
+            print(FIGURES[options.figure](folder, options))
+            return 0
         # Its memory is measured while this process is fresh.
         verdicts = [many(folder, options.nodes), *rates(folder, options.rounds, options.calls)]
     print(f"others on this machine: load {os.getloadavg()[0]:.1f}")
@@ -382,7 +417,7 @@ def rates(folder: Path, rounds: int, calls: int) -> Iterator[bool]:
         pools.append(of_a_pool(calls))
         runs.append(of_a_run(folder, calls))
         for name, found in peers.items():
-            found.append(PEERS[name][0](min(calls, 2000)))
+            found.append(PEERS[name][0](min(calls, FEW)))
         with bench(folder) as made:
             trips.append(round_trip(made))
             times, seconds = large(made)

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import engines
+import network_suite
 import servers
 import suite
 from measure import (
@@ -28,7 +30,12 @@ from measure import (
 )
 from suite import Benchmark
 
-BENCHMARKS = (*suite.BENCHMARKS, *servers.BENCHMARKS)
+BENCHMARKS = (
+    *suite.BENCHMARKS,
+    *servers.BENCHMARKS,
+    *network_suite.BENCHMARKS,
+    *engines.BENCHMARKS,
+)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 COLUMNS = (
     "benchmark", "what", "taskrun", "compared with", "its figure", "ratio", "target", "verdict",
@@ -57,6 +64,9 @@ class Measured:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    if options.list:
+        print("\n".join(f"{one.name:20} {one.what}, {target(one)}" for one in BENCHMARKS))
+        return 0
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what runs, as Ctrl-C does
     chosen = [one for one in BENCHMARKS if not options.names or one.name in options.names]
@@ -77,6 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="before each round wait up to S seconds until the machine is quiet",
     )  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="leave RESULTS.md as it is")
+    parser.add_argument("--list", action="store_true", help="what there is, and its target")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(names)}")

@@ -2,6 +2,7 @@
 TLS.  Both ends are in processes of their own; prints a line per figure.
 
     python benchmarks/transport.py [MEGABYTES]
+    python benchmarks/transport.py --figure tls
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
@@ -22,6 +24,7 @@ from taskrun.transport import Peer, dial_blocking, listen
 KEY = os.urandom(32).hex().encode()
 PIECE = bytes(1 << 20)
 DEADLINE = 60.0  # seconds
+SIZE = 300  # MiB
 
 
 def serve(address: Any, key: bytes, ready: Any) -> None:
@@ -84,25 +87,43 @@ def round_trip(address: Any) -> float:
         return median(2000, lambda: (wire.send(b"?"), wire.recv(DEADLINE)))
 
 
-def measure(address: Any, megabytes: int) -> None:
+@contextmanager
+def server(address: Any) -> Iterator[Any]:
+    """Serve in another process; gives the address."""
     context = get_context("spawn")
     here, there = context.Pipe()
-    server = context.Process(target=serve, args=(address, KEY, there), daemon=True)
-    server.start()
-    found = here.recv()
-    print(
-        f"{shown(found).partition(':')[0]:6} out {bulk_out(found, megabytes):7.0f} MB/s"
-        f"   in {bulk_in(found, megabytes):7.0f} MB/s"
-        f"   round trip {round_trip(found) * 1e6:5.0f} us"
-        f"   connect {median(50, lambda: dial_blocking(found, KEY, b'x').close()) * 1e3:5.2f} ms",
-        flush=True,
-    )
-    server.kill()
-    server.join()
+    process = context.Process(target=serve, args=(address, KEY, there), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure(address: Any, megabytes: int) -> None:
+    with server(address) as found:
+        connect = median(50, lambda: dial_blocking(found, KEY, b"x").close())
+        print(
+            f"{shown(found).partition(':')[0]:6} out {bulk_out(found, megabytes):7.0f} MB/s"
+            f"   in {bulk_in(found, megabytes):7.0f} MB/s"
+            f"   round trip {round_trip(found) * 1e6:5.0f} us"
+            f"   connect {connect * 1e3:5.2f} ms",
+            flush=True,
+        )
+
+
+def figure() -> float:
+    """For ``make bench``: MB/s by TLS, of the slower direction."""
+    with server(Tls("127.0.0.1", 0)) as found:
+        return min(bulk_out(found, SIZE), bulk_in(found, SIZE))
 
 
 if __name__ == "__main__":
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+    if sys.argv[1:] == ["--figure", "tls"]:
+        print(figure())
+        sys.exit()
+    size = int(sys.argv[1]) if len(sys.argv) > 1 else SIZE
     folder = tempfile.mkdtemp()
     for one in (os.path.join(folder, "socket"), ("127.0.0.1", 0), Tls("127.0.0.1", 0)):
         measure(one, size)
