@@ -33,7 +33,7 @@ from taskrun.pooling.results import (
     UnorderedIterator,
     exception_of,
 )
-from taskrun.pooling.starting import Starter, known_names
+from taskrun.pooling.starting import Starter, Supply
 from taskrun.settings import cores_here
 from taskrun.values import decode_failure
 
@@ -56,13 +56,17 @@ _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 
 class WorkerProcess(NamedTuple):
-    """One worker of a pool."""
+    """One worker of a pool; ``node`` is the other machine that it is on, or empty."""
 
     name: str
     pid: int
+    node: str = ""
+    link: Any = None
 
     def is_alive(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process is there, as far as this one knows."""
+        if self.node:
+            return not self.link.over
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -80,6 +84,12 @@ class Pool:
     or a size such as ``"2G"``: a worker that uses more memory is replaced when its call has
     ended; of a pair, the second is where it is stopped at once, and the call is lost.
 
+    ``address``: of a ``taskrun serve``, as on the command line; then the workers are those of
+    the server and of its nodes, at most ``processes`` of them, or all that it lends.  ``authkey``
+    is the server's key, or the path of a file with it; without one, that which taskrun always
+    takes.  Raises DialError where no such server answers, and UsageError for what cannot
+    be used or cannot travel.
+
     ``timeout=`` seconds and ``retries=`` may be given to each method that calls: a call that
     takes longer ends with CallTimeout, and one that fails, or loses its worker, is tried
     again so often.
@@ -94,11 +104,11 @@ class Pool:
         context: Any = None,
         *,
         maxrss: Size | tuple[Size, Size] = None,
+        address: Any = None,
+        authkey: bytes | str | os.PathLike[str] | None = None,
     ) -> None:
         self._state = INIT
-        if processes is None:
-            processes = cores_here()
-        if processes < 1:
+        if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
         if maxtasksperchild is not None and (
             not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0
@@ -106,18 +116,24 @@ class Pool:
             raise ValueError("maxtasksperchild must be a positive int or None")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        if context is None:
-            from multiprocessing import get_context
+        setup, most = Setup(initializer, tuple(initargs)), limits(maxrss)
+        supply: Supply
+        if address is None:
+            if authkey is not None:
+                raise ValueError("authkey is for address, and there is none")
+            supply = Starter(context or _default_context(), setup, most)
+            processes = processes or cores_here()
+        else:
+            if context is not None:
+                raise ValueError("context says how workers of this machine start: not for address")
+            from taskrun.pooling.lending import Borrower
 
-            context = get_context()
-        self._processes = processes
+            supply = Borrower(address, authkey, processes, setup, most)
         self._kinds: tuple[type[Apply], type[ApplyAny]] = Apply, ApplyAny
-        starter = Starter(context, Setup(initializer, tuple(initargs)), limits(maxrss))
-        in_main = known_names(starter.method)
-        self._driver = Driver(processes, starter, maxtasksperchild, _initializer_failed)
+        self._driver = Driver(processes or 1, supply, maxtasksperchild, _initializer_failed)
         self._pid = os.getpid()
         self._singles = Singles(self._driver)
-        self._recipes = Recipes(self._driver.recipe_ids, in_main)
+        self._recipes = Recipes(self._driver.recipe_ids, supply.in_main)
         weakref.finalize(self, self._driver.abandon).atexit = False
         _drivers.add(self._driver)
         self._state = RUN
@@ -403,7 +419,13 @@ class Pool:
 
     def workers(self) -> list[WorkerProcess]:
         """The workers that there are."""
-        return [WorkerProcess(f"w{id}", pid) for id, pid in sorted(self._driver.pids().items())]
+        started = sorted(self._driver.started(), key=lambda link: link.id)
+        return [WorkerProcess(f"w{link.id}", link.pid or 0, link.node, link) for link in started]
+
+    @property
+    def _processes(self) -> int:
+        """How many workers there are, or should be."""
+        return self._driver.processes
 
     @property
     def _loop(self) -> Loop:
@@ -433,6 +455,12 @@ class Pool:
 
     def __reduce__(self) -> Any:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+
+
+def _default_context() -> Any:
+    from multiprocessing import get_context
+
+    return get_context()
 
 
 def _chunked(iterable: Iterable[Any], size: int) -> Iterable[tuple[Any, ...]]:

@@ -112,7 +112,7 @@ class Worker:
         self.tell, self.flush = self.outbox.tell, self.outbox.flush
         self.tell_item = self.outbox.tell_item
         self._capture: Capture
-        if settings.pool is None:
+        if settings.pool is None or settings.pool.captured:
             self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
         else:
             self._capture = Uncaptured((stdout, stderr))

@@ -112,7 +112,7 @@ def preload(settings: Settings) -> Preloaded:
     if settings.pool is not None:
         from taskrun.pooling import remote
 
-        remote.prepare(settings.pool)
+        remote.prepare(settings.pool, settings.file)
     if settings.file is None or settings.module is None:
         return Preloaded(None)
     from taskrun.errors import LoadError

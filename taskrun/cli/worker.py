@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     "--idle-exit", type=click.FloatRange(min=0), metavar="SECONDS",
     help="Leave after so long without anything to do.",
 )  # fmt: skip
+@click.option("--run", metavar="RUN", help="For one run of a server only.", hidden=True)
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
 def worker(
@@ -63,6 +64,7 @@ def worker(
     name: str | None,
     authkey_file: str | None,
     idle_exit: float | None,
+    run: str | None,
     insecure_plain: bool,
     **tls: str | None,
 ) -> int:
@@ -86,7 +88,7 @@ def worker(
     resources = {"memory": memory_here(), **resources}
     offer = Offer(name or socket.gethostname(), jobs, resources, tags, lane)
     server = Coordinator(given, parsed, key, files, insecure_plain)
-    return _serve(server, offer, idle_exit)
+    return _serve(server, offer, idle_exit) if run is None else _take_part(server, run, offer)
 
 
 class Coordinator(NamedTuple):

@@ -40,7 +40,7 @@ class Link:
         self.lane = PROCESS
         self.slots = 1
         self.pid: int | None = None
-        self.ready = self.stopping = False
+        self.ready = self.stopping = self.over = False
         self.retiring = False  # it gets no more calls
         self.blameless = False  # it is gone because the machine is on which it was
         self.rejected: str | None = None
@@ -97,6 +97,7 @@ class Link:
 
     def close(self) -> None:
         """Let go of everything."""
+        self.over = True
         for timer in self.escalations.values():
             timer.cancel()
 

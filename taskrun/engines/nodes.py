@@ -31,6 +31,7 @@ from taskrun.workers.settings import Settings
 
 ROLE: Final = b"node"
 LEASE: Final = 15.0  # seconds
+UNFIT: Final = "cannot take part"  # is in what is said of a node that is refused
 JOINING: Final = 10.0  # seconds for a node to say hello
 _MOST_UNREAD: Final = 4 * WINDOW  # bytes; a node that leaves more unread is none
 
@@ -147,7 +148,7 @@ class Nodes:
             hello = read_hello(frame)
         except ValueError as error:
             self._refuse(peer, str(error))
-            self.crew.notice(f"the node at {peer.name} cannot take part: {error}")
+            self.crew.notice(f"the node at {peer.name} {UNFIT}: {error}")
             return
         known = self.nodes.get(hello.session)
         if known is not None:
@@ -444,7 +445,7 @@ class Node:
 
     def _on_unable(self, key: int, data: Data) -> None:
         reason = bytes(data).decode()
-        self._notice(f"cannot take part: {reason}")
+        self._notice(f"{UNFIT}: {reason}")
         self._nodes.lose(self, f"ended with the node {self.name}: {reason}")
 
     def _notice(self, text: str) -> None:

@@ -28,23 +28,24 @@ class Bundle(NamedTuple):
     file: str
 
 
-def make_bundle(file: str, patterns: Sequence[str] = ()) -> Bundle:
-    """The bundle of a task file.  Raises UsageError where it becomes too large, where a
+def make_bundle(file: str, patterns: Sequence[str] = (), folder: str | None = None) -> Bundle:
+    """The bundle of a task file; ``folder``: what is in that one travels, where it is not the
+    file's own but one above it.  Raises UsageError where it becomes too large, where a
     pattern names nothing, and where a file cannot be read."""
     try:
-        return _make(file, patterns)
+        return _make(os.path.realpath(file), patterns, folder)
     except OSError as error:
         raise UsageError(
             f"{error.filename or file} cannot travel to nodes: {error.strerror or error}"
         ) from None
 
 
-def _make(file: str, patterns: Sequence[str]) -> Bundle:
+def _make(file: str, patterns: Sequence[str], folder: str | None) -> Bundle:
     import io
     import zipfile  # heavy, and only where nodes are expected
 
-    folder = os.path.dirname(os.path.realpath(file))
-    own = os.path.basename(os.path.realpath(file))
+    folder = folder or os.path.dirname(file)
+    own = os.path.relpath(file, folder)
     names = {own, *_code(folder), *_matching(folder, patterns)}
     _check_size(folder, names)
     archive = io.BytesIO()

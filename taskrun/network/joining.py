@@ -60,9 +60,7 @@ def hello_frame(hello: Hello) -> bytes:
     """A hello, to be sent."""
     return _frame(
         {
-            "wire": VERSION,
-            "python": list(sys.version_info[:2]),
-            "taskrun": sys.modules["taskrun"].__version__,
+            **versions(),
             **hello.offer._asdict(),
             "session": hello.session,
             "received": hello.received,
@@ -70,9 +68,17 @@ def hello_frame(hello: Hello) -> bytes:
     )
 
 
-def read_hello(frame: memoryview) -> Hello:
-    """Raises ValueError with the reason why this node cannot take part."""
-    said = _said(frame)
+def versions() -> dict[str, Any]:
+    """What the two sides of a connection have to agree about."""
+    return {
+        "wire": VERSION,
+        "python": list(sys.version_info[:2]),
+        "taskrun": sys.modules["taskrun"].__version__,
+    }
+
+
+def check_versions(said: dict[str, Any]) -> None:
+    """Raises ValueError with the reason why who says so cannot take part here."""
     if said.get("wire") != VERSION:
         raise ValueError(
             f"its taskrun {said.get('taskrun')} speaks wire version {said.get('wire')}, and this "
@@ -86,6 +92,12 @@ def read_hello(frame: memoryview) -> Hello:
             f"{sys.version_info[0]}.{sys.version_info[1]}: functions and values cannot travel "
             "between them"
         )
+
+
+def read_hello(frame: memoryview) -> Hello:
+    """Raises ValueError with the reason why this node cannot take part."""
+    said = _said(frame)
+    check_versions(said)
     received = said.get("received", 0)
     if not isinstance(received, int):
         raise ValueError("it does not say how much it has received")

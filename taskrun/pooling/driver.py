@@ -22,12 +22,13 @@ from taskrun.alarm import Alarm
 from taskrun.blobs import Portable
 from taskrun.bunch import Bunch
 from taskrun.core import Scheduler
+from taskrun.engines.links import Link
 from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Failure, Plan, Recipe
 from taskrun.observers import Observer
 from taskrun.pooling.looping import Loop, Waitable
 from taskrun.pooling.sharing import PoolState
-from taskrun.pooling.starting import PoolWorkers, Starter
+from taskrun.pooling.starting import PoolWorkers, Supply
 from taskrun.pooling.trips import Trips
 from taskrun.reactor import Reactor
 
@@ -94,11 +95,12 @@ class Driver:
     def __init__(
         self,
         processes: int,
-        starter: Starter,
+        starter: Supply,
         most_calls: int | None,
         initializer_failed: Callable[[Failure], BaseException | None],
     ) -> None:
-        """Starts.  Raises RunError where no process can be started."""
+        """Starts.  ``processes``: how many workers there are; where they are lent, at first.
+        Raises RunError where no process can be started."""
         self.recipe_ids = itertools.count(1)
         self.processes = processes
         self.error: BaseException | None = None  # why the pool is broken
@@ -111,31 +113,33 @@ class Driver:
         self._added: list[Job | Bunch] = []
         self._posted = False
         self._feeds = 0
-        self._window = WINDOW * (processes + 1)
         self._low = 0  # calls at which more are taken, once there was no room for all
         self._withdrawn = self._waits = False
         self._unfed: dict[int, Job] = {}  # by their id(): cancelled in the inbox, and not told
         self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
         self.bunches = most_calls is None  # whether small calls are to be sent in bunches
-        self._direct = self.bunches  # ... or may go to an idle worker directly
+        # ... or may go to an idle worker directly
+        self._direct = self.bunches and not starter.lent
         self.waits_at_exit = False  # for the calls that there are then
         self.closing = self._killing = self._ended = False
         self._lock = threading.Lock()
+        slots = 0 if starter.lent else processes  # how many there are just now
         self._core = Scheduler(
             Plan((), frozenset()),
-            slots=processes,
+            slots=slots,
             policy="keep-going",
             recipe_ids=self.recipe_ids,
             spare_factor=1,
             open_feed=True,
             keep=False,
-            standing=processes,
+            standing=slots,
             most_calls=most_calls,
         )
         self._reactor = Reactor()
         self._alarm = Alarm(self._reactor, self._core, self._post)
         self._state = PoolState(self._reactor, starter.base, self._watch_attempts)
-        self._engine = PoolWorkers(starter, self.recipe_ids, GRACE, self._state.address)
+        self._engine = starter.workers(self.recipe_ids, GRACE, self._state.address)
+        self._engine.resized = self._resized
         self.loop = Loop(self._reactor, "taskrun-pool")
         self.loop.finish, self.loop.broken = self._finish, self._broken
         self.loop.entered = self._entered
@@ -276,11 +280,15 @@ class Driver:
         if not self._ended:
             self.loop.post(callback)
 
-    def pids(self) -> dict[int, int]:
-        """The pids of the workers that have started, by number."""
-        return self._engine.pids()
+    def started(self) -> list[Link]:
+        """The workers that have started."""
+        return self._engine.started()
 
     # -- on the loop ------------------------------------------------------------------
+
+    def _resized(self, processes: int, standing: int) -> None:
+        self.processes = processes
+        self._core.placement.standing = standing
 
     def _entered(self, waitable: Waitable | None, timeout: float | None) -> None:
         """Somebody comes to run the loop: end the trip that is under way."""
@@ -305,7 +313,8 @@ class Driver:
         while inbox:
             recipe, _, owner, _ = inbox[0]
             size = 1 if owner is None else self._bunch_size(recipe)
-            most = self._window if self._waits or owner is None else AHEAD * self.processes
+            window = WINDOW * (self.processes + 1)
+            most = window if self._waits or owner is None else AHEAD * self.processes
             room = most - len(self._jobs)
             if room <= 0:
                 self._low = most // 2

@@ -45,6 +45,7 @@ class Start(NamedTuple):
     child of multiprocessing; None where workers are forked and inherit them.  ``tracker``: a
     descriptor of the resource tracker.  ``maxrss``: bytes of memory from which on a worker
     retires.  ``base`` is added to the numbers of calls wherever several pools share a state.
+    ``captured``: what calls write goes to the process that has the pool.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Start(NamedTuple):
     tracker: int | None
     maxrss: int | None = None
     base: int = 0
+    captured: bool = False
 
 
 # What a forked template inherits, and what a fresh one unpickles.
@@ -60,9 +62,10 @@ inherited: Setup | None = None
 _failure: BaseException | None = None
 
 
-def prepare(start: Start) -> None:
-    """In a fresh interpreter: take over what a child of multiprocessing takes over."""
-    if start.preparation is None:
+def prepare(start: Start, file: str | None) -> None:
+    """In a fresh interpreter: take over what a child of multiprocessing takes over; on another
+    machine the main module, out of ``file``."""
+    if start.preparation is None and file is None:
         return
     from multiprocessing import process, resource_tracker, spawn
 
@@ -71,7 +74,10 @@ def prepare(start: Start) -> None:
     current: Any = process.current_process()
     current._inheriting = True  # a Pool() that is made without a __main__ guard is refused
     try:
-        spawn.prepare(pickle.loads(start.preparation))
+        if start.preparation is None:
+            spawn.prepare({"init_main_from_path": file})
+        else:
+            spawn.prepare(pickle.loads(start.preparation))
     except BaseException as error:
         _fail(error)
     finally:

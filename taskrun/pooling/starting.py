@@ -17,8 +17,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
 from signal import SIGKILL
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from taskrun.engines.links import Link
 from taskrun.engines.local import Launch
 from taskrun.engines.nursery import launch_fresh
 from taskrun.engines.pool import PoolEngine
@@ -30,9 +31,48 @@ from taskrun.reactor import Reactor
 from taskrun.workers import template
 from taskrun.workers.settings import FORK, Settings
 
+if TYPE_CHECKING:
+    from taskrun.engines.nodes import Nodes  # only where others lend workers
+
 MEMORY_SECONDS: Final = 0.1  # between two looks at how much workers use
 
-_bases = count(os.getpid() << 16)  # of one machine's pools
+bases = count(os.getpid() << 16)  # of one machine's pools
+
+
+class Supply(Protocol):
+    """Where the workers of a Pool come from, with what they are told and given.
+
+    ``method`` is the start method, ``hard`` how many bytes of memory a worker is stopped at,
+    ``base`` what is added to the numbers of calls; ``lent``: others have them, and say how many.
+    """
+
+    lent: bool
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def hard(self) -> int | None: ...
+
+    @property
+    def base(self) -> int: ...
+
+    @property
+    def told(self) -> remote.Start: ...
+
+    def workers(
+        self, recipe_ids: Iterator[int], grace: float, state: Callable[[], tuple[Any, bytes]]
+    ) -> PoolWorkers:
+        """The engine."""
+
+    def in_main(self, function: Any) -> bool:
+        """Whether a function of ``__main__`` is found there by its name in workers."""
+
+    def launch(self, fd: int) -> int:
+        """Start a template with this socket; gives its pid."""
+
+    def close(self) -> None:
+        """Let go of what workers inherit."""
 
 
 class PoolWorkers(PoolEngine):
@@ -40,13 +80,23 @@ class PoolWorkers(PoolEngine):
 
     def __init__(
         self,
-        start: Starter,
+        start: Supply,
         recipe_ids: Iterator[int],
         grace: float,
         state: Callable[[], tuple[Any, bytes]],
+        *,
+        slots: int = 1,
+        nodes: Nodes | None = None,
     ) -> None:
-        super().__init__(start_method=start.method, grace=grace, recipe_ids=recipe_ids, state=state)
+        """``slots`` and ``nodes`` are as for a PoolEngine."""
+        super().__init__(
+            start_method=start.method, grace=grace, recipe_ids=recipe_ids, state=state,
+            slots=slots, nodes=nodes,
+        )  # fmt: skip
         self._starter = start
+        self.resized: Callable[[int, int], None]
+        """Called where others lend the workers: how many can be had, and how many there are
+        places for now."""
 
     def start(self, reactor: Reactor, post: Callable[[Event], None], observer: Observer) -> None:
         """See ``engines.base``."""
@@ -62,9 +112,9 @@ class PoolWorkers(PoolEngine):
             return True
         return not local.busy and all(link.ready for link in self._links.values())
 
-    def pids(self) -> dict[int, int]:
-        """The pids of the workers that have started, by number."""
-        return {link.id: link.pid for link in list(self._links.values()) if link.pid is not None}
+    def started(self) -> list[Link]:
+        """The workers that have started."""
+        return [link for link in list(self._links.values()) if link.pid is not None]
 
     def _begin_blobs(self, notice: Any) -> Place:
         return super()._begin_blobs(None)  # trouble is told by Python's warnings
@@ -93,11 +143,13 @@ class PoolWorkers(PoolEngine):
 class Starter:
     """One start method, with what the workers are told and given."""
 
+    lent = False
+
     def __init__(self, context: Any, setup: remote.Setup, limits: memory.Limits) -> None:
         """Raises what pickling ``setup`` raises, where workers start afresh."""
         self.method: str = context.get_start_method()
         self.hard = limits.hard
-        self.base = next(_bases) << 48
+        self.base = next(bases) << 48
         self._setup = setup
         self._fds: list[int] = []
         if self.method == FORK:
@@ -105,6 +157,13 @@ class Starter:
         else:
             self.told = self._told()
         self.told = self.told._replace(maxrss=limits.soft, base=self.base)
+        self.in_main = known_names(self.method)
+
+    def workers(
+        self, recipe_ids: Iterator[int], grace: float, state: Callable[[], tuple[Any, bytes]]
+    ) -> PoolWorkers:
+        """The engine."""
+        return PoolWorkers(self, recipe_ids, grace, state)
 
     def launch(self, fd: int) -> int:
         """Start a template with this socket; gives its pid."""

@@ -214,10 +214,15 @@ def relay(
     def on_open(far: transport.Peer) -> None:
         if first is not None:
             far.send(first)
-        _pass_on(near, far)
-        _pass_on(far, near)
+        join(near, far)
 
     transport.dial(path, key, reactor, role, on_open, lambda error: (refuse or near.close)())
+
+
+def join(near: transport.Peer, far: transport.Peer) -> None:
+    """From now on, what one of them says goes to the other."""
+    _pass_on(near, far)
+    _pass_on(far, near)
 
 
 def _pass_on(source: transport.Peer, target: transport.Peer) -> None:

@@ -22,11 +22,13 @@ from taskrun import transport
 from taskrun.errors import MALFORMED, UsageError
 from taskrun.model import nearest
 from taskrun.network.bundles import digest_of
+from taskrun.network.joining import check_versions
 from taskrun.reactor import Reactor
 from taskrun.roles import STATE_OF_RUN, STEER
 from taskrun.serving import talk
 from taskrun.serving.hosts import NODE, Hosts, relay, role_of
 from taskrun.serving.kept import Follower
+from taskrun.serving.lent import LentPool
 from taskrun.serving.runs import ENDED, GRACE, HERE, RUNNING, WAITING, ServedRun, Submission
 from taskrun.serving.shares import deal
 from taskrun.serving.states import States
@@ -55,7 +57,7 @@ class Server:
         say: Callable[[str], object],
         lease: float,
     ) -> None:
-        self.runs: dict[str, ServedRun] = {}
+        self.runs: dict[str, ServedRun | LentPool] = {}
         self.status: int | None = None
         self._reactor = reactor
         self._slots = slots
@@ -117,7 +119,7 @@ class Server:
 
     # -- runs -------------------------------------------------------------------------
 
-    def live(self) -> list[ServedRun]:
+    def live(self) -> list[ServedRun | LentPool]:
         """The runs that have not ended, in order of arrival."""
         return [run for run in self.runs.values() if run.state != ENDED]
 
@@ -142,13 +144,40 @@ class Server:
         self.deal()
         return run
 
-    def _on_run_end(self, run: ServedRun) -> None:
+    def _on_run_end(self, run: ServedRun | LentPool) -> None:
         self._say(f"{run.name} {run.file} ended with status {run.status}")
         del self._service.roles[role_of(run.name)]
+        self._service.roles.pop(talk.line_of(run.name), None)
         ended = [run for run in self.runs.values() if run.state == ENDED]
         for old in ended[:-REMEMBERED]:
             del self.runs[old.name]
         self.deal()
+
+    def lend(self, peer: transport.Peer, asked: dict[str, Any]) -> LentPool:
+        """Have a Pool take part as one more run.  Raises UsageError, and what reading what it
+        asks raises."""
+        try:
+            check_versions(asked)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        name = f"p{next(self._numbers)}"
+        jobs = None if asked["jobs"] is None else max(1, int(asked["jobs"]))
+        assert self._service.address is not None
+        try:
+            pool = LentPool(
+                name, str(asked["who"]), jobs, peer, self._reactor, self._service.address,
+                self._service.authkey, self._slots, self._on_run_end,
+            )  # fmt: skip
+        except OSError as error:
+            raise UsageError(f"its key cannot be written: {error.strerror}") from None
+        self.runs[name] = pool
+        self._service.roles[role_of(name)] = pool.take_node
+        self._service.roles[talk.line_of(name)] = pool.take_line
+        peer.send(talk.said(run=name, lease=self._lease))
+        self._say(f"{name} {pool.file} came")
+        self.deal()
+        peer.send(talk.said(dealt=pool.slots))
+        return pool
 
     def deal(self) -> None:
         """Share what there is among those who are there."""
@@ -169,13 +198,20 @@ class Server:
                 run.start(dealt[run.name])
         self._hosts.tell(dealt)
 
-    def find(self, name: str) -> ServedRun:
+    def find(self, name: str) -> ServedRun | LentPool:
         """The run of that name.  Raises UsageError."""
         if name in self.runs:
             return self.runs[name]
         near = nearest(name, list(self.runs))
         hint = f"did you mean {near}?" if near else "taskrun status shows those that are"
         raise UsageError(f"there is no run {name!r} here (any more); {hint}")
+
+    def find_run(self, name: str) -> ServedRun:
+        """The same, where it has to be one that is executed here.  Raises UsageError."""
+        run = self.find(name)
+        if isinstance(run, LentPool):
+            raise UsageError(f"{name} is a Pool of somebody else's: it can only be cancelled here")
+        return run
 
     # -- those who submit and follow --------------------------------------------------
 
@@ -214,7 +250,7 @@ class Server:
         """The answer; None: it comes from the run's process."""
         do, name = str(request["do"]), request.get("run")
         if name is not None:
-            self._ask(peer, self.find(str(name)), request)
+            self._ask(peer, self.find_run(str(name)), request)
             return None
         if do == "status":
             return self._described()
@@ -265,13 +301,14 @@ class Server:
 
 
 class Client:
-    """One who submits a run, or follows one."""
+    """One who submits a run, or follows one, or has a Pool."""
 
     def __init__(self, server: Server, peer: transport.Peer) -> None:
         self._server = server
         self.peer = peer
         self._asked: dict[str, Any] | None = None  # of a submission, whose bundle is to come
         self._run: ServedRun | None = None
+        self._pool: LentPool | None = None
         self._follower: Follower | None = None
 
     def on_frame(self, frame: memoryview) -> None:
@@ -284,7 +321,10 @@ class Client:
             self._refuse("this server does not know what that asks: is it of the same version?")
 
     def _take(self, frame: memoryview) -> None:
-        if self._run is not None:
+        if self._pool is not None:
+            if talk.heard(frame)["do"] == "close":
+                self._pool.end(0)
+        elif self._run is not None:
             if talk.heard(frame)["do"] == "interrupt":
                 self._run.interrupt()
         elif self._asked is not None:
@@ -296,7 +336,9 @@ class Client:
             if said["do"] == "submit":
                 self._asked = said
             elif said["do"] == "attach":
-                self._follow(self._server.find(str(said["run"])))
+                self._follow(self._server.find_run(str(said["run"])))
+            elif said["do"] == "lend":
+                self._pool = self._server.lend(self.peer, said)
             else:
                 raise ValueError
 
@@ -310,7 +352,9 @@ class Client:
         self.peer.finish()
 
     def on_end(self, reason: str) -> None:
-        """It is gone, which changes nothing."""
+        """It is gone, which changes nothing for a run; a Pool is gone with it."""
+        if self._pool is not None:
+            self._pool.end()
         if self._run is not None and self._follower is not None:
             self._run.leave(self._follower)
 

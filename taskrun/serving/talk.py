@@ -5,6 +5,11 @@ as it is.  A client asks once, ``{"do": "submit", ...}`` followed by the bundle,
 ``{"do": "attach", "run": "r1"}``.  It is answered ``{"run": "r1"}`` or ``{"error": "..."}``; then
 come the run's output, ``{"skipped": lines}`` where some of it is not kept any more, and at
 the end ``{"ended": status}``.  Meanwhile the client may say ``{"do": "interrupt"}``.
+
+A Pool asks ``{"do": "lend", ...}``.  It is told its name and its lease, ``{"shares": ...}``
+whenever its slots are others, ``{"dealt": ...}`` when it has its first share, ``{"come": true}``
+for each node that waits for it, and ``{"over": "..."}`` when it gets nothing more.  At its end it
+says ``{"do": "close"}``.
 """
 
 from __future__ import annotations
@@ -15,10 +20,16 @@ from typing import Any, Final
 SUBMIT: Final = b"submit"
 """The role of such a client; see ``taskrun.transport``."""
 
+
 JSON: Final = 0
 STDOUT: Final = 1
 STDERR: Final = 2
 BUNDLE: Final = 3
+
+
+def line_of(pool: str) -> bytes:
+    """The role of a Pool's connections for the nodes that have come for it."""
+    return b"pool@" + pool.encode()
 
 
 def said(**what: Any) -> bytes:
