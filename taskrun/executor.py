@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import os
 import time
 import weakref
 from collections import deque
@@ -137,7 +138,8 @@ def _translated(error: BaseException) -> BaseException:
 
 
 class Executor(concurrent.futures.Executor):
-    """An executor of PEP 3148; the parameters are those of ``ProcessPoolExecutor``."""
+    """An executor of PEP 3148; the parameters are those of ``ProcessPoolExecutor``, and
+    ``address`` and ``authkey`` those of ``Pool``."""
 
     def __init__(
         self,
@@ -147,10 +149,15 @@ class Executor(concurrent.futures.Executor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        address: Any = None,
+        authkey: bytes | str | os.PathLike[str] | None = None,
     ) -> None:
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
-        self._pool = Pool(max_workers, initializer, initargs, max_tasks_per_child, mp_context)
+        self._pool = Pool(
+            max_workers, initializer, initargs, max_tasks_per_child, mp_context,
+            address=address, authkey=authkey,
+        )  # fmt: skip
         self._pool._kinds = Submit, SubmitAny
         self._pool._driver.waits_at_exit = True  # as the standard library's
         weakref.finalize(self, _close, self._pool).atexit = False

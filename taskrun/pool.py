@@ -419,8 +419,8 @@ class Pool:
 
     def workers(self) -> list[WorkerProcess]:
         """The workers that there are."""
-        started = sorted(self._driver.started(), key=lambda link: link.id)
-        return [WorkerProcess(f"w{link.id}", link.pid or 0, link.node, link) for link in started]
+        started = self._driver.started()
+        return [WorkerProcess(f"w{link.id}", pid, link.node, link) for link, pid in started]
 
     @property
     def _processes(self) -> int:

@@ -280,9 +280,10 @@ class Driver:
         if not self._ended:
             self.loop.post(callback)
 
-    def started(self) -> list[Link]:
-        """The workers that have started."""
-        return self._engine.started()
+    def started(self) -> list[tuple[Link, int]]:
+        """The workers that have started, with their pids."""
+        found = [(link, link.pid or self._pid_of(link.id)) for link in self._engine.started()]
+        return sorted(((link, pid) for link, pid in found if pid), key=lambda row: row[0].id)
 
     # -- on the loop ------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ class PoolWorkers(PoolEngine):
 
     def started(self) -> list[Link]:
         """The workers that have started."""
-        return [link for link in list(self._links.values()) if link.pid is not None]
+        return [link for link in list(self._links.values()) if link.pid or link.ready]
 
     def _begin_blobs(self, notice: Any) -> Place:
         return super()._begin_blobs(None)  # trouble is told by Python's warnings
