@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     "--idle-exit", type=click.FloatRange(min=0), metavar="SECONDS",
     help="Leave after so long without anything to do.",
 )  # fmt: skip
-@click.option("--run", metavar="RUN", help="For one run of a server only.", hidden=True)
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
 def worker(
@@ -64,7 +63,6 @@ def worker(
     name: str | None,
     authkey_file: str | None,
     idle_exit: float | None,
-    run: str | None,
     insecure_plain: bool,
     **tls: str | None,
 ) -> int:
@@ -88,7 +86,7 @@ def worker(
     resources = {"memory": memory_here(), **resources}
     offer = Offer(name or socket.gethostname(), jobs, resources, tags, lane)
     server = Coordinator(given, parsed, key, files, insecure_plain)
-    return _serve(server, offer, idle_exit) if run is None else _take_part(server, run, offer)
+    return _serve(server, offer, idle_exit)
 
 
 class Coordinator(NamedTuple):
@@ -125,14 +123,14 @@ def _serve(server: Coordinator, offer: Offer, idle_exit: float | None) -> int:
         status = node.run()
         if node.server is None:
             return status
-        host = Host(reactor, *node.server, offer, dial, partial(_take_part, server), _say)
+        host = Host(reactor, *node.server, offer, dial, partial(take_part, server), _say)
         ended = host.run()
         reactor.close()
         if ended is not None:
             return ended
 
 
-def _take_part(server: Coordinator, run: str, offer: Offer) -> int:
+def take_part(server: Coordinator, run: str, offer: Offer) -> int:
     """Be the node of one run of a server."""
     from taskrun.reactor import Reactor
     from taskrun.workers.node import ROLE, Node

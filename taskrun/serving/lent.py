@@ -146,8 +146,8 @@ class LentPool:
         if self._node is not None or not self.shares.get(HERE):
             return  # it is there, or nobody needs it
         command = [
-            sys.executable, "-P", "-m", "taskrun.cli.served", str(os.getpid()), "worker",
-            f"unix:{self._address}", "--run", self.name, "--name", HERE, "-j", str(self._slots),
+            sys.executable, "-P", "-m", "taskrun.cli.lent", str(os.getpid()), self._address,
+            self.name, str(self._slots),
         ]  # fmt: skip
         own = {name: text for name, text in os.environ.items() if not name.startswith("TASKRUN_")}
         try:
