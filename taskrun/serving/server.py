@@ -71,7 +71,7 @@ class Server:
         self._service.roles[NODE] = self._hosts.accept
         self._service.roles[STEER] = self._on_steering
         self._service.roles[talk.SUBMIT] = self._on_client
-        states = States(reactor, self.find, lambda: self._service.authkey)
+        states = States(reactor, self.find_run, lambda: self._service.authkey)
         self._service.roles[STATE_OF_RUN] = states.accept
 
     # -- the main flow ----------------------------------------------------------------
