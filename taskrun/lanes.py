@@ -1,13 +1,14 @@
-"""What the lanes of a run need of this machine, checked before anything runs."""
+"""What is said of the lanes of a run, and what they need here, checked before anything runs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 
 from taskrun.errors import UsageError
-from taskrun.model import Task
+from taskrun.model import Task, nearest
+from taskrun.settings import LANE_JOBS
 
 GREEN = "green"
 
@@ -31,6 +32,28 @@ def check_green(name: str) -> None:
         raise UsageError(
             f"{name} is in lane 'green', which needs gevent: pip install 'taskrun[gevent]'"
         )
+
+
+def check_lane_jobs(jobs: Mapping[str, int], said: str) -> dict[str, int]:
+    """Lane -> how many workers it may have; ``said``: where that is said, for the message.
+
+    Raises UsageError for what is no such lane, or no such number.
+    """
+    for lane, much in jobs.items():
+        check_has_workers(lane, said)
+        if type(much) is not int or much < 1:
+            raise UsageError(f"{said}: {lane} has at least 1 worker, not {much!r}")
+    return dict(jobs)
+
+
+def check_has_workers(lane: object, said: str) -> None:
+    """Raises UsageError where ``lane`` is none whose workers ``--lane-jobs`` counts."""
+    if lane == "process":
+        raise UsageError(f"{said}: how many processes there are is said by -j")
+    if lane not in LANE_JOBS:
+        near = nearest(lane, list(LANE_JOBS)) if isinstance(lane, str) else None
+        hint = f"did you mean {near}?" if near else f"lanes are {', '.join(LANE_JOBS)}"
+        raise UsageError(f"{said}: there is no lane {lane!r}; {hint}")
 
 
 def _is_patched() -> bool:

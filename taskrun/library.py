@@ -9,6 +9,7 @@ from typing import Any
 from taskrun.calls import FAILED, OK, Call
 from taskrun.coordinator import Run
 from taskrun.errors import RunFailed, UsageError
+from taskrun.lanes import check_lane_jobs
 from taskrun.loading import Loaded, gather, load
 from taskrun.model import Plan, Task
 from taskrun.observers import Observer
@@ -29,6 +30,7 @@ def run(
     state: str | os.PathLike[str] | None = None,
     listen: str | None = None,
     engine: str | None = None,
+    lane_jobs: Mapping[str, int] | None = None,
 ) -> Any:
     """Run tasks and give their values.
 
@@ -40,7 +42,8 @@ def run(
     process.  ``state``: a file from which shared state is loaded, if it exists, and in which
     it is kept.  ``listen``: ``"HOST:PORT"``, where clients reach the shared state.
     ``engine``: where calls are executed, other than by own workers: ``"dask"``, ``"ray"``,
-    ``"dask://HOST:PORT"``, ``"module:factory"`` (docs/engines.md).
+    ``"dask://HOST:PORT"``, ``"module:factory"`` (docs/engines.md).  ``lane_jobs``: how many
+    workers a lane may have, ``{"async": 2}``; unless said, one each.
 
     Gives the value of the one task named, or a dict of values by task name.  The value of
     a fan-out is the list of its calls' values, in item order.
@@ -59,6 +62,7 @@ def run(
         state=None if state is None else os.fspath(state),
         listen=listen,
         engine=engine,
+        lane_jobs=check_lane_jobs(lane_jobs or {}, "run(lane_jobs=...)"),
     )
     return _values_of(plan, settings, single)
 

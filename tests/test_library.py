@@ -167,6 +167,36 @@ def test_what_cannot_be_run_is_a_usage_error(runs: Runs) -> None:
     assert "cannot be pickled" in lines[5]
 
 
+def test_so_many_workers_as_lane_jobs_says(runs: Runs) -> None:
+    ended = runs.script(
+        """
+        import asyncio, os, taskrun
+        from taskrun import each, state
+        from taskrun.errors import UsageError
+
+        @taskrun.task
+        async def meet(n=each(range(60))):
+            pids = state.set("pids")
+            pids.add(os.getpid())
+            async with asyncio.timeout(30):
+                while len(pids) < 2: await asyncio.sleep(0.05)
+
+        taskrun.run(meet, jobs=1, lane_jobs={"async": 2}, output="quiet")
+        for jobs in ({"asinc": 2}, {"process": 2}, {"async": 0}, {"async": True}):
+            try:
+                taskrun.run(meet, lane_jobs=jobs)
+            except UsageError as error:
+                print(error)
+        """
+    )
+    assert ended.check().out.splitlines() == [
+        "run(lane_jobs=...): there is no lane 'asinc'; did you mean async?",
+        "run(lane_jobs=...): how many processes there are is said by -j",
+        "run(lane_jobs=...): async has at least 1 worker, not 0",
+        "run(lane_jobs=...): async has at least 1 worker, not True",
+    ]
+
+
 def test_a_run_inside_a_task_is_a_run_of_its_own(runs: Runs) -> None:
     runs.write(
         """

@@ -12,8 +12,7 @@ from click.core import ParameterSource
 from taskrun.cli.split import split_words
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded, check_file, find_file, load
-from taskrun.model import nearest
-from taskrun.settings import LANE_JOBS, cores_here
+from taskrun.settings import cores_here
 
 if TYPE_CHECKING:
     from taskrun.settings import Settings
@@ -74,13 +73,10 @@ def _check_lane_jobs(
 ) -> dict[str, int]:
     jobs = {}
     for text in texts:
+        from taskrun.lanes import check_has_workers  # few need it
+
         lane, _, much = text.partition("=")
-        if lane == "process":
-            raise UsageError("--lane-jobs process=...: how many processes there are is said by -j")
-        if lane not in LANE_JOBS:
-            near = nearest(lane, list(LANE_JOBS))
-            hint = f"did you mean {near}?" if near else f"lanes are {', '.join(LANE_JOBS)}"
-            raise UsageError(f"--lane-jobs {text}: there is no lane {lane!r}; {hint}")
+        check_has_workers(lane, f"--lane-jobs {text}")
         if not much.isdecimal() or int(much) < 1:
             raise UsageError(f"--lane-jobs takes LANE=N, such as async=2, not {text!r}")
         jobs[lane] = int(much)
