@@ -136,6 +136,57 @@ def total(added=result(add), taken=result(take)): print("found", count.get(), su
     assert "found 100 190" in runs.exec(source, "-j2", "--output", "raw").check().out
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc/self/fd")
+@every_lane
+def test_calls_that_use_state_share_few_connections(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+count, found = state.counter("count"), state.dict("found")
+
+@task(lane=LANE)
+RUN add(n=each(range(2000))):
+    PAUSE(0.05)
+    count.add(1)
+    found[n] = n * n
+    return len(os.listdir("/proc/self/fd")) if n % 50 == 0 else 0
+
+@task
+def total(files=result(add)):
+    print("found", count.get(), sum(found.values()), max(files) < 40, max(files))
+""",
+        lane,
+    )
+    ended = runs.exec(source, "-j2", "--output", "raw").check()
+    assert f"found 2000 {sum(n * n for n in range(2000))} True" in ended.out, ended.out
+
+
+@every_lane
+def test_calls_that_wait_keep_no_others_from_using_state(runs: Runs, lane: str) -> None:
+    get = "await queue.get_async()" if lane == "async" else "queue.get()"
+    source = in_lane(
+        f"""
+queue, big = state.queue("queue"), state.dict("big")
+
+@task(lane=LANE)
+RUN take(n=each(range(30))): return {get}
+
+@task(lane=LANE)
+RUN put(n=each([0])):
+    big.update((n, n) for n in range(2500))  # more than one page
+    pages = iter(big)
+    for n in range(30):
+        next(pages)
+        queue.put(n)
+    return sum(big) == sum(pages) + sum(range(30))
+
+@task
+def total(taken=result(take), same=result(put)): print("found", sum(taken), same)
+""",
+        lane,
+    )
+    assert "found 435 [True]" in runs.exec(source, "-j2", "--output", "raw").check().out
+
+
 @every_lane
 def test_so_many_workers_as_lane_jobs_says(runs: Runs, lane: str) -> None:
     source = in_lane(

@@ -449,8 +449,13 @@ def _facts(task: Task, blob: bytes | None) -> dict[str, Any]:
     }
 
 
-def state_home(settings: Settings, executor: Executor) -> Callable[[], Any] | None:
-    """What gives the client of shared state in this worker; see ``context.state_home``."""
+def state_home(
+    settings: Settings, executor: Executor, *, shared: bool = False
+) -> Callable[[], Any] | None:
+    """What gives the client of shared state in this worker; see ``context.state_home``.
+
+    ``shared``: many calls use it at a time.
+    """
     if settings.state is None:
         return None
     address, authkey = settings.state
@@ -463,12 +468,20 @@ def state_home(settings: Settings, executor: Executor) -> Callable[[], Any] | No
 
     def client() -> Any:
         if not made:
-            from taskrun.state.remote import RemoteClient  # only those who use it pay for it
-
-            made.append(RemoteClient(address, authkey, attempt))
+            made.append(_client_class(shared)(address, authkey, attempt))
         return made[0]
 
     return client
+
+
+def _client_class(shared: bool) -> Any:
+    if shared:  # only those who use state pay for the import
+        from taskrun.state.shared import SharedClient
+
+        return SharedClient
+    from taskrun.state.remote import RemoteClient
+
+    return RemoteClient
 
 
 def call_name(task: str, index: Any, *, submitted: bool) -> str:

@@ -43,6 +43,7 @@ _READ_LONG: Final = 1024 * 1024
 _JOINED: Final = 64 * 1024  # a shorter frame is sent in one piece with its length
 _DIAL_SECONDS: Final = 10.0
 _LENGTH = struct.Struct("!i")
+MOST_IDLE: Final = 8  # connections that are kept for whoever waits next on an event loop
 
 
 Files: TypeAlias = tuple[str | None, str | None, str | None]
@@ -50,7 +51,10 @@ Files: TypeAlias = tuple[str | None, str | None, str | None]
 
 
 class Connection:
-    """A socket, past the handshake; frames in and out, in pickles."""
+    """A socket, past the handshake; frames in and out, in pickles.
+
+    ``counted``: it is one of the few that ``shared.SharedClient`` has in use at a time.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Connection:
         self._tls = tls
         self._rest = b""
         self.alone = False
+        self.counted = False
         self._socket = self._dial(address, authkey)
         try:
             self._socket.settimeout(_DIAL_SECONDS)
@@ -268,18 +273,32 @@ class RemoteClient:
         self._all.add(made)
         return made
 
-    def _take(self) -> Connection:
-        """This thread's connection.  Until it is put back nobody uses it: what is executed on
-        top of this operation (another call, a finalizer, a signal handler) makes its own."""
+    def _take(self, *, fresh: bool = False) -> Connection:
+        """This thread's connection, or a new one.  Until it is put back nobody uses it: what
+        is executed on top of this operation (another call, a finalizer, a signal handler)
+        makes its own."""
         found: Connection | None = getattr(self._thread, "connection", None)
         self._thread.connection = None
-        return found or self.connect()
+        return self.connect() if fresh or found is None else found
 
     def _put_back(self, connection: Connection) -> None:
         other: Connection | None = getattr(self._thread, "connection", None)
-        self._thread.connection = connection  # it may have iterations that go on
+        self._thread.connection = connection
         if other is not None:
             other.close()
+
+    def _drop(self, connection: Connection) -> None:
+        """It is not to be used again: nobody knows what will be read from it."""
+        connection.close()
+
+    def _set_aside(self, connection: Connection) -> None:
+        """It waits, perhaps for long."""
+
+    def _keep(self, connection: Connection) -> None:
+        if len(self._idle) < MOST_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
     def close(self) -> None:
         """End all connections; what they hold is released."""
@@ -301,24 +320,22 @@ class RemoteClient:
         try:
             reply = connection.receive()
         except BaseException:
-            connection.close()
+            self._drop(connection)
             raise
         self._put_back(connection)
         return reply[1] if reply[0] == OK else concluded(reply)
 
-    def _ask(self, request: Request) -> Connection:
+    def _ask(self, request: Request, *, fresh: bool = False) -> Connection:
         """Send a request.  Where the connection has ended meanwhile, it has not been read,
         and goes over a new one."""
-        connection = self._take()
+        connection = self._take(fresh=fresh)
         try:
             connection.send(request)
-        except OSError:
-            connection.close()
-            connection = self.connect()
-            connection.send(request)
-        except BaseException:
-            connection.close()
-            raise
+        except BaseException as error:
+            self._drop(connection)
+            if fresh or not isinstance(error, OSError):
+                raise
+            return self._ask(request, fresh=True)
         return connection
 
     def wait(self, request: Request, timeout: float | None) -> Any:
@@ -326,10 +343,11 @@ class RemoteClient:
         try:
             reply = connection.receive()
             if reply[0] == PARKED:
+                self._set_aside(connection)
                 reply = self._wait(connection, request, reply, timeout)
             _acknowledge(connection, request, reply)
         except BaseException:
-            connection.close()
+            self._drop(connection)
             raise
         self._put_back(connection)
         return concluded(reply)
@@ -359,7 +377,7 @@ class RemoteClient:
         except BaseException:
             connection.close()
             raise
-        self._idle.append(connection)
+        self._keep(connection)
         return concluded(reply)
 
     # -- watching ---------------------------------------------------------------------

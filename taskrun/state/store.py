@@ -26,7 +26,7 @@ KINDS: dict[str, type[Hosted]] = {
 }  # fmt: skip
 
 PAGE = 1000  # items in one reply of an iteration
-_MOST_CURSORS = 64  # iterations of one client that are not over
+_MOST_CURSORS = 10_000  # iterations in one process that are not over
 
 _PLAIN = {
     kinds.Dict: "get set delete pop popitem setdefault contains size clear read swap get_many"
@@ -63,7 +63,9 @@ class Store:
         self.objects: dict[str, Hosted] = {}
         self.channels = Channels(self.objects, line)
         self._is_alive = is_alive
-        self._cursors: dict[Client, dict[int, Iterator[list[Any]]]] = {}
+        self._owners: dict[Client, Owner] = {}
+        self._cursors: defaultdict[Owner | None, dict[int, Iterator[list[Any]]]]
+        self._cursors = defaultdict(dict)  # of an owner: its connections are used in turn
         self._last_cursor = 0
         self._watchers: dict[Client, Ear] = {}
         self._clients: defaultdict[Owner, set[Client]] = defaultdict(set)
@@ -156,6 +158,7 @@ class Store:
         """``client`` is a connection of ``owner``."""
         with self.mutex:
             self._clients[owner].add(client)
+            self._owners[client] = owner
 
     def left(self, client: Client, owner: Owner) -> None:
         """It is gone: it waits for nothing any more, and what did not reach it goes back.
@@ -165,11 +168,12 @@ class Store:
             undo, client.undo = client.undo, None
             if undo is not None:
                 undo()
-            self._cursors.pop(client, None)
+            self._owners.pop(client, None)
             self._forget_watcher(client)
             self._clients[owner].discard(client)
             if not self._clients[owner]:
                 del self._clients[owner]
+                self._cursors.pop(owner, None)
                 self.owner_ended(owner)
 
     def owner_ended(self, owner: Owner) -> None:
@@ -213,7 +217,7 @@ class Store:
         page: list[Any] = next(pages, [])
         if len(every) <= PAGE:
             return page, 0
-        cursors = self._cursors.setdefault(client, {})
+        cursors = self._cursors_of(client)
         if len(cursors) >= _MOST_CURSORS:
             del cursors[next(iter(cursors))]
         self._last_cursor += 1
@@ -221,17 +225,20 @@ class Store:
         return page, self._last_cursor
 
     def _next(self, client: Client, name: str, options: Any, cursor: int) -> tuple[list[Any], int]:
-        pages = self._cursors.get(client, {}).get(cursor)
+        pages = self._cursors_of(client).get(cursor)
         if pages is None:
             raise StateError("this iteration is over: too many others were begun and not ended")
         page = next(pages, None)
         if page is None:
-            del self._cursors[client][cursor]
+            del self._cursors_of(client)[cursor]
             return [], 0
         return page, cursor
 
     def _stop(self, client: Client, name: str, options: Any, cursor: int) -> None:
-        self._cursors.get(client, {}).pop(cursor, None)
+        self._cursors_of(client).pop(cursor, None)
+
+    def _cursors_of(self, client: Client) -> dict[int, Iterator[list[Any]]]:
+        return self._cursors[self._owners.get(client)]
 
     # -- looking ----------------------------------------------------------------------
 

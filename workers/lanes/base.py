@@ -65,7 +65,7 @@ class LaneWorker:
             node=settings.node,
             set_by_user=settings.set_by_user,
         )
-        self._state = state_home(settings, self.executor)
+        self._state = state_home(settings, self.executor, shared=True)
         self._control = LaneControl(self, control)
         self._decoder = Decoder()
         self._retiring = False
