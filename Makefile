@@ -47,7 +47,8 @@ bench: $(VENV)/.installed $(VENV)/.bench ## the benchmarks, minutes long
 
 soak: $(VENV)/.installed $(VENV)/.test ## a million simulated calls; all crashes, start methods, Pythons
 	$(bin)/python benchmarks/core_scale.py $(ARGS)
-	TASKRUN_SOAK=1 $(bin)/pytest tests/test_pool_crashes.py tests/test_state_faults.py tests/conformance
+	TASKRUN_SOAK=1 $(bin)/pytest tests/test_pool_crashes.py tests/test_known_bugs_pool.py \
+	  tests/test_state_faults.py tests/conformance
 
 clean: ## remove what the other commands made
 	rm -rf .venv .venv-3.* build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +18,15 @@ __all__ = ["make", "shop"]
 # A shell starts what runs in the background with SIGINT ignored, and so would we start what
 # is tested here, which then could not be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_runs_only() -> Iterator[None]:
+    """A command that takes the only live run must not meet those of other processes' tests."""
+    folder = tempfile.mkdtemp(prefix="taskrun-tests-", dir="/tmp")  # a socket's path is short
+    os.environ["XDG_RUNTIME_DIR"] = folder
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

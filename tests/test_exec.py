@@ -885,8 +885,8 @@ def test_a_task_file_may_have_any_name(runs: Runs, name: str) -> None:
             print(p.x, isinstance(p, Point))
         """
     path = runs.write(source, name)
-    for how in ("-j2", "--json", "--inline"):
-        ended = runs.run("exec", str(path), how)
+    for how in (["-j2", "--json"], ["--inline"]):
+        ended = runs.run("exec", str(path), *how)
         assert "3 True" in ended.check().out
 
 

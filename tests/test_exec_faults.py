@@ -6,12 +6,13 @@ import os
 import re
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import Runs, lines_of, started, wait_until
+from harness import Runs, lines_of, started
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -161,8 +162,8 @@ def test_a_worker_killed_while_it_receives_50_mb(runs: Runs, retries: int, statu
         assert ended.failure("use")["type"].endswith("WorkerLost")
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_a_worker_killed_from_outside_while_it_sends_50_mb(runs: Runs, moment: int) -> None:
+@pytest.mark.parametrize("moment", [0, 0.02, 0.05])
+def test_a_worker_killed_from_outside_while_it_sends_50_mb(runs: Runs, moment: float) -> None:
     source = """
         @task(retries=3)
         def source():
@@ -175,15 +176,11 @@ def test_a_worker_killed_from_outside_while_it_sends_50_mb(runs: Runs, moment: i
         """
     running = runs.start_exec(source, "-j1", "--output=raw")
     pid = int(running.await_file(runs.folder / "sending1"))
-    began = psutil.Process(pid).cpu_times()
+    time.sleep(moment)  # seconds; how far it has come then is up to the machine
     try:
-        worker = psutil.Process(pid)
-        wait_until(
-            lambda: sum(worker.cpu_times()[:2]) - sum(began[:2]) >= 0.01 * moment or worker, 1
-        )
-        worker.kill()
+        psutil.Process(pid).kill()
     except psutil.NoSuchProcess:
-        pass
+        pass  # it had nothing left to do
     assert running.end().check().out == "50000000\n"
 
 

@@ -166,8 +166,11 @@ def test_the_first_signal_stops_the_run_in_order(runs: Runs, stage: str, number:
     check_stopped(running.end(), number)
 
 
-@BOTH
-@pytest.mark.parametrize("stage", ["deaf", "deaf_shell", "holding", "template"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [(stage, signal.SIGINT) for stage in ("deaf", "deaf_shell", "holding", "template")]
+    + [("deaf", signal.SIGTERM)],
+)
 def test_the_second_signal_ends_it_at_once(runs: Runs, stage: str, number: int) -> None:
     running = runs.start_exec(STAGES[stage], "-j2")
     running.await_file(runs.folder / "begun")
@@ -284,8 +287,14 @@ def test_a_signal_while_workers_finish_what_they_made(runs: Runs, number: int) -
     assert ended.seconds < 12
 
 
-@BOTH
-@pytest.mark.parametrize("stage", ["sleeping", "computing", "shell", "patient", "waiting", "tiny"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        (stage, signal.SIGINT)
+        for stage in ("sleeping", "computing", "shell", "patient", "waiting", "tiny")
+    ]
+    + [("sleeping", signal.SIGTERM), ("shell", signal.SIGTERM)],
+)
 def test_signals_stop_an_inline_run(runs: Runs, stage: str, number: int) -> None:
     running = runs.start_exec(STAGES[stage], "--inline")
     running.await_file(runs.folder / "begun")

@@ -37,6 +37,7 @@ from taskrun.pool import Pool
 
 SECONDS = 20.0  # for what must come at all
 METHODS = ["fork", "forkserver", "spawn"]
+SOAK = bool(os.environ.get("TASKRUN_SOAK"))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,8 @@ def deadline() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture(params=METHODS)
+# To what is tested with it, spawn is a slower forkserver: with TASKRUN_SOAK that, too.
+@pytest.fixture(params=METHODS if SOAK else METHODS[:2])
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     with Pool(2, context=multiprocessing.get_context(request.param)) as made:
         yield made

@@ -78,17 +78,17 @@ def spin(x):
 
 @task
 def tidy(x):
-    open(x, "w").close()
     try:
+        open(x, "w").close()
         time.sleep(60)
     finally:
         print("tidied up")
 
 @task
 def swallow(x):
-    open(x, "w").close()
     while True:
         try:
+            open(x, "w").close()
             time.sleep(60)
         except BaseException:
             pass

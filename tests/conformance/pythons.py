@@ -11,6 +11,7 @@ from pathlib import Path
 import taskrun
 
 PACKAGE = Path(taskrun.__file__).parent
+THIS = f"{sys.version_info.major}.{sys.version_info.minor}"  # the Python of these tests
 
 
 @functools.cache
@@ -18,7 +19,7 @@ def python(version: str) -> str | None:
     """The path of a Python of this version that starts, or None."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [
-        *([sys.executable] if version == "{}.{}".format(*sys.version_info) else []),
+        *([sys.executable] if version == THIS else []),
         *map(str, sorted(root.glob(f"versions/{version}.*/bin/python"))),
         f"/usr/bin/python{version}",
         f"/usr/local/bin/python{version}",

@@ -10,7 +10,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 import tblib
-from pythons import has_tests, python
+from pythons import THIS, has_tests, python
 
 import taskrun.workers
 
@@ -41,10 +41,15 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def cases() -> list[tuple[str, str, str]]:
-    """All of them with the oldest Python; the others with fork, unless there is time."""
+    """All classes with fork on every Python; of the other start methods one that is quick each,
+    with the Python that runs these tests.  All of them with TASKRUN_SOAK."""
     every = [(name, method, version) for version in VERSIONS for method in METHODS
              for name in CLASSES]  # fmt: skip
-    return [case for case in every if SOAK or case[1] == "fork" or case[2] == VERSIONS[0]]
+    quick = {
+        ("WithProcessesTestPoolWorkerErrors", "spawn", THIS),
+        ("WithProcessesTestPoolWorkerLifetime", "forkserver", THIS),
+    }
+    return [case for case in every if SOAK or case[1] == "fork" or case in quick]
 
 
 @pytest.mark.parametrize(("name", "method", "version"), cases())
