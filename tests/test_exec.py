@@ -407,7 +407,7 @@ def test_the_grandchildren_of_a_timed_out_call_are_gone_while_the_run_goes_on(ru
         """
     running = runs.start_exec(source)
     running.await_file(runs.folder / "ended")
-    wait_until(lambda: "sleep 30.1" not in " ".join(running.commands()), 5)
+    wait_until(lambda: "sleep 30.1" not in " ".join(running.commands()))
     (runs.folder / "go").touch()
     running.end().check(1)
 
