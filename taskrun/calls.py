@@ -148,8 +148,10 @@ class Call:
     def arguments(self) -> Any:
         """What the worker needs to build the arguments; see ``messages.CALL``."""
         if self.family is not None:
-            index = self.index
-            return tuple([wire.fetch(index) for wire in self.family.wires])
+            index, wires = self.index, self.family.wires
+            if len(wires) == 1:
+                return (wires[0].fetch(index),)
+            return tuple([wire.fetch(index) for wire in wires])
         if type(self.blob) is Bunch:
             return self.blob.waiting()
         links = {key: call.outcome() for key, call in (self.inputs or {}).items()}

@@ -110,6 +110,11 @@ class Family:
         self.tolerated = False
 
     @property
+    def is_free(self) -> bool:
+        """Whether its calls need nothing but literal items."""
+        return not (self.sources or self.after)
+
+    @property
     def single(self) -> bool:
         return not self.axes
 
@@ -397,6 +402,9 @@ class Graph:
 
     def _expand_items(self, family: Family, prefix: Index, first: int, end: int) -> None:
         if len(family.axes) == 1:
+            if family.is_free:
+                self._create_free(family, range(first, end))
+                return
             for position in range(first, end):
                 self._create(family, position)
             return
@@ -419,6 +427,15 @@ class Graph:
                 if not source.holds:
                     self._free_all(source.calls)
         self._one_less(family)
+
+    def _create_free(self, family: Family, positions: range) -> None:
+        """What :meth:`_create` does, for calls that wait for nobody: often very many."""
+        new_call, recipe = self._new_call, family.recipe
+        calls = [new_call(recipe, position, family) for position in positions]
+        family.calls += calls
+        family.open += len(calls)
+        self.created += calls
+        self.ready += calls
 
     def _create(self, family: Family, index: Any) -> None:
         call = self._add(family, index)

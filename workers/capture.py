@@ -71,7 +71,11 @@ class Capture:
 
         Undoes what it did to fd 1 and 2 and to sys.stdout and sys.stderr.
         """
-        if not self._in_place():
+        try:
+            in_place = sys.stdout is self._streams[0] and sys.stderr is self._streams[1]
+        except AttributeError:  # it was deleted
+            in_place = False
+        if not in_place:
             self._restore_streams()
         try:
             self._flush_out()
@@ -126,12 +130,6 @@ class Capture:
                 touched = True
                 self._reads[stream] = reads & ~1
         return touched
-
-    def _in_place(self) -> bool:
-        try:
-            return sys.stdout is self._streams[0] and sys.stderr is self._streams[1]
-        except AttributeError:  # it was deleted
-            return False
 
     def _restore_descriptors(self) -> None:
         for fd, pipe in enumerate(self._pipes, 1):
