@@ -39,6 +39,7 @@ from taskrun.terminal import Target
 
 if TYPE_CHECKING:
     from taskrun.engines.nodes import Nodes  # only where others may join
+    from taskrun.network.bundles import Bundle
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -160,19 +161,25 @@ class Run:
             recipe_ids=self.recipe_ids,
             constants=self.plan.constants,
             state=self._state.for_guests,
+            bundle=self._make_bundle,
         )
+
+    def _make_bundle(self) -> Bundle | None:
+        """The files that workers on other machines need."""
+        from taskrun.network.bundles import make_bundle
+
+        file = self.plan.file
+        return None if file is None else make_bundle(file, self.settings.bundle)
 
     def _make_nodes(self) -> Nodes | None:
         """Those who may join, where others can reach this run."""
         if self.settings.listen is None:
             return None
         from taskrun.engines.nodes import ROLE, Nodes
-        from taskrun.network.bundles import make_bundle
 
-        file, patterns = self.plan.file, self.settings.bundle
         nodes = Nodes(
             lease=self.settings.lease,
-            bundle=lambda: None if file is None else make_bundle(file, patterns),
+            bundle=self._make_bundle,
             state=lambda: (self._state.address, self._state.authkey),
         )
         self._state.roles[ROLE] = nodes.accept

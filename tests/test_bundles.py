@@ -176,5 +176,5 @@ def test_a_shelf_knows_what_is_there(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
     write(tmp_path, "tasks.py")
     (tmp_path / "helper.py").symlink_to(tmp_path / "helper.py")
-    with pytest.raises(errors.UsageError, match=r"helper\.py cannot travel to nodes"):
+    with pytest.raises(errors.UsageError, match=r"helper\.py cannot travel to other machines"):
         make_bundle(str(tmp_path / "tasks.py"), ["helper.py"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -318,7 +320,7 @@ class Cluster:
     def __init__(self, folder: Path, *options: str, workers: int = 2) -> None:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
-        self._folder = folder
+        self.folder = folder
         words = "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard"
         self.scheduler = self._start("scheduler", *words)
         self.workers = [
@@ -330,11 +332,37 @@ class Cluster:
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "dask", *words],
-            cwd=self._folder,
+            cwd=self.folder,
+            env={**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache")},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Meanwhile no worker does anything; all have joined."""
+        for worker in self.workers:
+            wait_until(
+                lambda one=worker: any(self.knows(child.pid) for child in _children(one)), 40
+            )
+        alive = [
+            one
+            for worker in self.workers
+            for one in (psutil.Process(worker.pid), *_children(worker))
+        ]
+        for process in alive:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in alive:
+                process.resume()
+
+    def knows(self, pid: int) -> bool:
+        """Whether a process is connected to the scheduler."""
+        ends = psutil.Process(pid).net_connections("tcp")
+        return any(end.raddr and end.raddr.port == self.port for end in ends)
 
     def close(self) -> None:
         for process in (*self.workers, self.scheduler):
@@ -391,6 +419,54 @@ def test_a_file_runs_on_a_scheduler_that_is_there(runs: Runs, cluster: Cluster) 
     ).check()  # fmt: skip
     assert "total | total 3000000 6 5" in ended.out
     assert "turned[3] | turned 3" in ended.out
+
+
+TRAVELLER = """
+from pathlib import Path
+from taskrun import state
+import helper
+
+@task
+def moved(): helper.check()
+
+@task(timeout=20, after=[moved])
+def kept(): helper.check()
+"""
+
+HELPER = """
+from pathlib import Path
+from parts.one import ONE
+
+def check():
+    here = Path(__file__).parent
+    print("travelled", {number} + ONE, (here / "data.csv").read_text(), here.name[:5])
+"""
+
+
+@with_dask
+def test_modules_and_named_files_beside_the_task_file_travel(runs: Runs, cluster: Cluster) -> None:
+    parts, hidden = runs.folder / "parts", runs.folder.parent / f"{runs.folder.name}-hidden"
+    parts.mkdir()
+    (parts / "__init__.py").touch()
+    (parts / "one.py").write_text("ONE = 1")
+    cache = cluster.folder / "cache"
+    for number in (41, 51):  # the workers, which stay, get the new ones
+        (runs.folder / "helper.py").write_text(HELPER.format(number=number))
+        (runs.folder / "data.csv").write_text(f"a{number}")
+        with cluster.stopped():
+            running = runs.start_exec(
+                TRAVELLER, "--engine", f"dask://{cluster.address}", "--bundle", "*.csv"
+            )
+            wait_until(lambda running=running: cluster.knows(running.process.pid), 30)
+            runs.folder.rename(hidden)
+        try:
+            ended = running.end(60).check()
+        finally:
+            hidden.rename(runs.folder)
+        said = {line.split("travelled ")[1] for line in ended.out.splitlines() if "travel" in line}
+        (folder,) = {word.split()[-1] for word in said}
+        assert said == {f"{number + 1} a{number} {folder}"}
+        assert any(path.name.startswith(folder) for path in (cache / "taskrun/files").iterdir())
 
 
 @with_dask

@@ -32,6 +32,7 @@ class Brief(NamedTuple):
     large values stay with the engine.  ``alone``: the process executes nothing but one chunk
     at a time.  ``coordinator``: its pid, where the processes are on its machine, and to end
     with it.  ``state``: the addresses of the shared state, and a key that is for this run only.
+    ``bundle``: the digest of the files that have travelled, and the task file's name among them.
     """
 
     run: str
@@ -46,6 +47,7 @@ class Brief(NamedTuple):
     alone: bool
     coordinator: int | None
     state: tuple[tuple[Any, ...], bytes] | None = None
+    bundle: tuple[str, str] | None = None
 
 
 class Apart(NamedTuple):

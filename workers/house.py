@@ -30,7 +30,7 @@ def prepare(brief: Brief) -> Preloaded:
             os.chdir(brief.folder)
         except OSError:
             pass  # it was deleted; the coordinator goes on in it as well
-    return Preloaded(None) if brief.file is None else _import(brief.file)
+    return Preloaded(None) if brief.file is None else _import(brief.file, _path_of(brief))
 
 
 def end_with(coordinator: int | None) -> None:
@@ -60,8 +60,8 @@ def _await_end_of(coordinator: int) -> None:
     os._exit(1)
 
 
-def _import(file: TaskFile) -> Preloaded:
-    module, path = file.module, _path_of(file)
+def _import(file: TaskFile, path: str) -> Preloaded:
+    module = file.module
     known = sys.modules.get(module)
     if known is not None and _is_current(file, known, path):
         return Preloaded(None)
@@ -81,8 +81,20 @@ def _is_current(file: TaskFile, known: Any, path: str) -> bool:
     return bool(getattr(known, "__file__", None) == path)
 
 
-def _path_of(file: TaskFile) -> str:
-    """Where the task file is; a copy of it where this machine does not have it."""
+def _path_of(brief: Brief) -> str:
+    """Where the task file is: in the place of its own, where this machine has that, or among the
+    files that have travelled."""
+    assert brief.file is not None
+    if brief.bundle is None:
+        return _alone(brief.file)
+    from taskrun.workers import luggage
+
+    digest, name = brief.bundle
+    return os.path.join(luggage.lay_out(digest, os.path.dirname(brief.file.path)), name)
+
+
+def _alone(file: TaskFile) -> str:
+    """The task file; a copy of it where this machine does not have it, or not as it was."""
     try:
         with open(file.path, "rb") as found:
             if found.read() == file.source:

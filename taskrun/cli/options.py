@@ -163,7 +163,7 @@ _OPTIONS = (
     ),
     click.option(
         "--bundle", multiple=True, metavar="GLOB", hidden=True,
-        help="Data files beside the task file that nodes need.",
+        help="Data files beside the task file that other machines need.",
     ),
     click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
     *_TLS_OPTIONS,

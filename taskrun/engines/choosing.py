@@ -11,6 +11,7 @@ from taskrun.model import nearest
 if TYPE_CHECKING:
     from taskrun.engines.foreign import ForeignEngine
     from taskrun.engines.hosts import Host
+    from taskrun.network.bundles import Bundle
 
 NAMES: Final = ("dask", "ray", "fake")
 SCHEMES: Final = ("dask", "tls", "ray")
@@ -50,6 +51,7 @@ def make_engine(
     recipe_ids: Iterator[int],
     constants: Mapping[str, dict[str, Any]],
     state: Callable[[], tuple[tuple[Any, ...], bytes]],
+    bundle: Callable[[], Bundle | None],
 ) -> ForeignEngine:
     """The engine that ``text`` names.  Raises UsageError where it, or what it needs, is not
     there."""
@@ -64,6 +66,7 @@ def make_engine(
         recipe_ids=recipe_ids,
         constants=constants,
         state=state,
+        bundle=bundle,
     )
 
 

@@ -21,6 +21,7 @@ from distributed.scheduler import KilledWorker
 
 from taskrun.engines.hosts import Broken, Done, Lost, Refused, Result, Returned, Terms, Withdrawn
 from taskrun.errors import RunError
+from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
 from taskrun.workers.guests import dask as there
 
@@ -47,6 +48,8 @@ class DaskHost:
     def __init__(self, text: str, jobs: int) -> None:
         self.name = text
         self.here = self.alone = text == "dask"
+        self.far = not self.here
+        self._files: tuple[str, str] | None = None
         self._address = text.replace("dask://", "tcp://", 1)
         self._jobs = jobs
         self._cluster: Any = None
@@ -59,7 +62,7 @@ class DaskHost:
 
     # -- beginning and ending ---------------------------------------------------------
 
-    def open(self) -> int:
+    def open(self, files: Bundle | None) -> int:
         """See ``hosts.Host``.  Raises RunError."""
         with dask.config.set(_CONFIG):
             if self.here:
@@ -72,7 +75,7 @@ class DaskHost:
             self._client = self._connect()
         if not self.here:
             self._check_the_other_side()
-            self._client.register_plugin(there.NoRetries(self._prefix))
+            self._take_part(files)
         workers = self._workers()
         for worker in workers.values():
             for name, amount in worker.get("resources", {}).items():
@@ -92,6 +95,14 @@ class DaskHost:
                 f"the Dask scheduler at {self.name} cannot be reached within {CONNECT:g} s "
                 f"({_first_line(error)}): is it running? `dask scheduler` starts one"
             ) from error
+
+    def _take_part(self, files: Bundle | None) -> None:
+        """Have the scheduler know what is particular about this run's chunks."""
+        digest, data = (files.digest, files.data) if files is not None else ("", b"")
+        part = there.Part(self._prefix, self._client.id, data)
+        self._client.register_plugin(part, name=part.name)
+        if files is not None:
+            self._files = digest, part.name
 
     def _workers(self) -> dict[str, Any]:
         found: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
@@ -170,6 +181,7 @@ class DaskHost:
             chunk,
             list(inputs),
             (values, self._client.id),
+            self._files,
             key=f"{self._prefix}-{number}",
             pure=False,
             retries=0,

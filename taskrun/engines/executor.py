@@ -14,6 +14,7 @@ from typing import Any
 
 from taskrun.engines.hosts import Done, Lost, Refused, Result, Returned, Terms, Withdrawn
 from taskrun.errors import RunError, UsageError
+from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
 from taskrun.workers.chunks import execute
 
@@ -25,6 +26,7 @@ class ExecutorHost:
     keeps = False
     here = True
     isolated = False
+    far = False
 
     def __init__(self, name: str, factory: Callable[..., Executor], jobs: int) -> None:
         self.name = name
@@ -33,7 +35,7 @@ class ExecutorHost:
         self._executor: Executor | None = None
         self.alone = True
 
-    def open(self) -> int:
+    def open(self, files: Bundle | None = None) -> int:
         """See ``hosts.Host``.  Raises RunError."""
         self._executor = self._make()
         return self._jobs

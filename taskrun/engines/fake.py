@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from taskrun.engines.hosts import Done, Lost, Returned, Terms
+from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
 from taskrun.workers.chunks import execute, leave
 
@@ -25,6 +26,7 @@ class FakeHost:
     here = False
     alone = False
     isolated = True
+    far = False
 
     def __init__(self, slots: int = 1, *, losses: int = 0) -> None:
         self.losses = losses
@@ -35,7 +37,7 @@ class FakeHost:
         self._ids = count(1)
         self._thread = ThreadPoolExecutor(1)
 
-    def open(self) -> int:
+    def open(self, files: Bundle | None = None) -> int:
         """See ``hosts.Host``."""
         return self._slots
 

@@ -33,6 +33,7 @@ from taskrun.engines.notes import Notes, Sent
 from taskrun.engines.records import Records
 from taskrun.errors import RunError
 from taskrun.model import Failure
+from taskrun.network.bundles import Bundle
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor
 from taskrun.workers.briefs import Apart, Brief, Chunk, TaskFile
@@ -51,7 +52,7 @@ class ForeignEngine:
     ``module`` and ``file``: the task file, if there is one.  ``grace``: seconds between
     interrupt, TERM and KILL.  ``recipe_ids``: shared with the core.  ``constants``: task
     name -> the values that ``-p`` set.  ``state``: gives the addresses of the shared state,
-    and a key for this run.
+    and a key for this run.  ``bundle``: gives the files that other machines need.
     """
 
     id = WORKER
@@ -70,6 +71,7 @@ class ForeignEngine:
         recipe_ids: Iterator[int] | None = None,
         constants: Mapping[str, dict[str, Any]] | None = None,
         state: Callable[[], tuple[tuple[Any, ...], bytes]] | None = None,
+        bundle: Callable[[], Bundle | None] | None = None,
     ) -> None:
         self.ready = False
         self.assigned: dict[int, Any] = {}
@@ -81,6 +83,8 @@ class ForeignEngine:
         self._recipe_ids = recipe_ids or count(1)
         self._constants = constants or {}
         self._state = state
+        self._make_bundle = bundle if host.far else None
+        self._bundle: Bundle | None = None
         self._threads = 0
         self._backlog = Backlog()
         self._sent: dict[int, Sent] = {}
@@ -111,6 +115,7 @@ class ForeignEngine:
         self._post_to = post
         self._records = Records(self._post, observer, self._recipe_ids, self._constants)
         self._notes = Notes() if self._host.here else None
+        self._bundle = self._make_bundle() if self._make_bundle is not None else None
         self._brief = pickle.dumps(self._make_brief())
         self._opening = threading.Thread(target=self._open, name="taskrun engine", daemon=True)
         self._opening.start()
@@ -144,7 +149,7 @@ class ForeignEngine:
 
     def _open(self) -> None:
         try:
-            threads = self._host.open()
+            threads = self._host.open(self._bundle)
         except RunError as error:
             self._reactor_post(partial(self._give_up, str(error)))
         except Exception as error:
@@ -475,4 +480,5 @@ class ForeignEngine:
             alone=self._host.alone,
             coordinator=os.getpid() if here else None,
             state=None if self._state is None else self._state(),
+            bundle=None if self._bundle is None else (self._bundle.digest, self._bundle.file),
         )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from taskrun.network.bundles import Bundle
+
 
 @dataclass(frozen=True, slots=True)
 class Returned:
@@ -61,6 +63,7 @@ class Host(Protocol):
     ``name``: as people know it.  ``keeps``: values can stay with it.  ``here``: its processes
     are on this machine, and end with the run.  ``alone``: each of these executes one chunk at
     a time and nothing else.  ``isolated``: the end of one is no harm to the others.
+    ``far``: they may be on machines that have other files than this one.
     """
 
     name: str
@@ -68,10 +71,12 @@ class Host(Protocol):
     here: bool
     alone: bool
     isolated: bool
+    far: bool
 
-    def open(self) -> int:
+    def open(self, files: Bundle | None) -> int:
         """Start it or connect to it, on any thread; gives how many chunks it executes at a
-        time.  Raises RunError."""
+        time.  ``files``: where it is far, those that each of its processes has to have before
+        it executes a chunk (``workers.luggage``).  Raises RunError."""
 
     def submit(
         self, brief: bytes, chunk: bytes, inputs: Sequence[Any], terms: Terms, done: Done

@@ -24,6 +24,7 @@ from ray import exceptions
 from taskrun import sessions
 from taskrun.engines.hosts import Broken, Done, Lost, Refused, Result, Returned, Terms, Withdrawn
 from taskrun.errors import RunError
+from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
 from taskrun.workers.guests import ray as there
 
@@ -50,6 +51,8 @@ class RayHost:
     def __init__(self, text: str, jobs: int) -> None:
         self.name = text
         self.here = text == "ray"
+        self.far = not self.here
+        self._files: tuple[str, list[Any]] | None = None
         self._address = text
         self._jobs = jobs
         self._mine = False
@@ -64,7 +67,7 @@ class RayHost:
 
     # -- beginning and ending ---------------------------------------------------------
 
-    def open(self) -> int:
+    def open(self, files: Bundle | None) -> int:
         """See ``hosts.Host``.  Raises RunError.
 
         What Ray starts is killed when the thread that started it ends: that thread stays, and
@@ -77,6 +80,8 @@ class RayHost:
             opened.result()
         else:
             self._await_connection(opened)
+        if files is not None:
+            self._files = files.digest, [ray.put(files.data)]  # in a list: not sent with chunks
         self._resources = ray.cluster_resources()
         return max(1, int(self._resources.get("CPU", 1)))
 
@@ -152,7 +157,7 @@ class RayHost:
             options.update(self._their(resources))
         try:
             records, values = self._execute.options(**options).remote(
-                VERSION, brief, chunk, *inputs
+                VERSION, brief, chunk, self._files, *inputs
             )
         except Exception as error:
             done(Broken(f"Ray ({self.name}) takes no calls: {_first_line(error)}"))

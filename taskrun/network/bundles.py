@@ -36,7 +36,7 @@ def make_bundle(file: str, patterns: Sequence[str] = (), folder: str | None = No
         return _make(os.path.realpath(file), patterns, folder)
     except OSError as error:
         raise UsageError(
-            f"{error.filename or file} cannot travel to nodes: {error.strerror or error}"
+            f"{error.filename or file} cannot travel to other machines: {error.strerror or error}"
         ) from None
 
 
@@ -118,8 +118,8 @@ def _check_size(folder: str, names: Iterable[str]) -> None:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
         listed = ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
         raise UsageError(
-            f"the files that nodes need have {sum(sizes.values()) / 1e6:.0f} MB, and at most "
-            f"{MOST_BYTES / 1e6:.0f} MB can travel; the largest are {listed}"
+            f"the files that other machines need have {sum(sizes.values()) / 1e6:.0f} MB, and at "
+            f"most {MOST_BYTES / 1e6:.0f} MB can travel; the largest are {listed}"
         )
 
 
@@ -175,6 +175,21 @@ def unpack(path: str, folder: str) -> None:
         for entry in archive.infolist():
             made = archive.extract(entry, folder)
             os.chmod(made, entry.external_attr >> 16 & 0o777)
+
+
+def holds(folder: str, path: str) -> bool:
+    """Whether the files of a bundle are in ``folder``, and the same."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            try:
+                with open(os.path.join(folder, name), "rb") as file:
+                    if file.read() != archive.read(name):
+                        return False
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                return False
+    return True
 
 
 def cache_folder() -> str:

@@ -8,17 +8,27 @@ from typing import Any
 from distributed import SchedulerPlugin, get_worker
 from distributed.utils import sync
 
-from taskrun.workers import chunks
+from taskrun.workers import chunks, luggage
 from taskrun.workers.briefs import size_of
 
 Values = tuple[str, str]
 """The key for the values of a chunk, and the client that wants them."""
 
+Files = tuple[str, str]
+"""The digest of a run's files, and what to ask the scheduler for."""
+
 
 def execute(
-    version: str, brief: bytes, chunk: bytes, inputs: Sequence[Mapping[Any, Any]], values: Values
+    version: str,
+    brief: bytes,
+    chunk: bytes,
+    inputs: Sequence[Mapping[Any, Any]],
+    values: Values,
+    files: Files | None,
 ) -> tuple[bytes, str | None]:
     """Execute a chunk; gives its records, and the key of its values if there are any."""
+    if files is not None:
+        _fetch(*files)
     records, kept = chunks.execute(version, brief, chunk, inputs)
     if not kept:
         return records, None
@@ -26,6 +36,13 @@ def execute(
     worker = get_worker()
     sync(worker.loop, _put, worker, key, kept, client)
     return records, key
+
+
+def _fetch(digest: str, name: str) -> None:
+    """The files of the run, where this machine has not had them."""
+    if not luggage.has(digest):
+        worker = get_worker()
+        luggage.keep(digest, sync(worker.loop, getattr(worker.scheduler, name)))
 
 
 async def _put(worker: Any, key: str, values: Mapping[Any, Any], client: str) -> None:
@@ -49,16 +66,26 @@ def interrupt(call: int, attempt: int) -> bool:
     return apart.interrupt(call, attempt)
 
 
-class NoRetries(SchedulerPlugin):  # type: ignore[misc]
-    """In a scheduler that is not ours: a chunk whose worker died is not executed again.
+class Part(SchedulerPlugin):  # type: ignore[misc]
+    """A run's part in a scheduler that is not ours; it ends when the run's client does.
 
-    How often a call is tried is decided by its run, which hears of the death; another attempt
-    that it does not know of must not exist.  Other people's tasks are left alone.
+    A chunk whose worker died is not executed again: how often a call is tried is decided by its
+    run, which hears of the death; another attempt that it does not know of must not exist.  Other
+    people's tasks are left alone.  Workers ask it for the run's files, those that join later too.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.name = f"no retries of {prefix}"
+    def __init__(self, prefix: str, client: str, files: bytes) -> None:
+        self.name = f"{prefix}-part"
         self._prefix = prefix
+        self._client = client
+        self._files = files
+
+    async def start(self, scheduler: Any) -> None:
+        """Answer workers."""
+        scheduler.handlers[self.name] = self._give
+
+    def _give(self, **_: Any) -> bytes:
+        return self._files
 
     def update_graph(self, scheduler: Any, *, keys: Any = (), **_: Any) -> None:
         """New tasks: ours count as having failed as often as is allowed."""
@@ -66,3 +93,9 @@ class NoRetries(SchedulerPlugin):  # type: ignore[misc]
             task = scheduler.tasks.get(key)
             if task is not None and str(key).startswith(self._prefix):
                 task.suspicious = scheduler.allowed_failures
+
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        """The run is over, however it ended."""
+        if client == self._client:
+            scheduler.handlers.pop(self.name, None)
+            scheduler.plugins.pop(self.name, None)
