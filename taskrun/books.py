@@ -171,6 +171,14 @@ class Books:
             worker.running for worker in self._workers.values() if worker.home is not self.placement
         )
 
+    def wanted_slots(self) -> float:
+        """How many slots this run has work for: one at least while any call is in a worker."""
+        startable = not (self.stopping or self.paused)
+        wanted = self.placement.wanted_slots() if startable else self.placement.busy_cpu
+        in_workers = any(worker.calls for worker in self._workers.values())
+        ready = startable and any(home.ready.count for home in self._busy_homes)
+        return max(wanted, 1.0) if in_workers or ready else wanted
+
     def spare(self) -> Worker | None:
         """The idle worker to which a small call would go if it came now; None: it would wait."""
         if self.over or self.stopping or self.paused or self._limits.parked_count:

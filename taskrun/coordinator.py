@@ -36,6 +36,7 @@ from taskrun.settings import Settings, memory_here
 from taskrun.signals import Here, Signals
 from taskrun.state.service import Service
 from taskrun.terminal import Target
+from taskrun.workforce import worker_name
 
 if TYPE_CHECKING:
     from taskrun.engines.nodes import Nodes  # only where others may join
@@ -80,6 +81,7 @@ class Run:
         self.settings = settings
         self.status: int | None = None
         self.began = 0.0  # wall clock
+        self.on_event: Callable[[], None] | None = None
         self.reactor = reactor
         self.observer = Observers(observers)
         self.recipe_ids = itertools.count(1)
@@ -232,6 +234,8 @@ class Run:
             self._announce(event)
         elif type(event) is m.WorkerReady:
             self._names[event.worker] = worker_name(event.worker, event.node)
+        if self.on_event is not None:
+            self.on_event()
         if self.core.stopping and self.settings.engine is not None and not self._taken_back:
             # What an engine was given in advance does not begin any more.
             self._taken_back = True
@@ -348,13 +352,6 @@ def collecting_rarely() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-def worker_name(worker: int | None, node: str = "") -> str:
-    """What people see of a worker: ``w1``, on another machine ``lab2/w3``."""
-    if worker is None:
-        return ""
-    return f"{node}/w{worker}" if node else f"w{worker}"
 
 
 # -- one call per line ----------------------------------------------------------------

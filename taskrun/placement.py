@@ -37,6 +37,7 @@ SEARCH = 10_000  # calls looked at to find one that a waiting worker can run its
 class Placement:
     """The workers that execute one call at a time, the ready calls, and who gets what."""
 
+    lane = "process"
     begins_at_once = False
 
     def __init__(
@@ -425,6 +426,11 @@ class Placement:
     def reclaim(self, worker: Worker, count: int) -> None:
         """Ask a worker to give back up to ``count`` calls, and to say what it is doing."""
         self.out.append(m.Reclaim(worker.id, count))
+
+    def wanted_slots(self) -> float:
+        """What the calls that run, and those that could if there were slots, take of them."""
+        ahead = sum(max(0, worker.ahead) for worker in self.workers.values())
+        return self.busy_cpu + ahead + self.ready.count
 
     def running(self) -> int:
         """How many workers are at work."""

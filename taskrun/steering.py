@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from taskrun.observers import Observers
     from taskrun.reactor import Reactor
     from taskrun.transport import Peer
+    from taskrun.workforce import Worker
 
 STACK_SECONDS: Final = 5.0  # that a worker has to say where it is
 MOST_SHOWN: Final = 1000  # running calls that a status lists
@@ -34,7 +35,8 @@ MOST_REQUEST: Final = 16 * 1024 * 1024  # bytes
 
 
 class Steered(Protocol):
-    """A run, as far as it can be steered.  ``began``: wall clock."""
+    """A run, as far as it can be steered.  ``began``: wall clock.  ``on_event`` is called
+    after each event, if it is set."""
 
     core: Scheduler
     engine: Any
@@ -42,6 +44,7 @@ class Steered(Protocol):
     plan: Plan
     reactor: Reactor
     began: float
+    on_event: Callable[[], None] | None
 
     def post(self, event: m.Event) -> None:
         """Have the core take an event."""
@@ -86,7 +89,10 @@ class Steering:
 
         try:
             request = json.loads(frame)
-            self._do[request["do"]](request, answer)
+            if request["do"] == "wants":
+                self._tell_wants(peer, request, answer)
+            else:
+                self._do[request["do"]](request, answer)
         except UsageError as error:
             peer.send(json.dumps({"error": str(error)}).encode())
         except MALFORMED:
@@ -114,12 +120,9 @@ class Steering:
                 "rate": rate,
                 "eta": round((total - done) / rate, 1) if rate else None,
                 "tasks": tasks,
-                "running": [self._running(call) for call in self._first_running()],
+                "running": [self._running(*each) for each in self._first_running()],
                 "nodes": [node.described() for node in nodes.nodes.values()] if nodes else [],
-                "workers": [
-                    {"worker": worker.id, "pid": worker.pid, "calls": worker.running}
-                    for worker in core.workers()
-                ],
+                "workers": [self._worker(worker) for worker in core.workers()],
             }
         )
 
@@ -162,21 +165,27 @@ class Steering:
             self._last = (now, done)
         return None if self._rate is None else round(self._rate, 3)
 
-    def _first_running(self) -> Iterable[Call]:
+    def _worker(self, worker: Worker) -> dict[str, Any]:
+        return {
+            "worker": worker.name, "node": worker.node, "pid": worker.pid,
+            "lane": worker.home.lane, "calls": worker.running,
+        }  # fmt: skip
+
+    def _first_running(self) -> Iterable[tuple[Worker, Call]]:
         shown = 0
         for worker in self._core.workers():
             for call in worker.calls.values():
                 if shown < MOST_SHOWN:
                     shown += 1
-                    yield call
+                    yield worker, call
 
-    def _running(self, call: Call) -> dict[str, Any]:
+    def _running(self, worker: Worker, call: Call) -> dict[str, Any]:
         wait = self._core.wait_of(call)
         return {
             "call": call.name,
             "label": call.label,
             "attempt": call.attempt,
-            "worker": call.worker,
+            "worker": worker.name,
             "since": call.wall or None,
             "waits": wait is not None,
             "begun": call.began is not None,
@@ -192,17 +201,20 @@ class Steering:
         ask = getattr(self._run.engine, "stack", None)
         if ask is None:
             raise UsageError("this engine cannot look into its workers")
+        worker = self._core.worker(call.worker)
+        name = f"w{call.worker}" if worker is None else worker.name
         answered: list[str] = []
 
         def give_up() -> None:
             if not answered:
                 answered.append("")
-                answer(f"w{call.worker} does not answer: C code may hold the interpreter's lock\n")
+                answer(f"{name} does not answer: C code may hold the interpreter's lock\n")
 
         def on_stack(text: str) -> None:
             if not answered:
                 answered.append(text)
-                answer(text or "in no code of the task's just now\n")
+                text = text or "in no code of the task's just now\n"
+                answer(f"{call.title} on {name}:\n{text}")
 
         self._run.reactor.call_at(time.monotonic() + STACK_SECONDS, give_up)
         ask(call.worker, on_stack)
@@ -246,6 +258,15 @@ class Steering:
         """A server says what it leaves to this run."""
         nodes = {str(node): int(slots) for node, slots in request["nodes"].items()}
         self._run.engine.set_slots(int(request["slots"]), nodes)
+        answer("so be it")
+
+    def _tell_wants(
+        self, peer: Peer, request: dict[str, Any], answer: Callable[[Any], None]
+    ) -> None:
+        """A server wants to know, from now on, how many slots this run has work for."""
+        from taskrun.wanting import Wanting  # only runs of a server are asked
+
+        self._run.on_event = Wanting(self._core, self._run.reactor, peer).look
         answer("so be it")
 
     def _drain(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:

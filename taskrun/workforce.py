@@ -13,12 +13,21 @@ if TYPE_CHECKING:
 DEFAULT_CPU = 1.0
 
 
+def worker_name(worker: int | None, node: str = "") -> str:
+    """What people see of a worker: ``w1``, on another machine ``lab2/w3``."""
+    if worker is None:
+        return ""
+    return f"{node}/w{worker}" if node else f"w{worker}"
+
+
 class Home(Protocol):
     """Who gives a worker its calls: ``placement`` or ``crowd``.
 
-    ``begins_at_once``: whether a worker begins every call when it gets it.
+    ``lane``: how they execute them.  ``begins_at_once``: whether a worker begins every call
+    when it gets it.
     """
 
+    lane: str
     begins_at_once: bool
     ready: ReadyCalls
     workers: dict[int, Worker]
@@ -88,6 +97,11 @@ class Worker:
         self.checked = False
         self.given = 0
         self.retiring = False  # it gets no more
+
+    @property
+    def name(self) -> str:
+        """What people see of it."""
+        return worker_name(self.id, self.node)
 
     @property
     def running(self) -> int:

@@ -78,6 +78,58 @@ def test_two_runs_share_a_node_and_the_server_and_one_gets_all_when_it_is_alone(
     assert "total | 28" in site.attach(second).end().check().out
 
 
+def began(now: Any) -> list[Any]:
+    """The calls that run, for sure."""
+    return [call for call in now["running"] if call["begun"]]
+
+
+def test_the_status_of_a_server_shows_what_runs_where_and_how_each_run_goes(site: Site) -> None:
+    site.serve(1)
+    join(site, 2)
+    wait_until(lambda: node(site))
+    first, second = site.detach("-k"), site.detach("-k")
+    # The first one may have begun calls in all slots before the second one came.
+    wait_until(lambda: {call["run"] for call in began(site.status())} == {first, second})
+    wait_until(lambda: len(began(site.status())) >= 3)
+    now = site.status()
+    assert {run["now"]["total"] for run in now["runs"]} == {9} and now["slots"] == 3
+    assert [machine["node"] for machine in now["nodes"]] == ["local", "lab"]
+    assert sum(worker["calls"] for worker in node(site)["workers"]) >= 2
+    shown = site.ask("status").check().out
+    assert re.search(rf"{first} +running +\d +\d+ +0 of 9 ", shown)
+    assert re.search(r"lab +here +2 +[2-9] +[2-9] +r1 1, r2 1", shown)
+    assert len(re.findall(r"work\[\d\] +(?:r1|r2) +(?:lab/)?w\d+ +\d", shown)) >= 3
+    assert re.search(r"work\[\d\] +r\d +lab/w\d+ +\d", shown)
+    watching = site.runs.start("status", site.address, "--watch", env=site.variables)
+    watching.await_line("0 of 9")
+    site.go_on()
+    watching.await_line("ended 0")
+    watching.kill()
+
+
+def test_slots_that_a_run_has_no_work_for_are_used_by_the_others(site: Site) -> None:
+    site.serve(1)
+    join(site, 3)
+    wait_until(lambda: node(site))
+    alone = """
+    @task
+    def alone():
+        mark(os.path.join({folder!r}, "alone"))
+        while not os.path.exists(os.path.join({folder!r}, "go on")): time.sleep(0.01)
+
+    @task(after=[alone])
+    def then(n=each(range(9))): pass
+    """
+    first = site.detach(source=alone)
+    wait_until((site.folder / "alone").exists)
+    second = site.detach()
+    site.await_begun(3)
+    wait_until(lambda: [site.run(run)["slots"] for run in (first, second)] == [1, 3])
+    site.go_on()
+    assert "10 calls in" in site.attach(first).end().check().err
+    assert "total | 28" in site.attach(second).end().check().out
+
+
 def test_one_run_after_the_other_uses_the_same_node(site: Site) -> None:
     site.serve(0)
     lab = join(site)
@@ -153,7 +205,11 @@ def test_the_node_of_a_plain_run_is_listed_and_can_be_drained(site: Site) -> Non
     site.await_begun(3)
     found = node(site)
     assert found["slots"] == 2 and found["state"] == "here" and len(found["workers"]) == 2
-    assert re.search(r"lab\s+2\s+here", site.ask("status").check().out)
+    shown = site.ask("status").check().out
+    assert re.search(r"lab +here +2 +2 +2", shown) and re.search(r"local +here +1 +1 +1", shown)
+    assert len(re.findall(r"work\[\d\] +lab/w\d", shown)) == 2
+    there = next(call for call in site.status()["running"] if call["worker"].startswith("lab/"))
+    assert f"on {there['worker']}:" in site.ask("stack", there["call"]).check().out
     site.ask("drain", "lab").check()
     wait_until(lambda: node(site)["state"] == "draining")
     site.go_on()

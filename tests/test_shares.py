@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from taskrun.serving.kept import Follower, Kept
-from taskrun.serving.shares import deal
+from taskrun.serving.shares import Shares, Wish, deal
 from taskrun.serving.talk import JSON, STDERR, STDOUT, heard
 
 
-def totals(places: dict[str, int], runs: dict[str, int | None]) -> list[int]:
-    return [sum(share.values()) for share in deal(places, runs).values()]
+def totals(places: dict[str, int], most: dict[str, int | None], **wants: int) -> list[int]:
+    wishes = {run: Wish(most[run], wants.get(run)) for run in most}
+    return [sum(share.values()) for share in deal(places, wishes, {}).values()]
 
 
 def test_runs_get_equal_shares_but_for_one_slot() -> None:
@@ -27,8 +29,47 @@ def test_what_one_does_not_want_is_for_the_others() -> None:
 
 
 def test_where_there_is_nothing_or_nobody_nothing_is_dealt() -> None:
-    assert deal({"local": 4}, {}) == {}
-    assert deal({}, {"a": None}) == {"a": {}}
+    assert deal({"local": 4}, {}, {}) == {}
+    assert deal({}, {"a": Wish()}, {}) == {"a": {}}
+
+
+def test_a_run_that_has_nothing_to_do_keeps_no_slot_from_one_that_has() -> None:
+    runs: dict[str, int | None] = {"a": None, "b": None, "c": 3}
+    assert totals({"local": 8}, runs, a=0) == [0, 5, 3]
+    assert totals({"local": 8}, runs, a=1, b=9, c=9) == [1, 4, 3]
+    assert totals({"local": 8}, runs, a=0, b=1, c=1) == [3, 3, 2]
+
+
+def test_a_run_keeps_the_places_that_it_has() -> None:
+    places = {"local": 2, "lab": 2}
+    before = {"a": {"local": 2, "lab": 2}}
+    shares = deal(places, {"a": Wish(), "b": Wish()}, before)
+    assert shares == {"a": {"local": 1, "lab": 1}, "b": {"local": 1, "lab": 1}}
+    less = deal(places, {"a": Wish(None, 3), "b": Wish(None, 1)}, shares)
+    assert less["a"]["local"] >= 1 and less["a"]["lab"] >= 1 and sum(less["b"].values()) == 1
+    assert deal({"lab": 2}, {"a": Wish(), "b": Wish()}, less) == {"a": {"lab": 1}, "b": {"lab": 1}}
+
+
+def test_any_dealing_gives_out_all_that_is_wanted_and_nothing_twice() -> None:
+    chance = random.Random(seed := 7)
+    before: Shares = {}
+    for _ in range(500):
+        places = {f"p{n}": chance.randrange(6) for n in range(chance.randrange(1, 5))}
+        wish = [None, 0, 1, 2, 5, 30]
+        runs = {
+            f"r{n}": Wish(chance.choice(wish[:1] + wish[2:]), chance.choice(wish))
+            for n in range(chance.randrange(1, 5))
+        }
+        before = deal(places, runs, before)
+        for place, slots in places.items():
+            assert sum(of.get(place, 0) for of in before.values()) <= slots, seed
+        have = {run: sum(of.values()) for run, of in before.items()}
+        capped = [30 if wish.most is None else wish.most for wish in runs.values()]
+        assert sum(have.values()) == min(sum(places.values()), sum(capped)), seed
+        for run, wish in runs.items():
+            wanted = min(30 if n is None else n for n in wish)
+            if have[run] < wanted:  # then nobody has more than what is fair
+                assert max(have.values()) <= have[run] + 1, (seed, places, runs, before)
 
 
 class Peer:

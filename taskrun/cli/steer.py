@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 10.0
 WATCH_SECONDS = 1.0
-SHOWN = 20  # running calls that people are shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -225,6 +224,8 @@ def _show_several(
     several: list[str], json: bool, authkey_file: str | None, tls: dict[str, Any]
 ) -> None:
     """A line a run; one that ends meanwhile, or has another key, is shown as what it is."""
+    from taskrun.cli.looks import lines
+
     found: list[dict[str, Any]] = []
     for address in several:
         try:
@@ -237,7 +238,7 @@ def _show_several(
         return
     click.echo("several runs of yours are alive; taskrun status ADDRESS shows one of them")
     for now in found:
-        first = now["error"] if "error" in now else next(_lines(now))
+        first = now["error"] if "error" in now else next(lines(now))
         click.echo(f"  {now['address']}  {first}")
 
 
@@ -251,74 +252,10 @@ def _show(now: dict[str, Any], json: bool, before: int = 0) -> int:
     if json:
         click.echo(json_module.dumps(now))
         return 0
-    lines = list(_lines(now))
+    from taskrun.cli.looks import lines as looks
+
+    lines = list(looks(now))
     again = before and sys.stdout.isatty()
     click.echo(f"\x1b[{before}F\x1b[J" if again else "", nl=False)
     click.echo("\n".join(lines))
     return len(lines)
-
-
-def _server_lines(now: dict[str, Any]) -> Iterator[str]:
-    from taskrun import text
-
-    slots = now["slots"] + sum(node["slots"] for node in now["nodes"])
-    yield f"a server, pid {now['pid']}, {text.duration(now['seconds'])}, {slots:,} slots"
-    rows: list[tuple[str, ...]] = [("run", "state", "slots", "since", "what")]
-    for run in now["runs"]:
-        state = run["state"] if run["status"] is None else f"{run['state']} {run['status']}"
-        since = text.duration(max(0.0, time.time() - run["submitted"]))
-        what = " ".join([run["file"], *run["words"]])
-        rows.append((run["run"], state, f"{run['slots']:,}", since, what))
-    yield from _table(rows)
-    if now["nodes"]:
-        yield ""
-        yield from _table([("node", "slots", "state"), *map(_node, now["nodes"])])
-
-
-def _node(node: dict[str, Any]) -> tuple[str, ...]:
-    return (node["node"], f"{node['slots']:,}", node["state"])
-
-
-def _lines(now: dict[str, Any]) -> Iterator[str]:
-    from taskrun import text
-
-    if now.get("server"):
-        yield from _server_lines(now)
-        return
-
-    what = now["file"] or "a run"
-    state = now["stopping"] or ("paused" if now["paused"] else "")
-    yield f"{what}, pid {now['pid']}, {text.duration(now['seconds'])}" + (state and f", {state}")
-    left = f", about {text.duration(now['eta'])} left" if now["eta"] else ""
-    rate = f", {now['rate']:,.4g} calls/s" if now["rate"] else ""
-    yield f"{now['done']:,} of {now['total']:,} calls ended{rate}{left}"
-    columns = ("done", "running", "ready", "failed", "total")
-    rows: list[tuple[str, ...]] = [("task", *columns)]
-    rows += [(task["task"], *(f"{task[column]:,}" for column in columns)) for task in now["tasks"]]
-    yield from _table(rows)
-    if now["nodes"]:
-        yield ""
-        yield from _table([("node", "slots", "state"), *map(_node, now["nodes"])])
-    running = now["running"]
-    if running:
-        yield ""
-        rows = [("running", "worker", "since", "attempt")]
-        rows += [_running(call, text.duration) for call in running[:SHOWN]]
-        yield from _table(rows)
-    if len(running) > SHOWN:
-        yield f"and {len(running) - SHOWN:,} more"
-
-
-def _running(call: dict[str, Any], duration: Callable[[float], str]) -> tuple[str, ...]:
-    since = duration(max(0.0, time.time() - call["since"])) if call["since"] else ""
-    if call["waits"]:
-        since = f"{since} (waits)".strip()
-    return (call["label"] or call["call"], f"w{call['worker']}", since, str(call["attempt"]))
-
-
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    for row in rows:
-        first, *others = zip(row, widths, strict=True)
-        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        yield "  " + "  ".join(cells).rstrip()

@@ -37,6 +37,7 @@ class LentPool:
     ``address``: the server's own, for its node; ``slots``: those of the server's machine."""
 
     words: tuple[str, ...] = ()
+    wants: int | None = None  # it does not say how many slots it has work for
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class LentPool:
         return {
             "run": self.name, "file": self.file, "words": [], "state": self.state,
             "status": self.status, "pid": None, "submitted": self.submitted,
-            "slots": self.slots, "shares": self.shares,
+            "slots": self.slots, "wants": self.wants, "shares": self.shares, "lent": True,
         }  # fmt: skip
 
     # -- nodes that come for it -------------------------------------------------------

@@ -14,13 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from time import monotonic
 from typing import IO, Any, Final, NamedTuple
 
-from taskrun import addresses, transport
+from taskrun import addresses
 from taskrun.network.bundles import unpack
 from taskrun.reactor import Reactor
-from taskrun.roles import STEER
+from taskrun.serving.control import Control
 from taskrun.serving.kept import Follower, Kept, Peer
 from taskrun.serving.talk import STDERR, STDOUT
 from taskrun.workers.jobs import Folder
@@ -33,7 +32,6 @@ ENDED: Final = "ended"
 GRACE: Final = 4.0  # seconds that a run has to end in order when the server does
 LOST: Final = 3  # the exit status of a run whose process was killed
 _READ: Final = 64 * 1024
-_AGAIN: Final = 0.05  # seconds before a process that is starting is dialled again
 
 
 class Submission(NamedTuple):
@@ -47,7 +45,8 @@ class Submission(NamedTuple):
 
 
 class ServedRun:
-    """One run.  ``on_end`` is called when it has ended.  ``key`` is what its process and the
+    """One run.  ``on_end`` is called when it has ended, ``on_wants`` when it wants more slots
+    or fewer.  ``key`` is what its process and the
     server prove to each other; ``lease``: seconds that its nodes may be silent."""
 
     def __init__(
@@ -57,6 +56,7 @@ class ServedRun:
         reactor: Reactor,
         key: bytes,
         on_end: Callable[[ServedRun], object],
+        on_wants: Callable[[], object],
         lease: float,
     ) -> None:
         """Raises OSError and ValueError where the bundle cannot be unpacked."""
@@ -75,8 +75,7 @@ class ServedRun:
         self._lease = lease
         self._followers: list[Follower] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self._steering: transport.Peer | None = None
-        self._dialling: transport.Dialling | None = None
+        self.control = Control(reactor, self.address, key, self._tell_slots, on_wants)
         self._folder = Folder()
         try:
             self._lay_out(submission.data)
@@ -107,6 +106,11 @@ class ServedRun:
         return os.path.join(addresses.runtime_folder(), f"serve-{os.getpid()}-{self.name}.sock")
 
     @property
+    def wants(self) -> int | None:
+        """How many slots it has work for; None: that is not known."""
+        return self.control.wants
+
+    @property
     def slots(self) -> int:
         """Of all places."""
         return sum(self.shares.values())
@@ -133,7 +137,7 @@ class ServedRun:
         assert made.stdout is not None and made.stderr is not None
         self._listen(STDOUT, made.stdout)
         self._listen(STDERR, made.stderr)
-        self._dial()
+        self.control.open()
 
     def _environment(self) -> dict[str, str]:
         """What the server has, without what was said to the server itself."""
@@ -181,10 +185,7 @@ class ServedRun:
         self.kept.finish()
         self.state, self.status = ENDED, status
         self.shares = {}
-        if self._dialling is not None:
-            self._dialling.close()
-        if self._steering is not None:
-            self._steering.close()
+        self.control.close()
         self._folder.remove()
         if os.path.exists(self.address):
             os.unlink(self.address)
@@ -214,28 +215,8 @@ class ServedRun:
             self._tell_slots()
 
     def _tell_slots(self) -> None:
-        if self._steering is not None:
-            import json
-
-            nodes = {place: slots for place, slots in self.shares.items() if place != HERE}
-            request = {"do": "slots", "slots": self.shares.get(HERE, 0), "nodes": nodes}
-            self._steering.send(json.dumps(request).encode())
-
-    def _dial(self) -> None:
-        """Connect to its process, as soon as that listens."""
-        if self.state == RUNNING:
-            self._dialling = transport.dial(
-                self.address, self._key, self._reactor, STEER, self._on_peer,
-                lambda error: self._reactor.call_at(monotonic() + _AGAIN, self._dial),
-            )  # fmt: skip
-
-    def _on_peer(self, peer: transport.Peer) -> None:
-        self._steering = peer
-        peer.listen(lambda frame: None, self._on_peer_end)
-        self._tell_slots()
-
-    def _on_peer_end(self, reason: str) -> None:
-        self._steering = None
+        nodes = {place: slots for place, slots in self.shares.items() if place != HERE}
+        self.control.tell_slots(self.shares.get(HERE, 0), nodes)
 
     # -- who follows it ---------------------------------------------------------------
 
@@ -263,6 +244,7 @@ class ServedRun:
         return {
             "run": self.name, "file": self.file, "words": list(self.words), "state": self.state,
             "status": self.status, "pid": self.pid, "submitted": self.submitted,
-            "slots": self.slots, "shares": self.shares, "lines": self.kept.lines,
-            "followers": len(self._followers), "address": f"unix:{self.address}",
+            "slots": self.slots, "wants": self.wants, "shares": self.shares,
+            "lines": self.kept.lines, "followers": len(self._followers),
+            "address": f"unix:{self.address}",
         }  # fmt: skip

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Any, Final
@@ -29,8 +30,9 @@ from taskrun.serving import talk
 from taskrun.serving.hosts import NODE, Hosts, relay, role_of
 from taskrun.serving.kept import Follower
 from taskrun.serving.lent import LentPool
+from taskrun.serving.looking import Look, machines, running
 from taskrun.serving.runs import ENDED, GRACE, HERE, RUNNING, WAITING, ServedRun, Submission
-from taskrun.serving.shares import deal
+from taskrun.serving.shares import Wish, deal
 from taskrun.serving.states import States
 from taskrun.signals import Signals
 from taskrun.state.service import Service
@@ -132,6 +134,7 @@ class Server:
                 self._reactor,
                 self._service.authkey,
                 self._on_run_end,
+                self.deal,
                 self._lease,
             )
         except (OSError, ValueError) as error:
@@ -185,12 +188,14 @@ class Server:
             return
         places = {HERE: self._slots, **self._hosts.places()}
         live = self.live()
-        # With more runs than slots, the last ones wait until they can have one.
+        # With more runs that want a slot than slots, the last ones wait until they can have one.
         started = [run for run in live if run.state == RUNNING]
         waiting = [run for run in live if run.state == WAITING]
-        room = max(0, sum(places.values()) - len(started))
+        takers = [run for run in started if run.wants != 0]
+        room = max(0, sum(places.values()) - len(takers))
         chosen = [*started, *waiting[:room]]
-        dealt = deal(places, {run.name: run.jobs for run in chosen})
+        wishes = {run.name: Wish(run.jobs, run.wants) for run in chosen}
+        dealt = deal(places, wishes, {run.name: run.shares for run in started})
         for run in chosen:
             if run.state == RUNNING:
                 run.share(dealt[run.name])
@@ -247,13 +252,14 @@ class Server:
                 peer.send(_json(ok=answer))
 
     def _answer(self, peer: transport.Peer, request: dict[str, Any]) -> Any:
-        """The answer; None: it comes from the run's process."""
+        """The answer; None: it comes later, from the processes of runs."""
         do, name = str(request["do"]), request.get("run")
         if name is not None:
             self._ask(peer, self.find_run(str(name)), request)
             return None
         if do == "status":
-            return self._described()
+            Look(list(self.runs.values()), self._reactor, partial(self._describe_to, peer))
+            return None
         if do == "cancel":
             run = self.find(str(request["call"]))
             if run.state == ENDED:
@@ -268,12 +274,14 @@ class Server:
             raise UsageError(f"here are several runs: say which one, taskrun {do} ADDRESS RUN ...")
         raise ValueError(do)
 
-    def _described(self) -> dict[str, Any]:
-        return {
+    def _describe_to(self, peer: transport.Peer, runs: list[dict[str, Any]]) -> None:
+        nodes = [host.described() for host in self._hosts.hosts.values()]
+        answer = {
             "server": True, "pid": os.getpid(), "seconds": round(time.time() - self._began, 3),
-            "slots": self._slots, "runs": [run.described() for run in self.runs.values()],
-            "nodes": [host.described() for host in self._hosts.hosts.values()],
+            "slots": self._slots + sum(self._hosts.places().values()), "runs": runs,
+            "nodes": machines(runs, self._slots, nodes), "running": running(runs),
         }  # fmt: skip
+        peer.send(_json(ok=answer))
 
     def _ask(self, peer: transport.Peer, run: ServedRun, request: dict[str, Any]) -> None:
         """Have the run's own process answer."""

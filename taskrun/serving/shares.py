@@ -1,31 +1,78 @@
-"""Who gets how many of the slots: a pure function of what there is and who is there.
+"""Who gets how many of the slots: a pure function of what there is and who wants it.
 
-Slots are dealt one by one, each to the run that has the fewest: so runs have equal shares,
-but for one slot, and where there is a slot for each of them nobody goes without.
+Slots go to those that have work for them, in equal parts, but for one slot; what nobody has
+work for goes to all in equal parts, so that it is there when work comes.  A run keeps the
+places that it has, as far as it may: to move costs it workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 Shares: TypeAlias = dict[str, dict[str, int]]
 
 
-def deal(places: Mapping[str, int], runs: Mapping[str, int | None]) -> Shares:
+class Wish(NamedTuple):
+    """``most``: slots that a run may have; ``wants``: those that it has work for.  None: any
+    number."""
+
+    most: int | None = None
+    wants: int | None = None
+
+
+def deal(places: Mapping[str, int], runs: Mapping[str, Wish], before: Shares) -> Shares:
     """run -> place -> slots; places where a run has none are left out.
 
-    ``places``: slots by place.  ``runs``: the most that each may have, None: any number;
-    in order of arrival, the first are served first.
+    ``places``: slots by place.  ``runs``: in order of arrival, the first are served first.
+    ``before``: who has what.
     """
-    dealt: Shares = {run: {} for run in runs}
+    left = sum(places.values())
+    most = {run: left if wish.most is None else wish.most for run, wish in runs.items()}
+    wanted = {
+        run: most[run] if wish.wants is None else min(most[run], wish.wants)
+        for run, wish in runs.items()
+    }
     have = dict.fromkeys(runs, 0)
-    for place, slots in places.items():
-        for _ in range(slots):
-            takers = [run for run, most in runs.items() if most is None or have[run] < most]
-            if not takers:
-                return dealt
-            taker = min(takers, key=have.__getitem__)
-            have[taker] += 1
-            dealt[taker][place] = dealt[taker].get(place, 0) + 1
-    return dealt
+    left = _fill(have, wanted, left)
+    _fill(have, most, left)
+    return _place(places, have, before)
+
+
+def _fill(have: dict[str, int], most: Mapping[str, int], left: int) -> int:
+    """Give out ``left`` to those that have least, up to the most that each may have; gives
+    what is over."""
+    while takers := [one for one in have if left and have[one] < most[one]]:
+        level = min(have[one] for one in takers)
+        lowest = [one for one in takers if have[one] == level]
+        steps = [most[one] - level for one in lowest]
+        steps += [have[one] - level for one in takers if have[one] > level]
+        step = max(1, min(*steps, left // len(lowest)))
+        for one in lowest[:left]:
+            have[one] += step
+            left -= step
+    return left
+
+
+def _place(places: Mapping[str, int], numbers: Mapping[str, int], before: Shares) -> Shares:
+    """Which slots those are: so many for each run."""
+    free = dict(places)
+    dealt: Shares = {}
+    for run, number in numbers.items():
+        had = before.get(run, {})
+        room = {place: min(had[place], free[place]) for place in free if place in had}
+        kept = dict.fromkeys(room, 0)
+        _fill(kept, room, number)
+        for place, slots in kept.items():
+            free[place] -= slots
+        dealt[run] = kept
+    missing = {run: number - sum(dealt[run].values()) for run, number in numbers.items()}
+    for place, slots in free.items():
+        taken = dict.fromkeys(missing, 0)
+        _fill(taken, missing, slots)
+        for run, more in taken.items():
+            missing[run] -= more
+            dealt[run][place] = dealt[run].get(place, 0) + more
+    return {
+        run: {place: slots for place, slots in of.items() if slots} for run, of in dealt.items()
+    }
