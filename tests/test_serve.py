@@ -33,6 +33,12 @@ def work(n=each(range(8))):
 def total(all=result(work)): print(sum(all))
 """
 
+LONG = """
+@task
+def long(n=each(range(9))):
+    while True: time.sleep(0.01)
+"""
+
 
 class Site:
     """A server, and those who come to it."""
@@ -182,7 +188,7 @@ def test_two_runs_at_once_get_half_of_the_slots_each(site: Site) -> None:
 
 def test_a_run_that_is_alone_again_gets_all_slots(site: Site) -> None:
     site.serve(4)
-    first = site.detach(source="@task\ndef long():\n    while True: time.sleep(0.01)")
+    first = site.detach(source=LONG)
     second = site.detach()
     site.await_begun(2)
     wait_until(lambda: site.run(second)["slots"] == 2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from harness import Running, started, wait_until
-from test_serve import TASKS, Site
+from test_serve import LONG, TASKS, Site
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -65,9 +65,7 @@ def test_two_runs_share_a_node_and_the_server_and_one_gets_all_when_it_is_alone(
     site.serve(2)
     join(site, 2)
     wait_until(lambda: node(site))
-    first = site.detach(
-        source="@task\ndef long(n=each(range(9))):\n    while True: time.sleep(0.01)"
-    )
+    first = site.detach(source=LONG)
     wait_until(lambda: site.run(first)["slots"] == 4)
     second = site.detach()
     assert [site.run(name)["slots"] for name in (first, second)] == [2, 2]
