@@ -38,7 +38,7 @@ REPORT = "report"  # (REPORT, count)   flush; say what runs; give back up to cou
 #                                    (None: no word about them)
 INTERRUPT = "interrupt"  # (INTERRUPT, call, attempt, reason)
 PING = "ping"  # (PING, token)
-STACK = "stack"  # (STACK, token)
+STACK = "stack"  # (STACK, token, call | None)
 
 # From a worker, on the call Pipe, in the order in which they happened:
 READY = "ready"  # (READY, pid)

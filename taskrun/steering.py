@@ -217,7 +217,7 @@ class Steering:
                 answer(f"{call.title} on {name}:\n{text}")
 
         self._run.reactor.call_at(time.monotonic() + STACK_SECONDS, give_up)
-        ask(call.worker, on_stack)
+        ask(call.worker, on_stack, call.id)
 
     # -- changing ---------------------------------------------------------------------
 

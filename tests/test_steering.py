@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,10 @@ import pytest
 from harness import Ended, Running, Runs, started, wait_until
 
 pytestmark = pytest.mark.timeout(120)
+
+needs_gevent = pytest.mark.skipif(
+    not importlib.util.find_spec("gevent"), reason="gevent is not installed"
+)
 
 
 @pytest.fixture
@@ -90,6 +95,79 @@ def test_stack_shows_where_a_running_call_is_without_stopping_it(runs: Runs, liv
     assert "in work" in said and "time.sleep(0.01)" in said
     assert "taskrun/workers" not in said and "<string>" not in said
     assert "is not running" in ask(runs, live, "stack", "total").err
+    go_on(runs)
+    assert live.end().status == 0
+
+
+IN_A_LANE = """
+def pause():
+    mark(f"begun{current().call}")
+    while not os.path.exists("go on"): time.sleep(0.01)
+
+def odd(n): pause()
+
+def even(n): pause()
+
+@task(lane=LANE)
+def work(n=each(range(4))): (odd if n % 2 else even)(n)
+"""
+
+AWAITING = """
+import asyncio
+
+async def steps():
+    mark(f"begun{current().call}")
+    while not os.path.exists("go on"):
+        await asyncio.sleep(0.01)
+        yield
+
+async def odd(n):
+    async for _ in steps(): pass
+
+async def even(n):
+    async with asyncio.timeout(60): await odd(n)
+
+@task
+async def work(n=each(range(4))): await (odd if n % 2 else even)(n)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lane", "source", "innermost"),
+    [
+        ("thread", IN_A_LANE, "in pause"),
+        pytest.param("green", IN_A_LANE, "in pause", marks=needs_gevent),
+        ("async", AWAITING, "in steps"),
+    ],
+)
+def test_the_stack_of_a_call_among_many_is_its_own(
+    runs: Runs, lane: str, source: str, innermost: str
+) -> None:
+    live = runs.start_exec(source.replace("LANE", repr(lane)), "-j2")
+    for n in range(4):
+        live.await_file(runs.folder / f"begunwork[{n}]")
+    for n, inside in enumerate(("even", "odd")):
+        said = ask(runs, live, "stack", f"work[{n}]").check().out
+        assert "in work" in said and f"in {inside}" in said and innermost in said, said
+        assert ("in even" in said) == (inside == "even"), said
+        assert "workers/lanes" not in said and "run_forever" not in said, said
+    go_on(runs)
+    assert live.end().status == 0
+
+
+def test_the_stack_of_a_coroutine_that_blocks_the_loop_is_where_it_blocks(runs: Runs) -> None:
+    source = """
+def blocking():
+    mark("begun")
+    while not os.path.exists("go on"): time.sleep(0.01)
+
+@task
+async def work(): blocking()
+"""
+    live = runs.start_exec(source, "-j2")
+    live.await_file(runs.folder / "begun")
+    said = ask(runs, live, "stack", "work").check().out
+    assert "in work" in said and "in blocking" in said and "run_forever" not in said, said
     go_on(runs)
     assert live.end().status == 0
 

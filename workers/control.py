@@ -143,7 +143,7 @@ class Control(threading.Thread):
     def _ping(self, token: object) -> None:
         self._answer((PONG, token))
 
-    def _stack(self, token: object) -> None:
+    def _stack(self, token: object, call: int | None) -> None:
         assert self._main is not None
         self._answer((STACK_IS, token, _stack_of(self._main)))
 

@@ -167,11 +167,11 @@ class PoolEngine:
         # A node ends those that are about to start when it is told that all is over.
         return not near and not any(link.ready for link in far)
 
-    def stack(self, worker: int, callback: Callable[[str], None]) -> None:
-        """Ask a worker where its main thread is; ``callback`` gets the text."""
+    def stack(self, worker: int, callback: Callable[[str], None], call: int | None = None) -> None:
+        """Ask a worker where its call is, or its main thread; ``callback`` gets the text."""
         token = next(self._tokens)
         self._stack_callbacks[token] = callback
-        self._links[worker].tell_control((m.STACK, token))
+        self._links[worker].tell_control((m.STACK, token, call))
 
     def set_slots(self, slots: int, of_nodes: Mapping[str, int]) -> None:
         """From now on have so many workers here, and at most so many on the nodes that are

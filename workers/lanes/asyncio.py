@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from taskrun.workers import native
 from taskrun.workers.items import SECONDS
 from taskrun.workers.lanes.base import LaneWorker
 from taskrun.workers.lanes.calls import RUNNING, LaneRunning, interrupted
+from taskrun.workers.lanes.stacks import Place, walk_awaits
 
 
 class AsyncWorker(LaneWorker):
@@ -76,6 +77,11 @@ class AsyncWorker(LaneWorker):
         if not running.done:
             self.give_up(running, "goes on although it was cancelled")
             self._stop_if_over()
+
+    def frames_of(self, running: LaneRunning) -> Iterable[Place] | None:
+        """See ``base``."""
+        coroutine = running.handle.get_coro()
+        return None if coroutine.cr_running else list(walk_awaits(coroutine))
 
     # -- the tasks that calls start ---------------------------------------------------
 

@@ -11,7 +11,7 @@ import os
 import pickle
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from taskrun.workers.lanes.calls import RUNNING, LaneExecutor, LaneRunning, inte
 from taskrun.workers.lanes.control import LaneControl
 from taskrun.workers.lanes.output import LaneOutput
 from taskrun.workers.lanes.scope import LaneContext
+from taskrun.workers.lanes.stacks import Place
 from taskrun.workers.outbox import LARGE, Outbox
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import call_name, state_home
@@ -104,6 +105,13 @@ class LaneWorker:
     def found(self) -> LaneRunning | None:
         """The attempt that the code which asks belongs to."""
         return RUNNING.get(None)
+
+    def frames_of(self, running: LaneRunning) -> Iterable[Place] | None:
+        """Where a call is, the outermost first; None: it is what the home thread executes.
+
+        The control thread asks.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
         """The worker ends."""
@@ -200,6 +208,10 @@ class LaneWorker:
         if running.interrupt is None:
             running.interrupt = reason
             self.cancel(running)
+
+    def running(self, call: int) -> LaneRunning | None:
+        """The attempt of a call that runs."""
+        return self.executor.live.get(call)
 
     def give_up(self, running: LaneRunning, why: str) -> None:
         """A call does not end, so it is reported as ended, and this worker gets no more."""

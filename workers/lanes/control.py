@@ -12,7 +12,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -22,6 +22,7 @@ from taskrun.messages import INTERRUPT, PING, PONG, REPORT, STACK, STACK_IS
 from taskrun.wire import READ_SIZE, Decoder, send_frame
 from taskrun.workers import native
 from taskrun.workers.control import tell_why
+from taskrun.workers.lanes.stacks import Place, extract, text, walk_up
 
 if TYPE_CHECKING:
     from traceback import StackSummary
@@ -50,6 +51,12 @@ class Served(Protocol):
 
     def found(self) -> LaneRunning | None:
         """The attempt that the code which asks belongs to."""
+
+    def running(self, call: int) -> LaneRunning | None:
+        """The attempt of a call that runs."""
+
+    def frames_of(self, running: LaneRunning) -> Iterable[Place] | None:
+        """Where it is, the outermost first; None: it is what the home thread executes."""
 
     def warn_that_it_blocks(self, running: LaneRunning | None, seconds: float, stack: str) -> None:
         """Say that a call keeps all others from running."""
@@ -120,8 +127,16 @@ class LaneControl:
     def _ping(self, token: object) -> None:
         self._worker.post(lambda: self._answer((PONG, token)))
 
-    def _stack(self, token: object) -> None:
-        self._answer((STACK_IS, token, _text(_stack_of(sys._current_frames()[self._main]))))
+    def _stack(self, token: object, call: int | None) -> None:
+        """Say where a call is; of the one that runs in the home thread, where that is."""
+        worker = self._worker
+        running = None if call is None else worker.running(call)
+        frames = None if running is None else worker.frames_of(running)
+        stack = self._stack_at_home() if frames is None else extract(frames)
+        self._answer((STACK_IS, token, text(stack)))
+
+    def _stack_at_home(self) -> StackSummary:
+        return extract(walk_up(sys._current_frames()[self._main]))
 
     def _answer(self, record: tuple[Any, ...]) -> None:
         send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
@@ -136,8 +151,8 @@ class LaneControl:
         running, stack = self._look()
         if self._asked is not asked or asked is None or running is not before:
             return  # it went on meanwhile
-        if text := _text(stack):
-            self._worker.warn_that_it_blocks(running, monotonic() - asked, text)
+        if shown := text(stack):
+            self._worker.warn_that_it_blocks(running, monotonic() - asked, shown)
 
     def _look(self) -> tuple[LaneRunning | None, StackSummary]:
         """Which call runs now, and where in its code.
@@ -151,36 +166,8 @@ class LaneControl:
         while self._seen is None and self._asked is asked and monotonic() < deadline:
             native.sleep(0.01)
         self._looking = False
-        return self._seen or (None, _stack_of(sys._current_frames()[self._main]))
+        return self._seen or (None, self._stack_at_home())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._looking and frame is not None:
-            self._seen = self._worker.found(), _stack_of(frame)
-
-
-def _stack_of(frame: FrameType) -> StackSummary:
-    from traceback import StackSummary, walk_stack
-
-    return StackSummary.extract(walk_stack(frame), lookup_lines=False)
-
-
-def _text(stack: StackSummary) -> str:
-    """A stack as a traceback shows it, without the frames at its ends that are ours or the
-    loop's."""
-    import traceback
-
-    frames = list(reversed(stack))
-    foreign = _machinery()
-    while frames and frames[0].filename.startswith(foreign):
-        del frames[0]
-    while frames and frames[-1].filename.startswith(foreign):
-        del frames[-1]
-    return "".join(traceback.format_list(frames))
-
-
-def _machinery() -> tuple[str, ...]:
-    names = ("taskrun", "taskrun.workers", "asyncio", "gevent", "threading", "contextvars")
-    files = [getattr(sys.modules.get(name), "__file__", None) for name in names]
-    folders = [os.path.dirname(file) + os.sep if file.endswith("__init__.py") else file
-               for file in files if file]  # fmt: skip
-    return (*folders, "<string>", "src/gevent/")
+            self._seen = self._worker.found(), extract(walk_up(frame))

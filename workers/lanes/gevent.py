@@ -5,7 +5,7 @@ See ``workers.green`` for how such a worker begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gevent
@@ -18,6 +18,7 @@ from taskrun.workers import native
 from taskrun.workers.items import SECONDS
 from taskrun.workers.lanes.base import LaneWorker
 from taskrun.workers.lanes.calls import RUNNING, LaneRunning, interrupted
+from taskrun.workers.lanes.stacks import Place, walk_up
 
 
 class CallGreenlet(gevent.Greenlet):  # type: ignore[misc]
@@ -99,6 +100,11 @@ class GreenWorker(LaneWorker):
         if not running.done:
             self.give_up(running, "goes on although it was killed")
             self._stop_if_over()
+
+    def frames_of(self, running: LaneRunning) -> Iterable[Place] | None:
+        """See ``base``."""
+        frame = running.handle.gr_frame
+        return None if frame is None and running.user else walk_up(frame)
 
     # -- around -----------------------------------------------------------------------
 

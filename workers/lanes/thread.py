@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any
@@ -19,6 +19,7 @@ from taskrun.workers import native
 from taskrun.workers.items import Flusher
 from taskrun.workers.lanes.base import LaneWorker
 from taskrun.workers.lanes.calls import LaneRunning
+from taskrun.workers.lanes.stacks import Place, walk_up
 
 
 class ThreadWorker(LaneWorker):
@@ -66,6 +67,7 @@ class ThreadWorker(LaneWorker):
         try:
             while True:
                 running, args = self._begun.get()
+                running.handle = native.get_ident()
                 self._around.copy().run(self.executor.perform, running, args)
                 with self._counting:
                     self._free += 1
@@ -85,6 +87,10 @@ class ThreadWorker(LaneWorker):
             threading.Thread(
                 target=shell.kill_groups, kwargs={"owner": running}, daemon=True
             ).start()
+
+    def frames_of(self, running: LaneRunning) -> Iterable[Place] | None:
+        """See ``base``."""
+        return walk_up(sys._current_frames().get(running.handle))
 
     # -- around -----------------------------------------------------------------------
 
