@@ -30,9 +30,10 @@ class Observer:
     def call_began(self, call: Any, attempt: int, worker: str, wall: float) -> None:
         """An attempt is known to execute (small batched calls are not announced one by one)."""
 
-    def output(self, call: Any | None, stream: str, data: bytes) -> None:
+    def output(self, call: Any | None, stream: str, data: bytes, worker: str = "") -> None:
         """Bytes that a call wrote to ``stdout`` or ``stderr``, in order, not split at lines.
-        ``call`` is None for what belongs to no call (a worker's own start and end)."""
+        ``call`` is None for what belongs to no call (a worker's start and end, and what calls
+        leave behind): then it is the ``worker``'s, where that is known."""
 
     def output_ended(self, call: Any) -> None:
         """An attempt wrote all that it will write."""

@@ -30,8 +30,6 @@ RECENT = 16
 """So many failed calls keep their tail after their end, for those who report them later."""
 
 CUT = b" ... [longer than 16 MiB: cut here by taskrun]\n"
-NOBODY = -1
-"""Stands for the call's id where output belongs to no call."""
 
 
 # -- bytes to lines -------------------------------------------------------------------
@@ -182,12 +180,13 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 
 class _Live:
-    """A call that has written something, and what it wrote."""
+    """A call that has written something, or a worker for nobody, and what it wrote."""
 
-    __slots__ = ("call", "lines", "spool", "spooling", "tail")
+    __slots__ = ("call", "lines", "spool", "spooling", "tail", "worker")
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, worker: str) -> None:
         self.call = call
+        self.worker = worker
         self.lines: dict[str, Lines] = {}
         self.tail = Tail()
         self.spool = Spool()
@@ -210,7 +209,7 @@ class Output(Observer):
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
         self._paint = terminal.paint("stderr")
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int | str, _Live] = {}
         self._recent: dict[int, Tail] = {}
         self._failing: dict[int, tuple[AttemptEnded, str]] = {}
         self._shown: dict[int, str] = {}
@@ -238,18 +237,18 @@ class Output(Observer):
 
     # -- what is observed -------------------------------------------------------------
 
-    def output(self, call: Any | None, stream: str, data: bytes) -> None:
-        key = NOBODY if call is None else call.id
+    def output(self, call: Any | None, stream: str, data: bytes, worker: str = "") -> None:
+        key = worker if call is None else call.id
         live = self._live.get(key)
         if live is None:
-            live = self._live[key] = _Live(call)
+            live = self._live[key] = _Live(call, worker)
         lines = live.lines.get(stream)
         if lines is None:
             lines = live.lines[stream] = Lines(self.overwrite)
         self._take(live, stream, lines.feed(data))
 
     def output_ended(self, call: Any) -> None:
-        live = self._live.get(NOBODY if call is None else call.id)
+        live = self._live.get(call.id)
         if live is not None:
             for stream, lines in live.lines.items():
                 self._take(live, stream, lines.end())
@@ -416,13 +415,14 @@ class LineOutput(Output):
         self._width = 0
 
     def show(self, live: _Live, stream: str, block: bytes) -> None:
-        tag = text.encode(self._tag(live.call, stream))
+        tag = text.encode(self._tag(live, stream))
         lines = self._tamed(stream, block)
         tagged = tag + lines[:-1].replace(b"\n", b"\n" + tag) + b"\n"
         self.terminal.write_lines(self.place(stream), tagged)
 
-    def _tag(self, call: Any | None, stream: str) -> str:
-        title = "worker" if call is None else text.title_of(call)
+    def _tag(self, live: _Live, stream: str) -> str:
+        call = live.call
+        title = live.worker or "worker" if call is None else text.title_of(call)
         title = text.shorten(title, self.WIDEST_TITLE)
         if not self.terminal.is_terminal(self.place(stream)):
             return f"{title} | "

@@ -31,7 +31,6 @@ LONGEST_MESSAGE = 4000
 COLUMNS = (
     "seq", "task", "call", "attempt", "worker", "start", "seconds", "outcome", "message",
 )  # fmt: skip
-NOBODY = -1
 
 
 class Batch:
@@ -179,7 +178,7 @@ class Events(Observer):
         self._escapes = _escapes()
         self._now = now
         self._batch = Batch(lambda lines: terminal.write_lines("stdout", lines), soon)
-        self._lines: dict[tuple[int, str], Lines] = {}
+        self._lines: dict[tuple[int | str, str], Lines] = {}
         self._counts = {"ok": 0, "failed": 0, "skipped": 0, "cancelled": 0}
 
     # -- what is observed -------------------------------------------------------------
@@ -202,8 +201,8 @@ class Events(Observer):
         title = call.title
         self._say("call_began", id=call.id, attempt=attempt, worker=worker, began=wall, title=title)
 
-    def output(self, call: Any | None, stream: str, data: bytes) -> None:
-        key = NOBODY if call is None else call.id, stream
+    def output(self, call: Any | None, stream: str, data: bytes, worker: str = "") -> None:
+        key = worker if call is None else call.id, stream
         lines = self._lines.get(key)
         if lines is None:
             lines = self._lines[key] = Lines(overwrite=False, cut=b"")
@@ -211,7 +210,7 @@ class Events(Observer):
 
     def output_ended(self, call: Any) -> None:
         for stream in ("stdout", "stderr"):
-            key = NOBODY if call is None else call.id, stream
+            key = call.id, stream
             lines = self._lines.pop(key, None)
             if lines is not None:
                 self._say_output(key, lines.end())
@@ -268,11 +267,12 @@ class Events(Observer):
 
     # -- saying it --------------------------------------------------------------------
 
-    def _say_output(self, key: tuple[int, str], block: bytes) -> None:
+    def _say_output(self, key: tuple[int | str, str], block: bytes) -> None:
         if block:
-            id, stream = key
+            of, stream = key
             lines = block.decode("utf-8", "backslashreplace")
-            self._say("output", id=None if id == NOBODY else id, stream=stream, text=lines)
+            id, worker = (None, of) if isinstance(of, str) else (of, None)
+            self._say("output", id=id, worker=worker, stream=stream, text=lines)
 
     def _say(self, event: str, **fields: Any) -> None:
         record = {"v": VERSION, "event": event, "time": round(self._now(), 6), **fields}

@@ -37,6 +37,33 @@ def in_lane(source: str, lane: str) -> str:
     return HEAD + source.replace("LANE", repr(lane))
 
 
+@every_lane
+def test_what_is_written_after_a_calls_end_is_the_workers(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+import threading
+
+def later():
+    while not os.path.exists("ended"): time.sleep(0.01)
+    print("late, but whole", flush=True)
+    mark("written")
+
+@task(lane=LANE)
+RUN leaves():
+    threading.Thread(target=later, daemon=True).start()
+
+@task(after=[leaves])
+def waits():
+    mark("ended")
+    while not os.path.exists("written"): time.sleep(0.01)
+""",
+        lane,
+    )
+    assert runs.exec(source, "-j1").check().out == "w1 | late, but whole\n"
+    events = runs.exec(source, "-j1", "--json").check().out
+    assert '"id":null,"worker":"w1","stream":"stdout"' in events
+
+
 # -- all together ---------------------------------------------------------------------
 
 

@@ -106,9 +106,13 @@ def test_a_label_is_the_name_and_cannot_break_a_line() -> None:
 def test_what_belongs_to_no_call_is_the_workers() -> None:
     pages = Pages()
     output = make_output("line", pages.terminal)
-    output.output(None, "stderr", b"bye")
+    output.output(None, "stderr", b"by", "w1")
+    output.output(None, "stderr", b"on its", "lab/w2")
+    output.output(None, "stderr", b"e\n", "w1")
+    output.output(None, "stderr", b" own")
+    output.output(None, "stderr", b" way\n", "lab/w2")
     output.run_ended(0, "")
-    assert pages.err == "worker | bye\n"
+    assert pages.err == "w1 | bye\nlab/w2 | on its way\nworker |  own\n"
 
 
 @pytest.mark.parametrize("mode", ["line", "group", "raw"])

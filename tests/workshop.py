@@ -187,7 +187,7 @@ class Watcher(Observer):
         self.progress: list[tuple[Any, float, float | None]] = []
         self.gone: dict[str, str] = {}  # workers, and how they ended
 
-    def output(self, call: Any, stream: str, data: bytes) -> None:
+    def output(self, call: Any, stream: str, data: bytes, worker: str = "") -> None:
         self.size += len(data)
         if self.keep:
             self.written[call and call.id, stream] += data

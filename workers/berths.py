@@ -279,7 +279,7 @@ class Berths:
         last = pickle.dumps((reason, 0, None))
         self._conversation.send(ch.of_worker(worker), ch.ENDED, last)
 
-    def output(self, call: Any, stream: str, data: bytes) -> None:
+    def output(self, call: Any, stream: str, data: bytes, worker: str) -> None:
         """A Berth passes on what its worker wrote itself."""
 
     def worker_changed(self, name: str, what: str) -> None:

@@ -178,7 +178,7 @@ class Link:
         if to != self._last_owner:
             self._last_owner, self._last_output = to, b""
         self._last_output = (self._last_output + data[-LAST_OUTPUT:])[-LAST_OUTPUT:]
-        self._emit_to(None if to is None else self.assigned.get(to[0]), stream, data)
+        self._emit_to(None if to is None else self.assigned.get(to[0]), stream, data, self.name)
 
 
 class PipeLink(Link):

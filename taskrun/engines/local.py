@@ -53,8 +53,8 @@ class Crew(Protocol):
     ) -> None:
         """It could not be started."""
 
-    def output(self, call: Any, stream: str, data: bytes) -> None:
-        """A call, or nobody, wrote this."""
+    def output(self, call: Any, stream: str, data: bytes, worker: str) -> None:
+        """A call, or the worker for nobody, wrote this."""
 
     def worker_changed(self, name: str, what: str) -> None:
         """A worker, or a node, came or went."""

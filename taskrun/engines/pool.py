@@ -426,9 +426,9 @@ class PoolEngine:
         link.stop_listening()
         link.signal(signal.SIGKILL)
 
-    def output(self, call: Any, stream: str, data: bytes) -> None:
+    def output(self, call: Any, stream: str, data: bytes, worker: str) -> None:
         """See ``engines.local.Crew``."""
-        self._observer.output(call, stream, data)
+        self._observer.output(call, stream, data, worker)
 
     def worker_changed(self, name: str, what: str) -> None:
         """See ``engines.local.Crew``."""

@@ -212,7 +212,7 @@ class Records:
 
     def _output(self, source: Source, record: tuple[Any, ...]) -> None:
         _, call, _, stream, data = record
-        self._observer.output(source.assigned.get(call), stream, data)
+        self._observer.output(source.assigned.get(call), stream, data, source.name)
 
     def _retire(self, source: Source, record: tuple[Any, ...]) -> m.Event:
         self._observer.worker_changed(source.name, f"retires, because {record[1]}")

@@ -134,7 +134,7 @@ class LentWorkers(PoolWorkers):
 
     # -- what comes from nodes --------------------------------------------------------
 
-    def output(self, call: Any, stream: str, data: bytes) -> None:
+    def output(self, call: Any, stream: str, data: bytes, worker: str) -> None:
         """A call wrote this: it comes out where a worker of this machine would write it."""
         fd = 1 if stream == "stdout" else 2
         rest = memoryview(data)
