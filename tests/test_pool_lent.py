@@ -29,8 +29,21 @@ DEADLINE = 30.0  # seconds
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
+    """Where a test has a server of its own."""
+    yield from sites(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """With a server of two slots, for the tests that do it no harm."""
+    for made in sites(tmp_path_factory.mktemp("shared")):
+        made.serve(2)
+        yield made
+
+
+def sites(folder: Path) -> Iterator[Site]:
     runtime = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
-    for runs in started(tmp_path):
+    for runs in started(folder):
         yield Site(runs, runtime)
     shutil.rmtree(runtime)
 
@@ -67,9 +80,8 @@ def waiting(go: Path, begun: Path) -> Callable[[], Any]:
 # -- the interface --------------------------------------------------------------------
 
 
-def test_all_methods_of_a_pool_work_on_lent_workers(site: Site) -> None:
-    site.serve(2)
-    with lent(site) as pool:
+def test_all_methods_of_a_pool_work_on_lent_workers(shared: Site) -> None:
+    with lent(shared) as pool:
         assert pool.apply(operator.add, (2, 3)) == 5
         assert pool.map(lambda x: x * x, range(10)) == [x * x for x in range(10)]
         assert pool.starmap(operator.mul, [(2, 3), (4, 5)]) == [6, 20]
@@ -92,15 +104,14 @@ def test_all_methods_of_a_pool_work_on_lent_workers(site: Site) -> None:
         pool.close()
         pool.join()
     assert not workers[pid].is_alive()
-    wait_until(lambda: site.run("p1")["state"] == "ended")
-    wait_until(lambda: len(site.server.processes()) == 1)
+    wait_until(lambda: shared.status()["runs"][-1]["state"] == "ended")
+    wait_until(lambda: len(shared.server.processes()) == 1)
 
 
 def test_a_script_finds_its_own_module_and_those_beside_it_and_its_output_comes_back(
-    site: Site,
+    shared: Site,
 ) -> None:
-    site.serve(1)
-    (site.folder / "helper.py").write_text("def twice(x): return 2 * x\n")
+    (shared.folder / "helper.py").write_text("def twice(x): return 2 * x\n")
     source = f"""
     import helper
     from taskrun import Pool, state
@@ -120,32 +131,31 @@ def test_a_script_finds_its_own_module_and_those_beside_it_and_its_output_comes_
         return Pair(pair.b + shared, helper.twice(pair.a))
 
     if __name__ == "__main__":
-        with Pool(1, begin, (100,), address={site.address!r}) as pool:
+        with Pool(1, begin, (100,), address={shared.address!r}) as pool:
             pair = pool.apply(work, (Pair(1, 2),))
             print(type(pair) is Pair, pair.a, pair.b, state.counter("calls").get())
     """
-    ended = site.runs.script(source, env=site.variables).check()
+    ended = shared.runs.script(source, env=shared.variables).check()
     assert ended.out.splitlines() == ["at work", "True 102 2 1"]
 
 
-def test_an_executor_may_have_lent_workers(site: Site) -> None:
-    site.serve(1)
-    with Executor(1, address=site.address, authkey=site.variables["TASKRUN_AUTHKEY_FILE"]) as made:
+def test_an_executor_may_have_lent_workers(shared: Site) -> None:
+    with Executor(
+        1, address=shared.address, authkey=shared.variables["TASKRUN_AUTHKEY_FILE"]
+    ) as made:
         assert made.submit(operator.add, 1, 2).result(DEADLINE) == 3
         assert list(made.map(abs, [-1, -2])) == [1, 2]
 
 
-def test_calls_reach_the_state_of_the_process_that_has_the_pool(site: Site) -> None:
-    site.serve(1)
+def test_calls_reach_the_state_of_the_process_that_has_the_pool(shared: Site) -> None:
     counter = state.counter("lent")
-    with lent(site) as pool:
+    with lent(shared) as pool:
         pool.map(lambda _: state.counter("lent").add(1), range(5), chunksize=1)
     assert counter.get() == 5
 
 
-def test_a_large_argument_and_a_large_result_cross(site: Site) -> None:
-    site.serve(1)
-    with lent(site) as pool:
+def test_a_large_argument_and_a_large_result_cross(shared: Site) -> None:
+    with lent(shared) as pool:
         assert pool.apply(len, (bytes(3_000_000),)) == 3_000_000
         assert len(pool.apply(bytes, (3_000_000,))) == 3_000_000
 
@@ -153,11 +163,12 @@ def test_a_large_argument_and_a_large_result_cross(site: Site) -> None:
 # -- calls that do not just end -------------------------------------------------------
 
 
-def test_a_running_call_is_cancelled_and_one_that_takes_too_long_ends(site: Site) -> None:
-    site.serve(1)
-    begun = site.folder / "begun"
-    with lent(site) as pool:
-        result = pool.apply_async(waiting(site.folder / "never", begun))
+def test_a_running_call_is_cancelled_and_one_that_takes_too_long_ends(
+    shared: Site, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    with lent(shared) as pool:
+        result = pool.apply_async(waiting(tmp_path / "never", begun))
         wait_until(begun.exists)
         result.cancel()
         with pytest.raises(CallCancelled):
@@ -167,9 +178,10 @@ def test_a_running_call_is_cancelled_and_one_that_takes_too_long_ends(site: Site
         assert pool.apply(abs, (-1,)) == 1
 
 
-def test_a_worker_that_dies_costs_its_call_which_is_tried_again_if_it_may(site: Site) -> None:
-    site.serve(1)
-    there = str(site.folder / "there")
+def test_a_worker_that_dies_costs_its_call_which_is_tried_again_if_it_may(
+    shared: Site, tmp_path: Path
+) -> None:
+    there = str(tmp_path / "there")
 
     def die_once() -> int:
         import os
@@ -179,21 +191,20 @@ def test_a_worker_that_dies_costs_its_call_which_is_tried_again_if_it_may(site: 
                 os._exit(7)
         return 1
 
-    with lent(site) as pool:
+    with lent(shared) as pool:
         with pytest.raises(WorkerLost, match="exited with status 3"):
             pool.apply(os._exit, (3,))
         assert pool.apply(die_once, retries=1) == 1
 
 
-def test_leaving_the_pool_ends_what_runs(site: Site) -> None:
-    site.serve(1)
-    begun = site.folder / "begun"
-    with lent(site) as pool:
-        result = pool.apply_async(waiting(site.folder / "never", begun))
+def test_leaving_the_pool_ends_what_runs(shared: Site, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    with lent(shared) as pool:
+        result = pool.apply_async(waiting(tmp_path / "never", begun))
         wait_until(begun.exists)
     with pytest.raises(CallCancelled):
         result.get(DEADLINE)
-    wait_until(lambda: len(site.server.processes()) == 1)
+    wait_until(lambda: len(shared.server.processes()) == 1)
 
 
 # -- nodes ----------------------------------------------------------------------------
@@ -302,33 +313,29 @@ def test_when_the_process_of_a_pool_is_killed_its_slots_are_free_again(site: Sit
     wait_until(lambda: len(server.processes()) == 1)
 
 
-def test_what_cannot_be_reached_or_has_another_key_is_named(site: Site) -> None:
-    site.serve(1)
+def test_what_cannot_be_reached_or_has_another_key_is_named(shared: Site) -> None:
     with pytest.raises(DialError, match="authkey"):
-        Pool(address=site.address, authkey=b"another key of sufficient length")
+        Pool(address=shared.address, authkey=b"another key of sufficient length")
     with pytest.raises(UsageError, match="needs at least 16"):
-        Pool(address=site.address, authkey=b"short")
+        Pool(address=shared.address, authkey=b"short")
     with pytest.raises(UsageError, match="there is no authkey file"):
-        Pool(address=site.address, authkey=site.folder / "nothing")
+        Pool(address=shared.address, authkey=shared.folder / "nothing")
     with pytest.raises(UsageError, match="an address is HOST:PORT"):
         Pool(address="nonsense", authkey=KEY.encode())
-    site.server.signal(signal.SIGTERM)
-    site.server.end()
     with pytest.raises(DialError, match="cannot be reached"):
-        lent(site)
+        Pool(address=f"unix:{shared.folder}/nobody", authkey=KEY.encode())
 
 
 def test_another_version_is_refused_with_both_named(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    shared: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.serve(1)
     real = joining.versions()
     monkeypatch.setattr("taskrun.pooling.lending.versions", lambda: {**real, "python": [3, 99]})
     with pytest.raises(UsageError, match=r"it has Python 3\.99, and the coordinator Python"):
-        lent(site)
+        lent(shared)
     monkeypatch.setattr("taskrun.pooling.lending.versions", lambda: {**real, "wire": 99})
     with pytest.raises(UsageError, match="speaks wire version 99"):
-        lent(site)
+        lent(shared)
 
 
 def test_what_cannot_work_on_other_machines_is_refused() -> None:
@@ -347,7 +354,6 @@ def test_what_cannot_work_on_other_machines_is_refused() -> None:
     refused(ValueError, "authkey is for address", authkey=KEY.encode())
 
 
-def test_a_failing_initializer_ends_the_pool_with_what_it_raised(site: Site) -> None:
-    site.serve(1)
-    with lent(site, initializer=int, initargs=("x",)) as pool, pytest.raises(ValueError):
+def test_a_failing_initializer_ends_the_pool_with_what_it_raised(shared: Site) -> None:
+    with lent(shared, initializer=int, initargs=("x",)) as pool, pytest.raises(ValueError):
         pool.apply(abs, (1,))

@@ -77,6 +77,7 @@ class Nodes:
         self._made_bundle: Bundle | None = None
         self._closing = False
         self._limits: Mapping[str, int] | None = None
+        self.abandoned = False  # none that is away is waited for
 
     def start(
         self,
@@ -125,7 +126,7 @@ class Nodes:
 
     def abandon(self) -> None:
         """From now on no node joins, and none that is away is waited for."""
-        self._closing = True
+        self._closing = self.abandoned = True
         for node in list(self.nodes.values()):
             if not node.conversation.is_attached:
                 self.lose(node, f"lost with the node {node.name}, which was away at the end")
@@ -342,6 +343,9 @@ class Node:
         if peer is self._peer:
             self._peer = None
             self.conversation.detach()
+            if self._nodes.abandoned:
+                self._nodes.lose(self, f"lost with the node {self.name} at the end: {reason}")
+                return
             left = max(0.0, self._heard + self._nodes.lease - monotonic())
             self._notice(f"is away ({reason}), and has {left:.0f} s to come back")
 

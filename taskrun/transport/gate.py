@@ -372,8 +372,12 @@ def prepare(connection: socket.socket) -> None:
     connection.setblocking(False)
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that has lost its power says nothing; its connection ends all the same.
+        # A machine that has lost its power says nothing; its connection ends all the same,
+        # within a minute where the system lets us say so.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def acknowledge(connection: socket.socket) -> None:
