@@ -180,6 +180,16 @@ def test_a_worker_stops_when_it_is_told_to(grid: Grid) -> None:
     assert node.process.poll() is None
 
 
+def test_a_worker_that_is_ready_only_after_its_node_was_to_go_gets_no_calls(grid: Grid) -> None:
+    grid.node(1)
+    grid.shop.engine.perform(m.StartWorkers(1))
+    grid.shop.engine.set_slots(0, {})  # type: ignore[attr-defined]
+    assert len(grid.shop.all(m.Retiring)) == 1  # which nobody knows yet
+    ready = grid.shop.await_event(m.WorkerReady)
+    grid.shop.until(lambda: len(grid.shop.all(m.Retiring)) == 2)
+    assert grid.shop.all(m.Retiring)[1].worker == ready.worker
+
+
 # -- joining --------------------------------------------------------------------------
 
 

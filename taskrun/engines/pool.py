@@ -398,11 +398,14 @@ class PoolEngine:
 
     def hear(self, link: Link, frame: memoryview) -> bool:
         """See ``engines.local.Crew``."""
+        was_ready = link.ready
         try:
             self._records.take(link, link.intake.frame(frame))
         except WireError as error:
             self.reject(link, f"what it sent could not be read: {error}")
             return False
+        if link.retiring and link.ready and not was_ready:
+            self._retire(link)  # it was about to start when its node said that it leaves
         if link.ready:
             self._failed_starts = 0
             if self._local is not None:
