@@ -211,7 +211,16 @@ class Run:
             self._state.start()
             self._run_engine()
         finally:
+            self._close_state()
+
+    def _close_state(self) -> None:
+        try:
             self._state.close()
+        except RunError as error:  # what was to be kept is not
+            if self.status == 0:
+                self._failure, self.status = str(error), error.exit_status
+            else:
+                self.observer.notice(str(error))
 
     def _run_engine(self) -> None:
         try:

@@ -10,8 +10,9 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import dropwhile
 from types import (
     BuiltinFunctionType,
     MemberDescriptorType,
@@ -20,7 +21,7 @@ from types import (
     TracebackType,
     WrapperDescriptorType,
 )
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from taskrun import errors
 from taskrun.model import Failure
@@ -30,6 +31,8 @@ MESSAGE_LIMIT = 16 * 1024  # characters
 TRACEBACK_LIMIT = 64 * 1024
 CHAIN_LIMIT = 100  # exceptions linked by __cause__ and __context__ that are kept
 FRAME_LIMIT = 200  # frames of one traceback that are kept
+
+AFrame = TypeVar("AFrame")
 
 shares_main = False  # whether whoever unpickles has the same __main__
 
@@ -161,7 +164,7 @@ def _render(exc: BaseException) -> str:
     queue: list[Any] = [shown]
     while queue:
         one = queue.pop()
-        del one.stack[: _ours(frame.filename for frame in one.stack)]
+        one.stack[:] = _users(one.stack, lambda frame: frame.filename)
         queue += filter(None, [one.__cause__, one.__context__, *(one.exceptions or ())])
     return "".join(shown.format())
 
@@ -174,7 +177,7 @@ def _render_plainly(exc: BaseException) -> str:
     parts = [f"[... {CHAIN_LIMIT} or more exceptions, of which the last ones: ...]\n\n"]
     for one in reversed(chain[: CHAIN_LIMIT // 10]):
         stack = traceback.extract_tb(one.__traceback__)
-        del stack[: _ours(frame.filename for frame in stack)]
+        stack[:] = _users(stack, lambda frame: frame.filename)
         parts += ["Traceback (most recent call last):\n", *stack.format()]
         parts += [f"{class_name(type(one))}: {guarded(one, str)}\n\n"]
     return "".join(parts[len(chain) <= CHAIN_LIMIT :])
@@ -190,18 +193,18 @@ def _chain(exc: BaseException) -> Iterator[BaseException]:
         one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
 
 
-def _ours(filenames: Iterable[str]) -> int:
-    """How many of the outermost frames are taskrun's own, or the pickler's that it called."""
-    count = 0
+def _users(frames: Sequence[AFrame], filename: Callable[[AFrame], str]) -> list[AFrame]:
+    """``frames`` without taskrun's own, and without the pickler's that it called.
+
+    Nobody looks for a mistake in the insides of what they call: a ``KeyError`` of a shared
+    dict is shown where the dict was asked, an error of a future where its result was.
+    """
     # Both packages may lie elsewhere, and may come later.
-    own = _folders(
-        tuple(name for name in ("taskrun.workers", "cloudpickle") if name in sys.modules)
-    )
-    for filename in filenames:
-        if not filename.startswith(own):
-            break
-        count += 1
-    return count
+    found = [name for name in ("taskrun.workers", "cloudpickle") if name in sys.modules]
+    above = _folders(tuple(found))
+    inner = list(dropwhile(lambda frame: filename(frame).startswith(above), frames))
+    own = _folders(tuple(found[:1]) if "taskrun.workers" in found else ())
+    return [frame for frame in inner if not filename(frame).startswith(own)]
 
 
 @cache
@@ -367,7 +370,7 @@ def _frames(traceback: TracebackType | None) -> list[Frame]:
         }
         frames.append((code.co_filename, code.co_name, traceback.tb_lineno or 0, kept))
         traceback = traceback.tb_next
-    frames = frames[_ours(frame[0] for frame in frames) :]
+    frames = _users(frames, lambda frame: frame[0])
     if len(frames) > FRAME_LIMIT:
         frames[FRAME_LIMIT // 2 : -FRAME_LIMIT // 2] = []
     return frames

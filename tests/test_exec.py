@@ -830,6 +830,21 @@ def test_inline_has_stdin_and_one_process(runs: Runs) -> None:
 # -- where tasks live -----------------------------------------------------------------
 
 
+def test_inline_says_that_it_ends_no_call_in_time(runs: Runs) -> None:
+    source = """
+        @task(timeout=0.01, default=True)
+        def work():
+            time.sleep(0.05)
+            return later.submit().result()
+        @task(timeout=9)
+        def later(): return "done"
+    """
+    err = runs.exec(source, "--inline").check(1).err
+    assert "--inline ends no call of work at its timeout of 0.01 s, unless it waits" in err
+    err = runs.exec(source.replace("0.01", "0.9"), "--inline").check(0).err
+    assert err.count("--inline ends no call of") == 2
+
+
 def test_tasks_of_other_modules_in_loops_and_in_closures_run(runs: Runs) -> None:
     runs.write(
         """

@@ -2,8 +2,9 @@
 
 There is one worker, which is this thread.  Output is not captured and stdin stays what it
 is.  A call that waits for others runs the loop meanwhile, and executes what the core sends
-it to execute, on its own stack.  Ctrl-C is raised in what runs, as in any program, so that
-a debugger may take it; if it ends the call, it stops the run.
+it to execute, on its own stack.  Nothing else runs beside a call: its timeout, which a person
+in a debugger would exceed anyway, can end it only where it waits.  Ctrl-C is raised in what
+runs, as in any program, so that a debugger may take it; if it ends the call, it stops the run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final
 from taskrun import context
 from taskrun import messages as m
 from taskrun.engines.records import Records
+from taskrun.model import Recipe
 from taskrun.observers import Observer
 from taskrun.reactor import Reactor, Timer
 from taskrun.workers.execute import Executor, Running
@@ -81,6 +83,7 @@ class InlineEngine:
     def start(self, reactor: Reactor, post: Callable[[m.Event], None], observer: Observer) -> None:
         """See ``engines.base``."""
         self._reactor = reactor
+        self._notice = observer.notice
         self._records = Records(post, observer, self._recipe_ids, self._constants)
         self._folder = Folder()
         self._executor = Executor(
@@ -133,6 +136,7 @@ class InlineEngine:
             recipe = call.recipe
             if recipe.id not in self._known:
                 self._known.add(recipe.id)
+                self._warn(recipe)
                 self._executor.learn(
                     (m.TASK, recipe.id, recipe.name, recipe.reference, recipe.blob,
                      recipe.names, recipe.constants, recipe.flags)
@@ -143,16 +147,24 @@ class InlineEngine:
             (self._nested if command.nested else self._queue).append(record)
         self._work_soon()
 
+    def _warn(self, recipe: Recipe) -> None:
+        if recipe.timeout is not None:
+            self._notice(
+                f"--inline ends no call of {recipe.name} at its timeout of {recipe.timeout:g} s, "
+                "unless it waits for other calls"
+            )
+
     def _reclaim(self, command: m.Reclaim) -> None:
         self._reactor.post(lambda: self._give_back(command.count))
 
     def _interrupt(self, command: m.Interrupt) -> None:
-        for record in self._queue:
-            if record[1:3] == (command.call, command.attempt):
-                self._queue.remove(record)
-                self._executor.refuse(record, command.reason)
-                self._reactor.post(self.flush)
-                return
+        for queue in (self._queue, self._nested):
+            for record in queue:
+                if record[1:3] == (command.call, command.attempt):
+                    queue.remove(record)
+                    self._executor.refuse(record, command.reason)
+                    self._reactor.post(self.flush)
+                    return
         self._executor.interrupt(command.call, command.attempt, command.reason)
 
     @property
@@ -187,6 +199,9 @@ class InlineEngine:
                 self._executor.execute(self._queue.popleft())
         finally:
             context.deactivate(token)
+        if self._nested:  # the wait was over when they came
+            self.tell((m.GAVE_BACK, [record[1:3] for record in self._nested]))
+            self._nested.clear()
         self._work_soon()
         self.flush()
 

@@ -15,9 +15,9 @@ import pickle
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from taskrun.errors import StateError, UsageError
+from taskrun.errors import RunError, StateError, UsageError
 from taskrun.state.kinds import CHANGED, CLEARED, DELETED, REMOVED, Hosted
 from taskrun.state.store import Store
 
@@ -34,6 +34,12 @@ create table item (object integer not null, place integer not null, key blob, va
 """
 
 
+Items: TypeAlias = dict[int, tuple[Any, Any] | None]
+"""Place -> key and value; None for what is gone."""
+
+Taken: TypeAlias = tuple[bool, int | None, Items]
+
+
 class _Tracked:
     """What has changed of one object since it was last written.
 
@@ -48,7 +54,7 @@ class _Tracked:
         self.last = 0
         self.cleared = False
         self.since: int | None = None
-        self.items: dict[int, tuple[Any, Any] | None] = {}
+        self.items: Items = {}
 
     def place(self, key: Any) -> int:
         if self.hosted.kind not in ("dict", "set"):
@@ -73,7 +79,7 @@ class _Tracked:
         else:
             self.items[self.place(key)] = (key, value)
 
-    def taken(self) -> tuple[bool, int | None, dict[int, tuple[Any, Any] | None]]:
+    def taken(self) -> Taken:
         """What is to be written: whether all rows go first, from which place on they go,
         and the rows.  It counts as written from now on."""
         cleared, since, items = self.cleared, self.since, self.items
@@ -83,6 +89,14 @@ class _Tracked:
             items.update((place, (None, value)) for place, value in enumerate(values, since))
         self.cleared, self.since, self.items = False, None, {}
         return cleared, since, items
+
+    def give_back(self, cleared: bool, since: int | None, items: Items) -> None:
+        """What was taken could not be written; meanwhile more may have changed."""
+        if self.cleared:
+            return  # nothing of it is there any more
+        self.cleared = cleared
+        self.items = {**items, **self.items}
+        self.since = min((one for one in (since, self.since) if one is not None), default=None)
 
 
 class StateFile:
@@ -94,7 +108,7 @@ class StateFile:
         self._notice = notice
         self._tracked: dict[str, _Tracked] = {}
         self._changed: set[_Tracked] = set()
-        self._failed = False
+        self._error: sqlite3.Error | None = None  # why the last writing failed
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="state file", daemon=True)
         self._database = self._open()
@@ -112,13 +126,16 @@ class StateFile:
         self._thread.start()
 
     def close(self) -> None:
-        """Write the last changes; raises no error, but says so."""
+        """Write the last changes.  Raises RunError where that fails."""
         self._stopping.set()
         if self._thread.ident is not None:  # it was started, so the file was read
             self._thread.join()
-            if not self._failed:
-                self._write()
+            self._write()
         self._database.close()
+        if self._error is not None:
+            raise RunError(
+                f"the last changes of the state could not be written: {self._path}: {self._error}"
+            )
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -193,6 +210,7 @@ class StateFile:
             self._write()
 
     def _write(self) -> None:
+        """Write what has changed.  What cannot be written is tried again the next time."""
         with self._store.mutex:
             changed, self._changed = self._changed, set()
             taken = [(tracked, *tracked.taken()) for tracked in changed]
@@ -204,18 +222,32 @@ class StateFile:
                 self._write_object(tracked, cleared, since, items)
             self._database.execute("commit")
         except sqlite3.Error as error:
-            self._notice(f"the state is not kept any more: {self._path}: {error}")
-            self._failed = True
-            self._stopping.set()
+            self._put_off(taken, error)
+        else:
+            if self._error is not None:
+                self._notice(f"the state is kept again: {self._path}")
+            self._error = None
+
+    def _put_off(self, taken: list[tuple[_Tracked, *Taken]], error: sqlite3.Error) -> None:
+        with self._store.mutex:
+            for tracked, cleared, since, items in taken:
+                tracked.give_back(cleared, since, items)
+                self._changed.add(tracked)
+        if self._error is None:
+            self._notice(f"the state is not kept for now, to be tried again: {self._path}: {error}")
+        self._error = error
+        try:
             if self._database.in_transaction:
                 self._database.execute("rollback")
+        except sqlite3.Error as second:
+            self._error = second  # a disk that fails again; sqlite rolls back by itself
 
     def _write_object(
         self,
         tracked: _Tracked,
         cleared: bool,
         since: int | None,
-        items: dict[int, tuple[Any, Any] | None],
+        items: Items,
     ) -> None:
         hosted, number, run = tracked.hosted, tracked.number, self._database
         run.execute(

@@ -163,7 +163,9 @@ class Service:
         return Certificates(*self._certificates)
 
     def close(self) -> None:
-        """End all connections, write what is to be kept, and let go of everything."""
+        """End all connections, write what is to be kept, and let go of everything.
+
+        Raises RunError where that could not be written."""
         for session in list(self.sessions):
             session.close()
         if self._server is not None:

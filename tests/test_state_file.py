@@ -1,0 +1,176 @@
+"""Shared state in a file: kept from run to run, whatever ends a run."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Runs, lines_of, started, wait_until
+from state_support import FORK, Live, own_runtime
+
+from taskrun import connect
+
+__all__ = ["own_runtime"]
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, own_runtime: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
+
+
+HELD = """
+@task
+def work():
+    state.dict("pages").update({"a": [1, 2], ("x", 1): {"k": "v"}})
+    state.counter("n").add(5)
+    state.set("s").update("ab")
+    print("filled")
+    print(state.queue("go").get())
+"""
+
+KEEPS = """
+d, l, s, q = state.dict("d"), state.list("l"), state.set("s"), state.queue("q")
+@task
+def work():
+    d.update({"a": [1], ("t", 1): 2, "gone": 3}); del d["gone"]; d["a"] = [1, 2]
+    l.extend(range(5)); l.insert(0, "first"); del l[3]; l.append("last")
+    s.update("abc"); s.discard("b")
+    q.put_many("xyz"); q.get()
+    state.counter("n").add(1); state.event("e").set()
+"""
+SHOWS = """
+@task
+def work():
+    print(state.dict("d").copy(), state.list("l").copy(), sorted(state.set("s")))
+    print([state.queue("q").get() for _ in range(2)], state.counter("n").add(1),
+          state.event("e").is_set())
+"""
+
+
+def test_state_is_kept_in_a_file(runs: Runs) -> None:
+    runs.exec(KEEPS, "--state", "kept.db").check()
+    for more in (2, 3):
+        done = runs.exec(SHOWS if more == 2 else SHOWS.replace("range(2)", "range(0)"),
+                         "--state", "kept.db").check()  # fmt: skip
+        assert lines_of(done.out, "work") == [
+            "{'a': [1, 2], ('t', 1): 2} ['first', 0, 1, 3, 4, 'last'] ['a', 'c']",
+            f"{['y', 'z'] if more == 2 else []} {more} True",
+        ]
+
+
+def test_a_killed_run_loses_at_most_the_last_second(runs: Runs) -> None:
+    run = runs.start_exec(
+        """
+        @task
+        def work():
+            for number in range(10_000):
+                state.counter("n").set(number)
+                print(number, time.monotonic(), flush=True)
+                time.sleep(0.02)
+        """,
+        "--state", "kept.db", "--output", "raw",
+    )  # fmt: skip
+    run.await_line("120 ")
+    run.signal(signal.SIGKILL)
+    run.process.wait(20)
+    run.assert_gone()
+    times = {int(line.split()[0]): float(line.split()[1]) for line in run.out if " " in line}
+    done = runs.exec("@task\ndef work(): print(state.counter('n').get())", "--state", "kept.db")
+    kept = int(lines_of(done.check().out, "work")[0])
+    assert kept and times[max(times)] - times[kept] < 1.0
+
+
+def test_a_file_that_is_no_state_file_is_refused(runs: Runs, tmp_path: Path) -> None:
+    source = "@task\ndef work(): print('ran')\n"
+    (tmp_path / "text").write_text("this is no database, whatever it may be " * 100)
+    assert (
+        "cannot be used: file is not a database"
+        in runs.exec(source, "--state", "text").check(2).err
+    )
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("create table t (x)")
+    other.close()
+    assert "not a state file" in runs.exec(source, "--state", "other.db").check(2).err
+    runs.exec(KEEPS, "--state", "kept.db").check()
+    with sqlite3.connect(tmp_path / "kept.db") as kept:
+        kept.execute("update item set value = x'00'")
+    kept.close()
+    assert "is damaged" in runs.exec(source, "--state", "kept.db").check(2).err
+    assert "no/x.db cannot be used" in runs.exec(source, "--state", "no/x.db").check(2).err
+
+
+def test_a_file_belongs_to_one_run_at_a_time(runs: Runs) -> None:
+    run = runs.start_exec(HELD, "-j1", "--state", "kept.db")
+    run.await_line("filled")
+    done = runs.run("exec", "tasks.py", "--state", "kept.db").check(2)
+    assert "is used by another run" in done.err
+    with connect() as seen:
+        seen.queue("go").put(1)
+    run.end().check()
+
+
+# -- a full disk ----------------------------------------------------------------------
+
+
+def fill_the_disk(full: bool) -> None:
+    """What is beyond 128 KiB of a file can or cannot be written by this process."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17 if full else hard, hard))
+
+
+def kept_through_a_full_disk(path: str) -> None:
+    live = Live(file=path)
+    connected = live.connect()
+    d, items, n = connected.dict("d"), connected.list("l"), connected.counter("n")
+    d["old"] = 1
+    items.extend(range(5))
+    fill_the_disk(True)
+    d.update({number: b"x" * 1000 for number in range(1000)})
+    items[3] = "three"
+    n.add(1)
+    wait_until(lambda: any("not kept for now" in notice for notice in live.notices))
+    del d["old"], d[7], items[4]
+    d["new"] = 2
+    n.add(1)
+    fill_the_disk(False)
+    wait_until(lambda: any("is kept again" in notice for notice in live.notices))
+    was = d.copy(), items.copy(), n.get()
+    live.close()
+    again = Live(file=path)
+    connected = again.connect()
+    kept = connected.dict("d").copy(), connected.list("l").copy(), connected.counter("n").get()
+    again.close()
+    assert len(kept[0]) == 1000 and kept == was
+    assert len(live.notices) == 2
+
+
+def test_what_a_full_disk_keeps_out_of_the_file_is_written_later(
+    tmp_path: Path, own_runtime: Path
+) -> None:
+    child = FORK.Process(target=kept_through_a_full_disk, args=(str(tmp_path / "kept.db"),))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_a_run_whose_state_cannot_be_kept_ends_with_an_error(runs: Runs) -> None:
+    source = """
+    import resource
+
+    @task
+    def work(fails: bool = False):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
+        state.dict("d").update({number: b"x" * 1000 for number in range(1000)})
+        assert not fails
+    """
+    done = runs.exec(source, "--inline", "--state", "kept.db").check(3)
+    assert "error: the last changes of the state could not be written: kept.db" in done.err
+    done = runs.exec(source, "--inline", "--state", "kept.db", "-p", "fails=yes").check(1)
+    assert "the last changes of the state could not be written: kept.db" in done.err
+    assert "Traceback" not in done.err.replace("Traceback (most recent call last):", "", 2)
