@@ -133,7 +133,7 @@ def test_a_hundred_megabytes_stream_through_in_little_memory(make: Make) -> None
     before = psutil.Process().memory_info().rss
     most = 0
 
-    def measure(call: Any, stream: str, data: bytes) -> None:
+    def measure(call: Any, stream: str, data: bytes, worker: str) -> None:
         nonlocal most
         shop.watcher.size += len(data)
         most = max(most, psutil.Process().memory_info().rss)
