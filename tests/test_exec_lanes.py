@@ -64,6 +64,44 @@ def waits():
     assert '"id":null,"worker":"w1","stream":"stdout"' in events
 
 
+BACKGROUND = {
+    "async": "asyncio.create_task(ticks(name))",
+    "green": "gevent.spawn(ticks, name)",
+}
+
+
+@pytest.mark.parametrize("lane", ["async", pytest.param("green", marks=needs_gevent)])
+def test_what_a_call_leaves_behind_ends_with_it(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        f"""
+if LANE == "green": import gevent
+
+RUN ticks(name):
+    count = state.counter(name)
+    while True:
+        count.add(1)
+        PAUSE(0.01)
+
+def start(name): {BACKGROUND[lane]}
+
+def make(): start("everybody's")
+
+@task(lane=LANE)
+RUN leaves(shared=per_worker(make)):
+    start("its own")
+    while state.counter("its own").get() < 4: PAUSE(0.01)
+
+@task(lane=LANE, after=[leaves])
+RUN after():
+    before = [state.counter(name).get() for name in ("its own", "everybody's")]
+    while state.counter("everybody's").get() < before[1] + 4: PAUSE(0.01)
+    print("goes on:", state.counter("its own").get() - before[0])
+""",
+        lane,
+    )
+    assert runs.exec(source, "-j1", "--output", "raw").check().out == "goes on: 0\n"
+
+
 # -- all together ---------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ class AsyncWorker(LaneWorker):
         running.user = True
         await self.executor.perform_async(running, args)
         self.flush()
-        if running.tasks:
+        if running.helpers:
             self._end_tasks(running)
         if self.quitting:
             self._stop_if_over()
@@ -89,16 +89,14 @@ class AsyncWorker(LaneWorker):
         """A task factory: notes whose the task is."""
         task = asyncio.Task(coroutine, loop=loop, **options)
         running = RUNNING.get(None)
-        if running is not None and not running.done:
-            if running.tasks is None:
-                running.tasks = set()
-            running.tasks.add(task)
-            task.add_done_callback(running.tasks.discard)
+        noted = None if running is None else running.note(task)
+        if noted is not None:
+            task.add_done_callback(noted.discard)
         return task
 
     def _end_tasks(self, running: LaneRunning) -> None:
         """Cancel what a call has left behind, as ``asyncio.run`` does."""
-        for task in list(running.tasks or ()):
+        for task in list(running.helpers or ()):
             task.cancel()
 
     # -- around -----------------------------------------------------------------------

@@ -22,21 +22,23 @@ RUNNING: ContextVar[LaneRunning] = ContextVar("taskrun_running")
 class LaneRunning(Running):
     """One attempt among others.
 
-    ``handle``: what executes it, for its lane to cancel.  ``tasks``: asyncio tasks that it
-    has started.  ``awaited``: futures that its coroutines await.  ``waiters``: where its
+    ``handle``: what executes it, for its lane to cancel.  ``helpers``: asyncio tasks or
+    greenlets that it has started, but for those of what all calls use, which it is ``making``.
+    ``awaited``: futures that its coroutines await.  ``waiters``: where its
     threads or greenlets wait.  ``rests``: of each stream, what it wrote of a line so far.
     ``progressed``: when it last told its progress.  ``warned``: it was said to block others.
     """
 
     __slots__ = (
-        "asking", "awaited", "handle", "progressed", "rests", "started", "tasks", "waiters",
-        "warned",
+        "asking", "awaited", "handle", "helpers", "making", "progressed", "rests", "started",
+        "waiters", "warned",
     )  # fmt: skip
 
     def __init__(self, call: int, attempt: int, known: Known, index: Any, units: Any) -> None:
         super().__init__(call, attempt, known, index, units, None)
         self.handle: Any = None
-        self.tasks: set[Any] | None = None
+        self.helpers: set[Any] | None = None
+        self.making = False
         self.awaited: dict[Any, None] | None = None
         self.asking = False
         self.waiters: threading.Condition | None = None
@@ -44,6 +46,15 @@ class LaneRunning(Running):
         self.progressed = 0.0
         self.started = 0.0
         self.warned = False
+
+    def note(self, helper: Any) -> set[Any] | None:
+        """It has started this; gives where that is noted, or None."""
+        if self.done or self.making:
+            return None
+        if self.helpers is None:
+            self.helpers = set()
+        self.helpers.add(helper)
+        return self.helpers
 
     def wake(self) -> None:
         """Something came that it may wait for."""
@@ -138,8 +149,15 @@ class LaneExecutor(Executor):
     def per_worker(self, make: Callable[[], Any]) -> Any:
         if make in self.made:
             return self.made[make]
+        running = self._found()
         with self._making:
-            return super().per_worker(make)
+            if running is not None:
+                running.making = True
+            try:
+                return super().per_worker(make)
+            finally:
+                if running is not None:
+                    running.making = False
 
     def _grant(self, units: dict[str, Any]) -> dict[str, str | None]:
         return {}  # the environment is everybody's; current().resources tells the call

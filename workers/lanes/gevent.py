@@ -5,6 +5,7 @@ See ``workers.green`` for how such a worker begins.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,6 +41,7 @@ class GreenWorker(LaneWorker):
 
     def serve(self) -> None:
         """See ``base``."""
+        gevent.Greenlet.add_spawn_callback(self._note)
         reader = gevent.spawn(self._read_on)
         self._over.get()
         reader.kill()
@@ -81,8 +83,23 @@ class GreenWorker(LaneWorker):
     def _perform(self, running: LaneRunning, args: Any) -> None:
         self.executor.perform(running, args)
         self.flush()
+        if running.helpers:  # they end with their call, as tasks do in the lane async
+            gevent.killall(list(running.helpers), block=False)
         if self.quitting:
             self._stop_if_over()
+
+    def _note(self, greenlet: Any) -> None:
+        """A greenlet is started: notes whose it is.  Threads, which are greenlets here, go on
+        after their call as they do anywhere."""
+        if isinstance(greenlet, CallGreenlet) or isinstance(
+            getattr(greenlet._run, "__self__", None), threading.Thread
+        ):
+            return
+        running = self.found()
+        if running is not None:
+            noted = running.note(greenlet)
+            if noted is not None:
+                greenlet.rawlink(noted.discard)
 
     def cancel(self, running: LaneRunning) -> None:
         """See ``base``."""
