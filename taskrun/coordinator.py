@@ -15,9 +15,9 @@ import gc
 import itertools
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from taskrun import messages as m
@@ -194,7 +194,7 @@ class Run:
         self.began = time.time()
         try:
             signals = Signals(self.reactor, self._signal, self._here)
-            with signals, collecting_rarely():
+            with signals, collecting_rarely:
                 self._run()
                 signals.settle()
                 assert self.status is not None
@@ -351,16 +351,31 @@ class Run:
         self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
 
 
-@contextmanager
-def collecting_rarely() -> Iterator[None]:
-    """Have the garbage collector run seldom: what the core keeps of calls lives on, and to
-    look for cycles in it again and again takes a fifth of the loop's time."""
-    before = gc.get_threshold()
-    gc.set_threshold(before[0] * 100, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
+class _CollectingRarely:
+    """Has the garbage collector run seldom while there are runs, in whichever threads: what the
+    core keeps of calls lives on, and to look for cycles in it again and again takes a fifth
+    of the loop's time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._usual = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._runs += 1
+            if self._runs == 1:
+                self._usual = gc.get_threshold()
+                gc.set_threshold(self._usual[0] * 100, *self._usual[1:])
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._runs -= 1
+            if self._runs == 0:
+                gc.set_threshold(*self._usual)
+
+
+collecting_rarely = _CollectingRarely()
 
 
 # -- one call per line ----------------------------------------------------------------

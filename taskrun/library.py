@@ -54,10 +54,10 @@ def run(
     loaded, names, single = _tasks_of(what)
     plan = make_plan(loaded, names, given=params)
     settings = Settings(
-        jobs=jobs or cores_here(),
-        policy=policy,
+        jobs=_jobs(jobs),
+        policy=_one_of("policy", policy, ("stop", "keep-going", "fail-fast")),
         resources=dict(resources or {}),
-        output=output,
+        output=_one_of("output", output, ("line", "group", "raw", "quiet")),
         inline=inline,
         state=None if state is None else os.fspath(state),
         listen=listen,
@@ -73,9 +73,24 @@ def _tasks_of(what: tuple[Any, ...]) -> tuple[Loaded, list[str], bool]:
     if all(isinstance(one, Task) for one in what):
         return Loaded(gather(what)), [task.name for task in what], len(what) == 1
     file, *names = what
-    if isinstance(file, Task) or not all(isinstance(name, str) for name in names):
-        raise UsageError("run() takes task objects, or a task file and names: not a mix of them")
+    if not (isinstance(file, str | os.PathLike) and all(isinstance(one, str) for one in names)):
+        given = ", ".join(type(one).__name__ for one in what)
+        raise UsageError(f"run() takes tasks, or a task file and names of tasks, not ({given})")
     return load(file), names, len(names) == 1
+
+
+def _jobs(jobs: int | None) -> int:
+    if jobs is None:
+        return cores_here()
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UsageError(f"run(jobs=...) is a number of workers, 1 or more, not {jobs!r}")
+    return jobs
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UsageError(f"run({option}=...) is one of {', '.join(allowed)}, not {value!r}")
+    return value
 
 
 class _Failures(Observer):

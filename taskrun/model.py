@@ -384,8 +384,9 @@ class Failure:
 
     @property
     def headline(self) -> str:
-        """One line: ``ValueError: bad row``."""
+        """One line: ``ValueError: bad row``; without the last output that it may quote."""
         first = self.message.strip().splitlines()[0] if self.message.strip() else ""
+        first = first.removesuffix("; its last output:")
         return f"{self.type_name}: {first}" if first else self.type_name
 
 

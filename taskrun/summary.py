@@ -161,9 +161,9 @@ def _table(account: Account, paint: Paint) -> list[str]:
     shown = rows[:ROWS]
     names = [text.shorten(text.one_line(name), 36) for name, _ in shown]
     counts = [_counts(tally, Paint(False)) for _, tally in shown]
-    wide, wider = max(map(len, names)), min(30, max(map(len, counts)))
+    wide, wider = max(map(text.columns, names)), min(30, max(map(len, counts)))
     lines = [
-        f"{paint.tag(task, name)}{' ' * (wide - len(name))}  "
+        f"{paint.tag(task, name)}{' ' * (wide - text.columns(name))}  "
         f"{_counts(tally, paint)}{' ' * (wider - len(count))}  {_spent(tally):>9}".rstrip()
         for (task, tally), name, count in zip(shown, names, counts, strict=True)
     ]

@@ -17,6 +17,9 @@ Captured = list[tuple[str, str]]
 LONGEST = 20_000
 """Characters that are shown of a failure's start, and as many of its end."""
 
+WIDEST = 40
+"""Columns of a table that are for names; longer ones push aside what follows them."""
+
 RESET = "\x1b[0m"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "bad": "1;31"}
 _TAG_STYLES = (
@@ -126,6 +129,21 @@ def shorten(text: str, width: int) -> str:
         return text
     head = (width - 3) // 2
     return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal ``text`` takes: two for wide characters, none for marks."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    wide = sum(east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(combining, text)))
+
+
+def padded(text: str, width: int) -> str:
+    """``text`` and the spaces that fill ``width`` columns."""
+    return text + " " * (width - columns(text))
 
 
 def title_of(call: object) -> str:

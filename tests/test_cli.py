@@ -380,6 +380,31 @@ def test_list_shows_what_there_is_and_what_runs(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_a_long_name_does_not_push_all_others_aside(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        f"@task(name='{name}')\ndef {fun}(): 'Do.'" for name, fun in (("n" * 99, "f"), ("名", "g"))
+    ]
+    (folder / "tasks.py").write_text("\n".join(["from taskrun import task", *lines]))
+    long, wide = output_of(capsys, "list").splitlines()
+    assert long == f"* {'n' * 99}  Do."
+    assert wide == f"* 名{' ' * 38}  Do."  # two columns wide
+
+
+@pytest.mark.parametrize("command", [["list"], ["--help"], ["exec", "--dry-run"]])
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_stdout_is_an_error_of_one_line(command: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "taskrun", *command], stdout=full, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, timeout=60,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr == b"taskrun: error: cannot write to stdout: No space left on device\n"
+
+
 def test_graph_draws_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of(capsys, "graph", "total").splitlines() == [
         "total",

@@ -6,9 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Runs, started
+
+import taskrun
+from taskrun import task
+from taskrun.errors import UsageError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -231,3 +236,49 @@ def test_ctrl_c_in_a_library_run_is_a_keyboard_interrupt(runs: Runs) -> None:
     running.await_file(runs.folder / "begun")
     running.signal(2)
     assert running.end().check().out == "interrupted True\n"
+
+
+def test_runs_in_several_threads_leave_the_garbage_collector_as_it_was(runs: Runs) -> None:
+    ended = runs.script(
+        """
+        import gc, threading, taskrun
+
+        @taskrun.task
+        def double(n=taskrun.each(range(3))): return 2 * n
+
+        def one(): values.append(taskrun.run(double, jobs=1, output="quiet"))
+
+        before, values = gc.get_threshold(), []
+        for _ in range(2):
+            threads = [threading.Thread(target=one) for _ in range(5)]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+        print(values == [[0, 2, 4]] * 10, gc.get_threshold() == before)
+        """
+    )
+    assert ended.check().out == "True True\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"jobs": 0}, "run(jobs=...) is a number of workers, 1 or more, not 0"),
+        ({"jobs": "4"}, "run(jobs=...) is a number of workers, 1 or more, not '4'"),
+        ({"output": "loud"}, "run(output=...) is one of line, group, raw, quiet, not 'loud'"),
+        ({"policy": "go"}, "run(policy=...) is one of stop, keep-going, fail-fast, not 'go'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_an_error_that_says_what_does(
+    wrong: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        taskrun.run(task(name="one")(lambda: 1), **wrong)
+    assert str(caught.value) == says
+
+
+def test_what_is_no_task_is_named() -> None:
+    one = task(name="one")(lambda: 1)
+    with pytest.raises(UsageError, match=r"names of tasks, not \(list\)"):
+        taskrun.run([one])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"not \(str, Task\)"):
+        taskrun.run("tasks.py", one)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from taskrun import text
 from taskrun.cli.options import (
     CONTEXT,
     load_words,
@@ -72,9 +73,9 @@ def execute(
 def dry_run_text(plan: Plan) -> str:
     """A line a task: its name, how many calls, and why."""
     calls = estimate(plan.tasks)
-    wide = max(len(name) for name in calls)
+    wide = min(text.WIDEST, max(text.columns(name) for name in calls))
     wide_calls = max(len(count) for count in calls.values())
     return "\n".join(
-        f"{name:{wide}}  {count:{wide_calls}}  {plan.reasons[name]}"
+        f"{text.padded(name, wide)}  {count:{wide_calls}}  {plan.reasons[name]}"
         for name, count in calls.items()
     )

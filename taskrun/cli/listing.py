@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from taskrun import text
 from taskrun.cli.options import CONTEXT, load_words, words_argument
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded
@@ -26,11 +27,11 @@ def list_text(loaded: Loaded) -> str:
     """Two lines a task: its name and what it does; its parameters and their sources."""
     runs = with_needs(loaded, choose(loaded, (), {}))
     lacking = left_out(loaded, {})
-    wide = max(len(name) for name in loaded.tasks)
+    wide = min(text.WIDEST, max(text.columns(name) for name in loaded.tasks))
     lines = []
     for name, task in loaded.tasks.items():
         mark = "*" if name in runs else " "
-        lines.append(f"{mark} {name:{wide}}  {_first_line(task)}".rstrip())
+        lines.append(f"{mark} {text.padded(name, wide)}  {_first_line(task)}".rstrip())
         notes = [_signature(task)] if task.params else []
         if name in lacking:
             notes.append(f"needs {' '.join(f'-p {one}=...' for one in lacking[name])}")

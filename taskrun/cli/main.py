@@ -45,6 +45,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        if not _is_of_stdout(error):
+            raise
+        _forget_stdout()
+        print(f"taskrun: error: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _run(args: list[str]) -> int:
@@ -96,8 +102,17 @@ def _tell_usage(error: click.ClickException) -> int:
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
-    click.echo(f"taskrun: error: {message[:1].lower()}{message[1:]}{hint}", err=True)
+    message = message[:1].lower() + message[1:].removesuffix(".")
+    click.echo(f"taskrun: error: {message}{hint}", err=True)
     return 2
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Whether ``error`` was raised by click.echo(), or by the last flush here."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"] in ("click.utils", __name__)
 
 
 def _forget_stdout() -> None:

@@ -63,6 +63,8 @@ def find_function(place: str) -> tuple[Loaded, Task]:
 def _as_task(found: Any, name: str, file: str) -> Task:
     from taskrun.api import task
 
+    if not callable(found):
+        raise UsageError(f"{shown(file)}:{name} is no function, but of type {type(found).__name__}")
     try:
         made: Callable[..., Task] = task
         return made(found, name=name)
