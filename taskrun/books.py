@@ -119,6 +119,11 @@ class Books:
         call = self._current(id, attempt)
         return call is not None and call.state is RUNNING
 
+    def title_of(self, id: int) -> str:
+        """What people call that call, while it is kept."""
+        call = self._find(id)
+        return call.title if call is not None else f"call {id}"
+
     def is_assigned(self, id: int) -> bool:
         """Whether a worker has that call."""
         call = self._find(id)

@@ -105,6 +105,7 @@ class Run:
             is_running=self.core.is_running,
             is_idle=lambda: self._alarm.at is None,
             line=self._line,
+            title_of=self.core.title_of,
             notice=self.observer.notice,
             key_file=settings.authkey_file,
             listen=settings.listen,

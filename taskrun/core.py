@@ -77,10 +77,10 @@ class Scheduler(Bunches):
     def begin(self, now: float) -> list[m.Command]:
         """Start the run.  Raises RunError if a task needs a resource that nobody has."""
         if (unmet := self.unmet()) and not self.growing:
-            lacking = unmet[0].partition(" needs ")[2]
+            lacking = unmet[0].partition(" needs ")[2].split("=")[0]
+            offer = "-j N" if lacking == "cpu" else f"--resource {lacking}=N"
             raise RunError(
-                f"{unmet[0]}: offer it with --resource {lacking.split('=')[0]}=N, or ask for "
-                "less in @task(resources=)"
+                f"{unmet[0]}: offer it with {offer}, or ask for less in @task(resources=)"
             )
         self._now = now
         self.graph.begin()

@@ -72,6 +72,12 @@ def test_bulk_operations_of_a_dict(made: Any) -> None:
     assert d.delete_many([1, 1, 2, 9999]) == 2
     d.replace({"only": 1})
     assert d == {"only": 1}
+    nan = made.dict("nan")
+    nan[float("nan")] = 2  # cannot be looked up by another one
+    d.update(nan, more=3)
+    assert sorted(d.values()) == [1, 2, 3]
+    d.replace(nan)
+    assert list(d.values()) == [2]
 
 
 def test_an_iteration_sees_a_dict_as_it_was(made: Any) -> None:
@@ -162,6 +168,7 @@ def test_a_list_has_the_whole_interface_of_a_sequence(made: Any) -> None:
     assert items == plain and list(items) == plain and items.copy() == plain
     assert list(reversed(items)) == plain[::-1] and len(items) == 8
     assert (items[0], items[-1], items[1:4], items[::3]) == ("first", "last", [0, 1, 2], plain[::3])
+    assert plain + items == items * 2 == 2 * items == plain * 2
     assert {"k": 1} in items and items.index(3) == 4 and items.count(3) == 1
     items[0] = "changed"
     items[-2:] = [1.5]

@@ -252,6 +252,23 @@ def test_taskrun_state_shows_a_live_run(runs: Runs) -> None:
     watch.end().check()
 
 
+def test_taskrun_state_names_the_call_that_holds_a_lock(runs: Runs) -> None:
+    source = """
+        @task(label="item {n}")
+        def work(n=each([7])):
+            with state.lock("l"):
+                print("held")
+                state.event("go").wait(60)
+        """
+    run = runs.start_exec(source, "-j1")
+    run.await_line("held")
+    shown = runs.run("state", "get", "l").check().out
+    with connect() as live:
+        live.event("go").set()
+    assert shown == "{'holder': 'item 7, attempt 1', 'waiting': 0}\n"
+    run.end().check()
+
+
 def test_taskrun_state_shows_what_it_cannot_load(runs: Runs) -> None:
     run = runs.start_exec(
         """

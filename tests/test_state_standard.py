@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import queue
 import signal
@@ -84,6 +85,17 @@ def test_all_kinds_are_reached_by_name(live: Live) -> None:
     assert ours.queue("q").get(timeout=20) == [1]
     run.state_event("e").set()
     assert ours.event("e").wait(20) and run.state_event("e").wait(20)
+
+
+def test_a_deep_copy_of_a_proxy_is_plain_and_a_list_can_be_repeated(live: Live) -> None:
+    run = stock(live)
+    pages, items, seen = run.state_dict("d"), run.state_list("l"), run.state_set("s")
+    pages["a"] = [1]
+    items.extend([1, 2])
+    seen.add("x")
+    assert [copy.deepcopy(one) for one in (pages, items)] == [{"a": [1]}, [1, 2]]
+    assert copy.deepcopy(seen) == {"x"}
+    assert items * 2 == 2 * items == [1, 2, 1, 2]
 
 
 def test_a_lock_is_one_for_both_kinds_of_clients(live: Live) -> None:

@@ -112,12 +112,12 @@ class Dict(_Container, MutableMapping[Any, Any]):
 
     def update(self, other: UpdateArgument = (), /, **more: Any) -> None:  # type: ignore[override]
         """Set many items, in one round trip."""
-        pairs = {**dict(other), **more}
+        pairs = {**_plain(other), **more}
         self._do("update", _to_pairs(pairs))
 
     def replace(self, other: UpdateArgument) -> None:
         """Have these items instead of all others."""
-        self._do("replace", _to_pairs(dict(other)))
+        self._do("replace", _to_pairs(_plain(other)))
 
     def get_many(self, keys: Iterable[Any]) -> dict[Any, Any]:
         """The items of those ``keys`` that are there, in one round trip."""
@@ -191,6 +191,10 @@ def _keys(keys: Iterable[Any]) -> list[Any]:
     return [check_key(key) for key in keys]
 
 
+def _plain(items: UpdateArgument) -> dict[Any, Any]:
+    return items.copy() if isinstance(items, Dict) else dict(items)  # in few round trips
+
+
 def _to_pairs(items: dict[Any, Any]) -> list[tuple[Any, Any]]:
     return [(check_key(key), to_stored(value)) for key, value in items.items()]
 
@@ -244,6 +248,14 @@ class List(_Container, MutableSequence[Any]):
 
     def __add__(self, values: Any) -> list[Any]:
         return self[:] + list(values)  # type: ignore[no-any-return]
+
+    def __radd__(self, values: Any) -> list[Any]:
+        return list(values) + self[:]  # type: ignore[no-any-return]
+
+    def __mul__(self, times: int) -> list[Any]:
+        return self[:] * times  # type: ignore[no-any-return]
+
+    __rmul__ = __mul__
 
     def insert(self, index: int, value: Any) -> None:
         self._do("insert", _index(index), to_stored(value))

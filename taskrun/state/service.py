@@ -36,7 +36,8 @@ class Service:
     ``certificates`` and ``insecure_plain`` are as in ``taskrun.transport.listen``.
     ``file``: where the state is kept.  ``is_running`` is asked whether an attempt, (call,
     number), is still the one that counts; ``is_idle`` whether the run itself waits for no
-    moment at which something is due.  ``find_store`` gives the store, when it is first
+    moment at which something is due; ``title_of`` what people call the call of an id.
+    ``find_store`` gives the store, when it is first
     needed; it is a new one, unless said.
 
     ``roles`` may name what gets the connections of more roles (see ``taskrun.transport``):
@@ -51,6 +52,7 @@ class Service:
         notice: Callable[[str], object],
         is_idle: Callable[[], bool] = lambda: False,
         line: Callable[[str], Line] | None = None,
+        title_of: Callable[[int], str] = "call {}".format,
         key_file: str | None = None,
         listen: str | None = None,
         certificates: tuple[str | None, str | None, str | None] | None = None,
@@ -65,6 +67,7 @@ class Service:
         self._is_running = is_running
         self._is_idle = is_idle
         self._line_of = line
+        self._title_of = title_of
         self._notice = notice
         self._key_file = key_file
         self._more = listen
@@ -198,7 +201,7 @@ class Service:
     def _new_store(self) -> Store:
         from taskrun.state.store import Store
 
-        return Store(self._is_alive, self._line)
+        return Store(self._is_alive, self._line, self._title_of)
 
     def client(self, attempt: Callable[[], tuple[int, int] | None]) -> LocalClient:
         """A client for code in this process."""

@@ -60,7 +60,17 @@ class Guest(LocalClient):
         return blocking.waiter().slices(caller.block, timeout)
 
 
-class Dict(containers.Dict):
+class _Sent:
+    """What is sent of it, as for ``copy.deepcopy()`` of a proxy, is a plain copy."""
+
+    copy: Callable[[], Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = self.copy()
+        return type(plain), (plain,)
+
+
+class Dict(_Sent, containers.Dict):
     """As containers.Dict; its views are lists, which can be sent."""
 
     def keys(self) -> Any:
@@ -73,10 +83,18 @@ class Dict(containers.Dict):
         return list(self._items())
 
 
+class List(_Sent, containers.List):
+    """As containers.List."""
+
+
+class Set(_Sent, containers.Set):
+    """As containers.Set."""
+
+
 _LIST = (
-    "__add__", "__contains__", "__delitem__", "__getitem__", "__iadd__", "__len__", "__reversed__",
-    "__setitem__", "__iter__", "append", "clear", "copy", "count", "extend", "index", "insert",
-    "pop", "remove", "reverse", "sort",
+    "__add__", "__contains__", "__delitem__", "__getitem__", "__iadd__", "__iter__", "__len__",
+    "__mul__", "__reversed__", "__rmul__", "__setitem__", "append", "clear", "copy", "count",
+    "extend", "index", "insert", "pop", "remove", "reverse", "sort",
 )  # fmt: skip
 _DICT = (
     "__contains__", "__delitem__", "__getitem__", "__iter__", "__len__", "__setitem__", "clear",
@@ -90,8 +108,8 @@ _SET = (
 _ITERATES = {"__iter__": "Iterator"}
 _HANDLES: dict[str, tuple[type[Handle], tuple[str, ...], dict[str, str]]] = {
     "state_dict": (Dict, _DICT, _ITERATES),
-    "state_list": (containers.List, _LIST, _ITERATES),
-    "state_set": (containers.Set, _SET, _ITERATES),
+    "state_list": (List, _LIST, _ITERATES),
+    "state_set": (Set, _SET, _ITERATES),
     "state_counter": (handles.Counter, ("add", "get", "set"), {}),
     "state_queue": (
         handles.Queue,

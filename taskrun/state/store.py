@@ -50,19 +50,21 @@ class Store:
     """Objects by name.
 
     ``is_alive`` is asked before an owner gets a lease, ``line`` which channel of a call is
-    meant.
+    meant, ``title_of`` what people call the call of an id.
     """
 
     def __init__(
         self,
         is_alive: Callable[[Owner], bool] = lambda owner: True,
         line: Callable[[str], Line] = unknown_line,
+        title_of: Callable[[int], str] = "call {}".format,
     ) -> None:
         self.mutex = threading.RLock()
         self.ears: list[Ear] = []
         self.objects: dict[str, Hosted] = {}
         self.channels = Channels(self.objects, line)
         self._is_alive = is_alive
+        self._title_of = title_of
         self._owners: dict[Client, Owner] = {}
         self._cursors: defaultdict[Owner | None, dict[int, Iterator[list[Any]]]]
         self._cursors = defaultdict(dict)  # of an owner: its connections are used in turn
@@ -250,7 +252,10 @@ class Store:
     def _export(self, client: Client, name: str, options: Any) -> tuple[str, Any]:
         """(kind, what is in it); raises KeyError where there is no such object."""
         hosted = self.objects[name]
-        return hosted.kind, hosted.exported()
+        exported = hosted.exported()
+        if isinstance(hosted, waiting.Lock) and exported["holder"] is not None:
+            exported["holder"] = waiting.describe(exported["holder"], self._title_of)
+        return hosted.kind, exported
 
     def _watch(self, client: Client, name: str, options: Any, kind: str | None) -> None:
         """From now on ``client`` is told of changes: of the one object, or of all."""

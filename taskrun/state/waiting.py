@@ -254,8 +254,7 @@ class Lock(Hosted):
             self._pass_on()
 
     def exported(self) -> Any:
-        return {"holder": describe(self._holder[0]) if self._holder else None,
-                "waiting": len(self._waits)}  # fmt: skip
+        return {"holder": self._holder[0] if self._holder else None, "waiting": len(self._waits)}
 
 
 class Semaphore(Hosted):
@@ -406,8 +405,8 @@ def _number(option: object, least: int) -> int:
     return option
 
 
-def describe(owner: Owner) -> str:
+def describe(owner: Owner, title_of: Callable[[int], str] = "call {}".format) -> str:
     """An owner, for people."""
     if owner[0] == "attempt":
-        return f"call {owner[1]}, attempt {owner[2]}"
+        return f"{title_of(owner[1])}, attempt {owner[2]}"
     return "a client outside the run"
