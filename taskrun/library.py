@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from taskrun import context
 from taskrun.calls import FAILED, OK, Call
 from taskrun.coordinator import Run
 from taskrun.errors import RunFailed, UsageError
@@ -49,8 +50,13 @@ def run(
     a fan-out is the list of its calls' values, in item order.
 
     Raises RunFailed, from the exception of the call that failed first, UsageError for what
-    cannot be run, and RunError where the run could not go on.
+    cannot be run and while a task file is imported, and RunError where the run could not go on.
     """
+    if context.importing:
+        raise UsageError(
+            "run() is called while the task file is imported, which every process does: put it "
+            "under  if __name__ == '__main__':"
+        )
     loaded, names, single = _tasks_of(what)
     plan = make_plan(loaded, names, given=params)
     settings = Settings(

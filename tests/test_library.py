@@ -282,3 +282,15 @@ def test_what_is_no_task_is_named() -> None:
         taskrun.run([one])  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"not \(str, Task\)"):
         taskrun.run("tasks.py", one)
+
+
+def test_a_file_that_runs_itself_when_it_is_imported_is_an_error(runs: Runs) -> None:
+    source = """
+        import taskrun
+        @task
+        def double(n=each([1, 2])): return 2 * n
+
+        taskrun.run(double, jobs=1, output="quiet")
+        """
+    runs.write(source, "again.py")
+    assert "put it under  if __name__ == '__main__':" in runs.run("exec", "again.py").check(2).err
