@@ -117,9 +117,9 @@ class Ledger:
         self._words[_LENGTH] = 0
         self._words[_GENERATION] += 1
 
-    def reads(self, stream: int) -> int:
-        """See :meth:`reading`."""
-        return self._words[_READS + stream]
+    def reads(self) -> list[int]:
+        """Of each stream; see :meth:`reading`."""
+        return [self._words[_READS], self._words[_READS + 1]]
 
     # -- the coordinator's side -------------------------------------------------------
 

@@ -115,8 +115,7 @@ class Capture:
 
     def _was_read(self) -> bool:
         """Whether the coordinator has taken anything out since this was asked last."""
-        reads, before = self._ledger.reads, self._reads
-        return reads(0) != before[0] or reads(1) != before[1]
+        return self._ledger.reads() != self._reads
 
     def _touched(self) -> bool:
         """Whether anything may have been written since this was asked last."""
@@ -125,7 +124,7 @@ class Capture:
             fcntl.ioctl(pipe, termios.FIONREAD, count)
             # Only now the coordinator's word: what it took before the Pipe was found empty
             # shows there.
-            reads = self._ledger.reads(stream)
+            reads = self._ledger.reads()[stream]
             if count[0] or reads != self._reads[stream]:
                 touched = True
                 self._reads[stream] = reads & ~1

@@ -96,8 +96,6 @@ class Book(Protocol):
 
     def begin(self, call: int, attempt: int, resumed: int = 0) -> None: ...
 
-    def end(self) -> None: ...
-
 
 class Marks(Protocol):
     """Who sees to the output of calls: a Capture, or nobody."""
@@ -270,9 +268,7 @@ class Executor:
     def _uncover(self, below: Running | None) -> None:
         """What was executed is over; ``below`` goes on."""
         self.running = below
-        if below is None:
-            self._book.end()
-        else:
+        if below is not None:
             below.resumed += 1
             self._book.begin(below.call, below.attempt, below.resumed)
 
@@ -285,12 +281,16 @@ class Executor:
         )
 
     def _attempt(self, running: Running, args: Any) -> Outcome:
+        known = running.known
         restore = self._grant(running.units) if running.units else None
         try:
-            if running.known.says_began:
+            if known.says_began:
                 self._say_began(running)
             running.enter_user()
-            value = self._call(running, args)
+            if known.quick and type(args[0]) in _QUICK:
+                value = known.function(args[0])
+            else:
+                value = self._call(running, args)
             if self.forked:
                 self._leave(None)
             outcome = self._outcome(running, value)
@@ -307,8 +307,6 @@ class Executor:
 
     def _call(self, running: Running, args: Any) -> Any:
         known = running.known
-        if known.quick and type(args[0]) in _QUICK:
-            return known.function(args[0])
         made = self._made(running, args)
         if known.style == PLAIN:
             return made

@@ -216,9 +216,6 @@ class Guest:
             self._said.append(frame)
             self._note(frame)
 
-    def end(self) -> None:
-        """The outcome has been told."""
-
     # -- shared state -----------------------------------------------------------------
 
     def client(self) -> Any:

@@ -201,6 +201,7 @@ class Worker:
     # -- the call Pipe ----------------------------------------------------------------
 
     def _await_calls(self) -> None:
+        self._ledger.end()
         with self.reading:
             # The control thread may have read some.
             if not (self.queue or self._delivered or self._nested or self._quitting):

@@ -323,8 +323,5 @@ class _Nobody:
     def begin(self, call: int, attempt: int, resumed: int = 0) -> None:
         return None
 
-    def end(self) -> None:
-        return None
-
     def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
         return False

@@ -182,8 +182,5 @@ class _Nowhere:
     def begin(self, call: int, attempt: int, resumed: int = 0) -> None:
         return None
 
-    def end(self) -> None:
-        return None
-
     def ended(self, call: int, attempt: int, *, ended: bool = True) -> bool:
         return False
