@@ -152,6 +152,8 @@ class LaneWorker:
 
     def read(self) -> None:
         """One read, and what it says.  Raises ConnectionError where nobody is there."""
+        if not native.is_readable(self._fd):
+            return  # an interrupt() between the wait and this read has read it
         data = os.read(self._fd, READ_SIZE)
         if not data:
             raise ConnectionResetError("the coordinator closed the call Pipe")

@@ -47,7 +47,7 @@ class ThreadWorker(LaneWorker):
                 os.read(self._waking, 4096)
             while self._posted:
                 self._posted.popleft()()
-            if self._fd in ready and native.is_readable(self._fd):
+            if self._fd in ready:
                 self.read()
 
     # -- calls ------------------------------------------------------------------------
