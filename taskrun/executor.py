@@ -72,7 +72,7 @@ class CallFuture(concurrent.futures.Future[Any]):
 
 
 class _FutureJob:
-    """Takes a call's end to its future; see ``pooling.driver.Job``."""
+    """Takes a call's end to its future; see ``pooling.inbox.Job``."""
 
     __slots__ = ("call", "executor", "future", "raw")
 

@@ -220,10 +220,11 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """New calls from outside the run's graph (``taskrun map``): pickled (args, kwargs)."""
+    """New calls from outside the run's graph (``taskrun map``, a Pool): pickled (args, kwargs),
+    or bunches."""
 
     recipe: Recipe
-    arguments: list[Portable]
+    arguments: list[Portable] | list[Bunch]
     last: bool = False
 
 

@@ -18,8 +18,9 @@ from typing import Any, Final, NamedTuple
 
 from taskrun.blobs import THRESHOLD, Portable, Seen
 from taskrun.model import Failure, Recipe
-from taskrun.pooling.driver import Driver, Job
+from taskrun.pooling.driver import Driver
 from taskrun.pooling.functions import TINY, Recipes, dumps_call, is_small, is_stateless
+from taskrun.pooling.inbox import Job
 from taskrun.pooling.looping import Loop
 from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import monotonic
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 from taskrun import messages as m
 from taskrun.alarm import Alarm
@@ -26,6 +25,7 @@ from taskrun.engines.links import Link
 from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Failure, Plan, Recipe
 from taskrun.observers import Observer
+from taskrun.pooling.inbox import Inbox, Job, Owner, Row, withdrawn
 from taskrun.pooling.looping import Loop, Waitable
 from taskrun.pooling.sharing import PoolState
 from taskrun.pooling.starting import PoolWorkers, Supply
@@ -36,49 +36,8 @@ CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
 TERMINATE_SECONDS: Final = 2.0
 WINDOW: Final = 512  # calls for each worker that the core is given at a time
 AHEAD: Final = 8  # bunches for each worker that it is given
-BUNCH_SECONDS: Final = 0.001  # how much work is in a bunch ...
-BUNCH_ITEMS: Final = 512  # ... and at most how many calls
 START_SECONDS: Final = 30.0
 GRACE: Final = 0.5  # seconds between interrupt, TERM and KILL of a call that is cancelled
-
-
-class Job(Protocol):
-    """Who wants to know how a call ends; called by who runs the loop.
-
-    ``call``: its id in the core; None as long as it has none, negative if it will not get one.
-    """
-
-    call: int | None
-
-    def ended(self, call: Any, last: m.AttemptEnded | None, pid: int | None) -> None:
-        """The call has ended; ``last`` is its last attempt, in the process ``pid``."""
-
-    def failed(self, error: BaseException) -> None:
-        """The call will not end: the pool is over."""
-
-
-class Owner(Protocol):
-    """Who wants to know how small calls end, which travel in bunches; called by who runs the
-    loop.  ``tokens``: what it knows them by."""
-
-    def items_ended(self, tokens: Sequence[Any], values: list[Any], row: Row) -> None:
-        """They have ended, with these encoded values or Failures."""
-
-    def items_failed(self, tokens: Sequence[Any], error: BaseException | Failure) -> None:
-        """They will not end, or have not."""
-
-    def is_withdrawn(self, token: Any) -> bool:
-        """Whether it was cancelled before it was taken."""
-
-
-class Row(NamedTuple):
-    """Where and when items of a bunch were executed; ``wall``: when the first of them began."""
-
-    worker: int
-    pid: int | None
-    attempt: int
-    wall: float
-    seconds: list[float]
 
 
 class _Started(Waitable):
@@ -108,18 +67,15 @@ class Driver:
         self._initializer_failed = initializer_failed
         self._jobs: dict[int, Job | Bunch] = {}
         self._last: m.AttemptEnded | None = None
-        # Recipe, arguments, who owns it (None: a Job), and the job or the owner's token.
-        self._inbox: deque[tuple[Recipe, Any, Owner | None, Any]] = deque()
-        self._added: list[Job | Bunch] = []
+        self._inbox = Inbox(bunches=most_calls is None)
+        self._put = self._inbox.entries.append
+        self._added: list[Job] = []
         self._posted = False
         self._feeds = 0
         self._low = 0  # calls at which more are taken, once there was no room for all
-        self._withdrawn = self._waits = False
-        self._unfed: dict[int, Job] = {}  # by their id(): cancelled in the inbox, and not told
-        self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
-        self.bunches = most_calls is None  # whether small calls are to be sent in bunches
-        # ... or may go to an idle worker directly
-        self._direct = self.bunches and not starter.lent
+        self._waits = False
+        # Whether small calls may go to an idle worker directly.
+        self._direct = self._inbox.bunches and not starter.lent
         self.waits_at_exit = False  # for the calls that there are then
         self.closing = self._killing = self._ended = False
         self._lock = threading.Lock()
@@ -172,7 +128,7 @@ class Driver:
 
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
         """
-        self._inbox.append((recipe, blob, None, job))
+        self._put((recipe, blob, None, job))
         if not self._posted:
             self._posted = True
             if waits:
@@ -180,17 +136,17 @@ class Driver:
             else:
                 self._to_loop(self._take)
         if self._ended:
-            self._fail_inbox()
+            self._inbox.fail(self.why_over())
 
     def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
         """Have a call executed, with others in a bunch: ``args`` is a tuple of plain values, or
         pickled (args, kwargs).  For recipes without timeout and retries."""
-        self._inbox.append((recipe, args, owner, token))
+        self._put((recipe, args, owner, token))
         if not self._posted:
             self._posted = True
             self._to_loop(self._take)
         if self._ended:
-            self._fail_inbox()
+            self._inbox.fail(self.why_over())
 
     def submit_direct(
         self, recipe: Recipe, args: Any, owner: Owner, token: Any, *, waits: bool = False
@@ -226,7 +182,7 @@ class Driver:
                     begun += 1
                 else:
                     waiting += job.tokens if isinstance(job, Bunch) else [job]
-            waiting += [job for _, _, _, job in list(self._inbox)]  # others add to it
+            waiting += [job for _, _, _, job in list(self._inbox.entries)]  # others add to it
             for job in waiting[max(0, self.processes - begun) :]:
                 self.loop.call_back(partial(cancel, job))
 
@@ -303,17 +259,12 @@ class Driver:
             bunch.owner.items_ended(bunch.tokens, [answer.value], row)
 
     def _take(self) -> None:
-        """Feed what was submitted, in order; calls of one recipe in a row together.
-
-        The core is given so many that it has always enough to do, and not more: the rest is
-        cheaper here.
-        """
+        """Feed what was submitted, in order; calls of one recipe in a row together."""
         self._posted = False  # before taking, so that nothing is left without a post
         self._low = 0
         inbox = self._inbox
         while inbox:
-            recipe, _, owner, _ = inbox[0]
-            size = 1 if owner is None else self._bunch_size(recipe)
+            recipe, _, owner, _ = inbox.entries[0]
             window = WINDOW * (self.processes + 1)
             most = window if self._waits or owner is None else AHEAD * self.processes
             room = most - len(self._jobs)
@@ -321,58 +272,14 @@ class Driver:
                 self._low = most // 2
                 self._posted = True  # it is taken when there is room
                 break
-            self._added = []
             if owner is None:
-                blobs: list[Any] = self._next_calls(recipe, room)
+                fed: list[Portable] | list[Bunch]
+                fed, self._added = inbox.next_calls(recipe, room)
             else:
-                blobs = self._next_bunches(recipe, owner, size, room)
-            if blobs:
-                self._post(m.Fed(recipe, blobs))
+                fed = inbox.next_bunches(recipe, owner, room, self.processes)
+            if fed:
+                self._post(m.Fed(recipe, fed))
         self._close_if_fed()
-
-    def _next_calls(self, recipe: Recipe, room: int) -> list[Portable]:
-        inbox = self._inbox
-        blobs: list[Portable] = []
-        while inbox and inbox[0][0] is recipe and inbox[0][2] is None and len(blobs) < room:
-            _, blob, _, job = inbox.popleft()
-            if job.call is None:
-                blobs.append(blob)
-                self._added.append(job)
-            else:
-                self._drop(recipe, None, job)
-        return blobs
-
-    def _bunch_size(self, recipe: Recipe) -> int:
-        """So many items as take a moment, and so few that all workers get some; one, as long as
-        nobody knows what they cost."""
-        pace = self._paces.get(recipe.id)
-        if pace is None or pace > BUNCH_SECONDS or not self.bunches:
-            return 1
-        share = -(-len(self._inbox) // (2 * self.processes))
-        return max(1, min(BUNCH_ITEMS, int(BUNCH_SECONDS / max(pace, 1e-9)), share))
-
-    def _next_bunches(self, recipe: Recipe, owner: Owner, size: int, room: int) -> list[Bunch]:
-        bunches: list[Bunch] = []
-        popleft = self._inbox.popleft
-        while self._inbox and len(bunches) < room:
-            entries = [popleft() for _ in range(min(size, len(self._inbox)))]
-            alike = _how_many_alike(entries, recipe, owner)
-            if alike < len(entries):
-                self._inbox.extendleft(reversed(entries[alike:]))
-                del entries[alike:]
-            if not entries:
-                break
-            if self._withdrawn:
-                entries = self._still_wanted(entries, owner)
-            if entries:
-                _, items, _, tokens = zip(*entries, strict=True)
-                bunches.append(Bunch(owner, tokens, items))
-        return bunches
-
-    def _still_wanted(self, entries: list[Any], owner: Owner) -> list[Any]:
-        for recipe, _, _, token in entries:
-            self._drop(recipe, owner, token)
-        return [entry for entry in entries if not owner.is_withdrawn(entry[3])]
 
     def _cancel(self, jobs: Iterable[Job]) -> None:
         known = []
@@ -382,27 +289,9 @@ class Driver:
             elif (call := self._bunch_of(job)) is not None:
                 self._post(m.CancelItems(call, [job]))
             else:
-                job.call = -1  # it will not be fed
-                self._withdrawn = True
-                self._unfed[id(job)] = job
-        if self._unfed:
-            self._reactor.call_soon(self._drop_unfed)  # those of many cancels together
+                self._inbox.withdraw(job)
+        self._reactor.call_soon(self._inbox.tell_withdrawn)  # those of many cancels together
         self._post(m.CancelCalls(tuple(known), "it was asked for"))
-
-    def _drop_unfed(self) -> None:
-        """Tell those that wait to be fed, and were cancelled; not only when their turn comes."""
-        for recipe, _, owner, job in list(self._inbox) if self._unfed else ():
-            self._drop(recipe, owner, job)
-        self._unfed.clear()
-
-    def _drop(self, recipe: Recipe, owner: Owner | None, job: Any) -> None:
-        """It is not to be fed, if it was cancelled; it is told so once."""
-        if self._unfed.pop(id(job), None) is None:
-            return
-        if owner is None:
-            job.failed(_withdrawn(recipe))
-        else:
-            owner.items_failed([job], _withdrawn(recipe))
 
     def _bunch_of(self, token: Any) -> int | None:
         """The call in which an item is."""
@@ -466,10 +355,7 @@ class Driver:
         recipe, bunch, first, event, pid = command
         tokens = bunch.tokens[first : first + len(event.values)]
         seconds = event.seconds
-        pace, known = sum(seconds) / len(seconds), self._paces.get(recipe.id)
-        if known is not None and known > pace:
-            pace = known + 0.3 * (pace - known)  # it falls slowly, and rises at once
-        self._paces[recipe.id] = pace
+        self._inbox.learn(recipe, seconds)
         if Failure in map(type, event.values):
             for value in event.values:
                 if type(value) is Failure:
@@ -482,7 +368,7 @@ class Driver:
 
     def _items_cancelled(self, command: m.ItemsCancelled) -> None:
         recipe, bunch, tokens = command
-        bunch.owner.items_failed(tokens, _withdrawn(recipe))
+        bunch.owner.items_failed(tokens, withdrawn(recipe))
 
     def _attempt_ended(self, command: m.AttemptEnded) -> None:
         self._last = command
@@ -550,7 +436,7 @@ class Driver:
         self._engine.close(monotonic() + (CLOSE_SECONDS if graceful else TERMINATE_SECONDS))
         self._state.close()
         self._starter.close()
-        self._fail_inbox()
+        self._inbox.fail(self.why_over())
 
     def why_over(self) -> BaseException:
         """What those get who wait for a call that will not end."""
@@ -565,18 +451,7 @@ class Driver:
                 job.failed(error)
         if (bunch := self._trips.bunch) is not None:
             bunch.owner.items_failed(bunch.tokens, error)
-        self._fail_inbox()
-
-    def _fail_inbox(self) -> None:
-        while self._inbox:
-            try:
-                _, _, owner, job = self._inbox.popleft()
-            except IndexError:  # another thread took it
-                return
-            if owner is None:
-                job.failed(self.why_over())
-            else:
-                owner.items_failed([job], self.why_over())
+        self._inbox.fail(self.why_over())
 
     def _broken(self, error: BaseException) -> None:
         """A bug of ours left the loop: nobody is to wait for what cannot come."""
@@ -589,17 +464,3 @@ class Driver:
             self._ended = True
             self._fail_jobs(self.error)
             self._engine.kill()
-
-
-def _how_many_alike(entries: list[Any], recipe: Recipe, owner: Owner) -> int:
-    """How many of these, the first ones, can be one bunch."""
-    count = 0
-    for found, _, who, _ in entries:
-        if found is not recipe or who is not owner:
-            break
-        count += 1
-    return count
-
-
-def _withdrawn(recipe: Recipe) -> CallCancelled:
-    return CallCancelled(f"{recipe.name} was cancelled: it was asked for")

@@ -22,7 +22,8 @@ from taskrun.blobs import Shared
 from taskrun.calls import OK
 from taskrun.errors import ResultError
 from taskrun.model import Failure
-from taskrun.pooling.driver import Driver, Job, Row
+from taskrun.pooling.driver import Driver
+from taskrun.pooling.inbox import Job, Row
 from taskrun.pooling.looping import Waitable
 from taskrun.values import decode_failure
 

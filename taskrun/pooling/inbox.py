@@ -1,0 +1,186 @@
+"""Where calls wait that were submitted to a Pool, until the core is given them, in order.
+
+The core is given so many that it has always enough to do, and not more: the rest is cheaper
+here.  Any thread puts in; only who runs the loop takes out, until the pool is over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+from taskrun import messages as m
+from taskrun.blobs import Portable
+from taskrun.bunch import Bunch
+from taskrun.errors import CallCancelled
+from taskrun.model import Failure, Recipe
+
+BUNCH_SECONDS: Final = 0.001  # how much work is in a bunch ...
+BUNCH_ITEMS: Final = 512  # ... and at most how many calls
+
+
+class Job(Protocol):
+    """Who wants to know how a call ends; called by who runs the loop.
+
+    ``call``: its id in the core; None as long as it has none, negative if it will not get one.
+    """
+
+    call: int | None
+
+    def ended(self, call: Any, last: m.AttemptEnded | None, pid: int | None) -> None:
+        """The call has ended; ``last`` is its last attempt, in the process ``pid``."""
+
+    def failed(self, error: BaseException) -> None:
+        """The call will not end: the pool is over."""
+
+
+class Owner(Protocol):
+    """Who wants to know how small calls end, which travel in bunches; called by who runs the
+    loop.  ``tokens``: what it knows them by."""
+
+    def items_ended(self, tokens: Sequence[Any], values: list[Any], row: Row) -> None:
+        """They have ended, with these encoded values or Failures."""
+
+    def items_failed(self, tokens: Sequence[Any], error: BaseException | Failure) -> None:
+        """They will not end, or have not."""
+
+    def is_withdrawn(self, token: Any) -> bool:
+        """Whether it was cancelled before it was taken."""
+
+
+class Row(NamedTuple):
+    """Where and when items of a bunch were executed; ``wall``: when the first of them began."""
+
+    worker: int
+    pid: int | None
+    attempt: int
+    wall: float
+    seconds: list[float]
+
+
+class Inbox:
+    """The calls of one Pool that wait.
+
+    ``entries``: of each its recipe, its arguments, who owns it (None: a Job), and the job or
+    the owner's token.  ``bunches``: whether small calls are to be sent in bunches.
+    """
+
+    def __init__(self, *, bunches: bool) -> None:
+        self.entries: deque[tuple[Recipe, Any, Owner | None, Any]] = deque()
+        self.bunches = bunches
+        self._any_withdrawn = False
+        self._untold: dict[int, Job] = {}  # by their id(): cancelled here, and not told yet
+        self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    # -- what is next -----------------------------------------------------------------
+
+    def next_calls(self, recipe: Recipe, room: int) -> tuple[list[Portable], list[Job]]:
+        """The first calls, as long as they are of this recipe and in no bunch: their arguments,
+        and their jobs."""
+        entries = self.entries
+        blobs: list[Portable] = []
+        jobs: list[Job] = []
+        while entries and entries[0][0] is recipe and entries[0][2] is None and len(blobs) < room:
+            _, blob, _, job = entries.popleft()
+            if job.call is None:
+                blobs.append(blob)
+                jobs.append(job)
+            else:
+                self._drop(recipe, None, job)
+        return blobs, jobs
+
+    def next_bunches(self, recipe: Recipe, owner: Owner, room: int, workers: int) -> list[Bunch]:
+        """The first calls, as long as they are of this recipe and owner, in up to ``room``
+        bunches."""
+        size = self._bunch_size(recipe, workers)
+        bunches: list[Bunch] = []
+        popleft = self.entries.popleft
+        while self.entries and len(bunches) < room:
+            entries = [popleft() for _ in range(min(size, len(self.entries)))]
+            alike = _how_many_alike(entries, recipe, owner)
+            if alike < len(entries):
+                self.entries.extendleft(reversed(entries[alike:]))
+                del entries[alike:]
+            if not entries:
+                break
+            if self._any_withdrawn:
+                entries = self._still_wanted(entries, owner)
+            if entries:
+                _, items, _, tokens = zip(*entries, strict=True)
+                bunches.append(Bunch(owner, tokens, items))
+        return bunches
+
+    def _bunch_size(self, recipe: Recipe, workers: int) -> int:
+        """So many items as take a moment, and so few that all workers get some; one, as long as
+        nobody knows what they cost."""
+        pace = self._paces.get(recipe.id)
+        if pace is None or pace > BUNCH_SECONDS or not self.bunches:
+            return 1
+        share = -(-len(self.entries) // (2 * workers))
+        return max(1, min(BUNCH_ITEMS, int(BUNCH_SECONDS / max(pace, 1e-9)), share))
+
+    def learn(self, recipe: Recipe, seconds: list[float]) -> None:
+        """So long took items of a recipe, each."""
+        pace, known = sum(seconds) / len(seconds), self._paces.get(recipe.id)
+        if known is not None and known > pace:
+            pace = known + 0.3 * (pace - known)  # it falls slowly, and rises at once
+        self._paces[recipe.id] = pace
+
+    # -- what is not wanted any more --------------------------------------------------
+
+    def withdraw(self, job: Job) -> None:
+        """It was cancelled, and is perhaps here: then it will not be fed."""
+        job.call = -1
+        self._any_withdrawn = True
+        self._untold[id(job)] = job
+
+    def tell_withdrawn(self) -> None:
+        """Tell those that wait here and were cancelled; not only when their turn comes."""
+        for recipe, _, owner, job in list(self.entries) if self._untold else ():
+            self._drop(recipe, owner, job)
+        self._untold.clear()
+
+    def _still_wanted(self, entries: list[Any], owner: Owner) -> list[Any]:
+        for recipe, _, _, token in entries:
+            self._drop(recipe, owner, token)
+        return [entry for entry in entries if not owner.is_withdrawn(entry[3])]
+
+    def _drop(self, recipe: Recipe, owner: Owner | None, job: Any) -> None:
+        """It is not to be fed, if it was cancelled; it is told so once."""
+        if self._untold.pop(id(job), None) is not None:
+            _tell(owner, job, withdrawn(recipe))
+
+    def fail(self, error: BaseException) -> None:
+        """None of them will end."""
+        while self.entries:
+            try:
+                _, _, owner, job = self.entries.popleft()
+            except IndexError:  # another thread took it
+                return
+            _tell(owner, job, error)
+
+
+def withdrawn(recipe: Recipe) -> CallCancelled:
+    """What those get who cancelled a call of this recipe."""
+    return CallCancelled(f"{recipe.name} was cancelled: it was asked for")
+
+
+def _tell(owner: Owner | None, job: Any, error: BaseException) -> None:
+    if owner is None:
+        job.failed(error)
+    else:
+        owner.items_failed([job], error)
+
+
+def _how_many_alike(entries: list[Any], recipe: Recipe, owner: Owner) -> int:
+    """How many of these, the first ones, can be one bunch."""
+    count = 0
+    for found, _, who, _ in entries:
+        if found is not recipe or who is not owner:
+            break
+        count += 1
+    return count
