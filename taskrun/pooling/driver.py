@@ -42,6 +42,7 @@ GRACE: Final = 0.5  # seconds between interrupt, TERM and KILL of a call that is
 
 class _Started(Waitable):
     def __init__(self, engine: PoolWorkers) -> None:
+        super().__init__()
         self._engine = engine
 
     def settled(self) -> bool:

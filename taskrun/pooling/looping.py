@@ -39,9 +39,16 @@ _PUT_OFF: Final = tuple(
 
 
 class Waitable:
-    """What one can wait for.  ``event`` wakes those who cannot run the loop."""
+    """What one can wait for.  ``event`` wakes those who cannot run the loop.
 
-    event: threading.Event | None = None
+    In a slot, since who waits sets it while another thread sets what there is to be had: an
+    attribute that is added to a dict by one, while another adds another, crashes Python 3.11.
+    """
+
+    __slots__ = ("event",)
+
+    def __init__(self) -> None:
+        self.event: threading.Event | None = None
 
     def settled(self) -> bool:
         """Whether the wait is over; never blocks."""

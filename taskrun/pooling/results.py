@@ -95,17 +95,22 @@ def exception_of(failure: Failure) -> BaseException:
 class AsyncResult(Waitable):
     """What ``apply_async`` gives, as ``multiprocessing.pool.AsyncResult``."""
 
-    # Here, and not in each: most of them stay as they are, and there are many results.
-    call: int | None = None
-    _ready = False
-    _raw: Raw | None = None
-    _found: tuple[bool, Any] | None = None
-    _last: Any = None
-    _pid: int | None = None
-    _row: Row | None = None
-    _place = 0
+    # Slots: see Waitable.  The dict is for attributes of users.
+    __slots__ = (
+        "__dict__", "__weakref__", "_callback", "_driver", "_error_callback", "_found", "_last",
+        "_pid", "_place", "_pool", "_raw", "_ready", "_row", "call",
+    )  # fmt: skip
 
     def __init__(self, pool: Any, driver: Driver, callback: Callback, on_error: Callback) -> None:
+        self.event = None
+        self.call: int | None = None
+        self._ready = False
+        self._raw: Raw | None = None
+        self._found: tuple[bool, Any] | None = None
+        self._last: Any = None
+        self._pid: int | None = None
+        self._row: Row | None = None
+        self._place = 0
         self._pool = pool  # lives as long as somebody waits for it
         self._driver = driver
         self._callback = callback
@@ -384,6 +389,7 @@ class IMapIterator(Waitable):
     def __init__(
         self, pool: Any, driver: Driver, *, chunked: bool, window: int, buffered: bool
     ) -> None:
+        super().__init__()
         self._pool = pool
         self._driver = driver
         self._chunked = chunked
