@@ -256,9 +256,13 @@ class Loop:
         try:
             while not self.over:
                 self._run_callbacks()
-                with self._owner:
-                    self.entered(None, None)
-                    self._run_loop()
+                # Not waited for: the guest that has it may wait for a callback of ours.
+                if self._owner.acquire(blocking=False):
+                    try:
+                        self.entered(None, None)
+                        self._run_loop()
+                    finally:
+                        self._owner.release()
                 self._park()
             with self._owner:
                 self.entered(None, None)
