@@ -18,6 +18,7 @@ from taskrun.model import Failure, Recipe
 
 BUNCH_SECONDS: Final = 0.001  # how much work is in a bunch ...
 BUNCH_ITEMS: Final = 512  # ... and at most how many calls
+RECENT: Final = 5  # bunches of which it is known how long their items took
 
 
 class Job(Protocol):
@@ -72,6 +73,7 @@ class Inbox:
         self._any_withdrawn = False
         self._untold: dict[int, Job] = {}  # by their id(): cancelled here, and not told yet
         self._paces: dict[int, float] = {}  # recipe -> seconds that one of its items takes
+        self._recent: dict[int, deque[float]] = {}  # what the last bunches told of that
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -125,10 +127,12 @@ class Inbox:
 
     def learn(self, recipe: Recipe, seconds: list[float]) -> None:
         """So long took items of a recipe, each."""
-        pace, known = sum(seconds) / len(seconds), self._paces.get(recipe.id)
-        if known is not None and known > pace:
-            pace = known + 0.3 * (pace - known)  # it falls slowly, and rises at once
-        self._paces[recipe.id] = pace
+        # Without the longest of them, and of what was found last the middle: an item that had
+        # to wait for its core says nothing of the next ones, but many long ones do.
+        count = max(1, len(seconds) - 1)
+        recent = self._recent.setdefault(recipe.id, deque(maxlen=RECENT))
+        recent.append((sum(seconds) - max(seconds)) / count if len(seconds) > 1 else seconds[0])
+        self._paces[recipe.id] = sorted(recent)[len(recent) // 2]
 
     # -- what is not wanted any more --------------------------------------------------
 

@@ -1,0 +1,47 @@
+"""The calls of a Pool that wait: how many of them travel together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskrun.model import Recipe
+from taskrun.pooling.inbox import BUNCH_ITEMS, Inbox
+
+TINY, LONG = 1e-6, 0.02  # seconds
+
+
+class _Owner:
+    def items_ended(self, tokens: Any, values: Any, row: Any) -> None: ...
+
+    def items_failed(self, tokens: Any, error: Any) -> None: ...
+
+    def is_withdrawn(self, token: Any) -> bool:
+        return False
+
+
+def _sizes(*told: list[float]) -> list[int]:
+    """Of the bunches that are made when workers have told so much, each time, of seconds."""
+    inbox, recipe, owner = Inbox(bunches=True), Recipe(1, "double", b""), _Owner()
+    for seconds in told:
+        inbox.learn(recipe, seconds)
+    for number in range(4 * BUNCH_ITEMS):
+        inbox.entries.append((recipe, (number,), owner, number))
+    return [len(bunch.items) for bunch in inbox.next_bunches(recipe, owner, 4, workers=1)]
+
+
+def test_calls_of_unknown_length_travel_alone() -> None:
+    assert _sizes() == [1] * 4
+
+
+def test_tiny_calls_travel_together_though_one_of_them_had_to_wait_for_its_core() -> None:
+    assert _sizes([TINY] * 99 + [LONG]) == [BUNCH_ITEMS] * 4
+    assert _sizes([TINY] * 9, [LONG], [TINY] * 9) == [BUNCH_ITEMS] * 4
+
+
+def test_where_every_tenth_is_long_few_travel_together() -> None:
+    assert _sizes(([TINY] * 9 + [LONG]) * 10) == [1] * 4
+
+
+def test_calls_that_become_long_soon_travel_alone() -> None:
+    tiny, long = [[TINY] * 9] * 5, [[LONG]] * 3
+    assert _sizes(*tiny, *long) == [1] * 4
