@@ -145,6 +145,11 @@ class Call:
         """What people see: the label, where the task has one."""
         return self.label or self.name
 
+    @property
+    def verdict(self) -> str:
+        """How it ended, behind its name: ``failed``, ``was skipped``."""
+        return f"was {self.state}" if self.state in (SKIPPED, CANCELLED) else self.state
+
     def arguments(self) -> Any:
         """What the worker needs to build the arguments; see ``messages.CALL``."""
         if self.family is not None:
@@ -167,7 +172,7 @@ class Call:
             return self.failure
         if self.state == CANCELLED:
             return Failure("cancelled", "CallCancelled", f"{self.title} was cancelled")
-        why = f", because {self.cause.title} {self.cause.state}" if self.cause else ""
+        why = f", because {self.cause.title} {self.cause.verdict}" if self.cause else ""
         return Failure("skipped", "CallSkipped", f"{self.title} was skipped{why}")
 
     def __repr__(self) -> str:

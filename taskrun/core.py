@@ -280,11 +280,13 @@ class Scheduler(Bunches):
             call.cause = cause.cause or cause
             self._end(call, CANCELLED if cause.state is CANCELLED else SKIPPED)
         elif call.state is HELD:
-            call.cause = cause.cause or cause
+            root = call.cause = cause.cause or cause
             call.value = None
             call.failure = cause.ended_as()
             note_refused(cause)
-            self._end(call, cause.state)
+            # A future that was skipped for a failure fails the call as its result() would.
+            skipped_for_it = cause.state is SKIPPED and root.state is FAILED
+            self._end(call, FAILED if skipped_for_it else cause.state)
 
     def _fail_blocked(self, impossible: Impossible) -> None:
         call = impossible.call

@@ -72,7 +72,7 @@ def _why_ended(scheduler: Scheduler, call: Call) -> str:
     if call.state is FAILED:
         return f"failed{tries}: {call.ended_as().headline}"
     if call.cause is not None:
-        return f"was {call.state}, because {call.cause.title} {call.cause.state}"
+        return f"was {call.state}, because {call.cause.title} {call.cause.verdict}"
     if call.failure is not None and call.failure.kind == "cancelled":
         return call.failure.message.removeprefix(f"{call.title} ")
     if call.failure is not None:

@@ -205,7 +205,8 @@ def _why(because: Because) -> str:
         return f"because it says: {because.reason}" if because.reason else "without a reason"
     named = list(because.causes)
     causes = f"{', '.join(named[:NAMED])} and others" if len(named) > NAMED else _joined(named)
-    return f"because {causes} {because.reason}"
+    reason = because.reason if len(named) == 1 else because.reason.replace("was ", "were ", 1)
+    return f"because {causes} {reason}"
 
 
 def _joined(names: list[str]) -> str:

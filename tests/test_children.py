@@ -407,6 +407,23 @@ def test_the_failure_behind_a_skipped_call_is_caught_with_it() -> None:
     assert sim.scheduler.status == 0 and sim.call("leaf#0").tolerated
 
 
+def test_a_returned_future_that_was_skipped_for_a_failure_fails_the_call_and_the_run() -> None:
+    steps = (Submit("a", leaf), Submit("b", other, ("a",)), Held(("b",)))
+    sim = root(*steps, leaf=FAILS)
+    assert sim.states("other") == ["skipped"] and sim.states("root") == ["failed"]
+    assert sim.scheduler.status == 1 and not sim.call("leaf#0").tolerated
+    sim = root(Submit("a", mid), WaitFor(("a",), catch=True), mid=steps, leaf=FAILS)
+    assert sim.states("mid") == ["failed"] and sim.states("root") == ["ok"]
+    assert sim.scheduler.status == 0 and sim.call("leaf#0").tolerated
+
+
+def test_a_returned_future_that_was_skipped_for_a_skip_skips_the_call() -> None:
+    skips = (Run(0.1), Skipped("nothing to do"))
+    sim = root(Submit("a", leaf), Submit("b", other, ("a",)), Held(("b",)), leaf=skips)
+    assert sim.states("root") == sim.states("other") == sim.states("leaf") == ["skipped"]
+    assert sim.scheduler.status == 0
+
+
 def test_a_parent_that_skips_itself_over_a_failure_has_caught_it() -> None:
     sim = root(Submit("a", leaf), WaitFor(("a",), catch=True), Skipped("leaf is bad"), leaf=FAILS)
     assert sim.states("root") == ["skipped"] and sim.scheduler.status == 0

@@ -175,7 +175,7 @@ def test_a_call_was_cancelled_with_one_that_it_needs() -> None:
     sim = Simulation([a_task("work", {"x": result(leaf)})], {"leaf": SLOW})
     sim.at(1.0, lambda: sim.post(m.CancelCalls((0,))))
     sim.run()
-    assert sim.explain("work") == "work was cancelled, because leaf cancelled"
+    assert sim.explain("work") == "work was cancelled, because leaf was cancelled"
 
 
 def test_a_call_was_cancelled_because_the_run_was_stopped() -> None:
