@@ -785,6 +785,17 @@ def test_a_label_may_be_huge_or_strange(runs: Runs) -> None:
     assert "\x1b" not in ended.out
 
 
+@pytest.mark.parametrize("how", [["-j2"], ["--inline"]])
+def test_a_label_that_cannot_be_filled_in_costs_no_call(runs: Runs, how: list[str]) -> None:
+    source = """
+        @task(label="{row[name]}")
+        def show(row=each([{"name": "first"}, {"nom": "second"}])): print(row)
+        """
+    ended = runs.exec(source, *how).check()
+    assert "the label '{row[name]}' cannot be filled in: KeyError: 'name'\n" in ended.err
+    assert ended.out.count("second") == 1 and "2 calls in" in ended.err
+
+
 def test_sh_is_captured_attributed_and_quoted(runs: Runs) -> None:
     source = """
         @task

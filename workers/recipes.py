@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from taskrun.errors import ArgumentError, LoadError
+from taskrun.failures import guarded
 from taskrun.messages import SAY_BEGAN
 from taskrun.model import Each, Options, PerWorker, Result, Task
 from taskrun.values import decode, encode_failure, loads_arguments
@@ -143,13 +144,19 @@ class Known:
         )
 
     def label(self, positional: Any, keywords: dict[str, Any]) -> str | None:
-        """The call's label, filled in; None where the task has none."""
+        """The call's label, filled in; None where the task has none, or where these values do
+        not fit it: the call says so, and is done under its name."""
         template = self.task.options.label
         if template is None:
             return None
         bound = inspect.signature(self.function).bind(*positional, **keywords)
         bound.apply_defaults()
-        return template.format(**bound.arguments)
+        try:
+            return template.format(**bound.arguments)
+        except Exception as error:
+            why = f"{type(error).__name__}: {guarded(error, str)}"
+            print(f"the label {template!r} cannot be filled in: {why}", file=sys.stderr)
+            return None
 
 
 def _style(task: Task) -> str:
