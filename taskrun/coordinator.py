@@ -87,12 +87,12 @@ class Run:
         self.recipe_ids = itertools.count(1)
         self.core = Scheduler(
             plan,
-            slots=1 if settings.inline else settings.jobs,
+            slots=settings.jobs,
             policy=settings.policy,
             resources={"memory": memory_here(), **settings.resources},
             recipe_ids=self.recipe_ids,
             wanted=wanted,
-            spare_factor=1 if settings.inline else 4,
+            spare_factor=0 if settings.inline else 4,  # 0: one worker, whatever calls need
             ahead=not settings.inline,
             open_feed=open_feed,
             engine=settings.engine is not None,

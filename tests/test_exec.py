@@ -796,6 +796,19 @@ def test_a_label_that_cannot_be_filled_in_costs_no_call(runs: Runs, how: list[st
     assert ended.out.count("second") == 1 and "2 calls in" in ended.err
 
 
+def test_inline_executes_calls_that_need_several_cpus(runs: Runs) -> None:
+    source = """
+        @task(resources={"cpu": 3})
+        def wide(n=each(range(3))): print(current().resources)
+
+        @task
+        def narrow(n=each(range(3))): print(wide.submit(n).result())
+        """
+    ended = runs.exec(source, "--inline", "-j3").check()
+    assert ended.out.count("{'cpu': 3.0}\n") == 6 and ended.out.count("None\n") == 3
+    assert "wide needs cpu=3 (of 2)" in runs.exec(source, "--inline", "-j2").check(3).err
+
+
 def test_sh_is_captured_attributed_and_quoted(runs: Runs) -> None:
     source = """
         @task
