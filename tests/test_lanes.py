@@ -19,6 +19,7 @@ from taskrun import errors
 from taskrun import messages as m
 from taskrun.engines.pool import PoolEngine
 from taskrun.values import decode
+from taskrun.workers.lanes.control import LaneControl
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -460,6 +461,29 @@ def test_a_coroutine_beside_the_call_that_blocks_is_attributed_to_it(open_in: Op
     shop.value(call)
     (notice,) = shop.watcher.notices
     assert notice.startswith("gathers[3] lets no other call") and "in blocking" in notice
+
+
+def test_a_worker_of_many_calls_may_answer_just_while_it_is_asked_once_more() -> None:
+    class Worker:
+        """Its calls go on when what they owe is sent for the other thread's sake."""
+
+        def __init__(self) -> None:
+            self.outbox, self.posted, self.reports = self, [], 0
+
+        def post(self, callback: Callable[[], None]) -> None:
+            self.posted.append(callback)
+
+        def flush(self) -> None:
+            self.posted.pop()()
+
+        def report(self, count: int | None) -> None:
+            self.reports += 1
+
+    worker: Any = Worker()
+    control = LaneControl(worker, -1)
+    for _ in range(3):
+        control._report(None)
+    assert worker.reports == 1 and len(worker.posted) == 1
 
 
 @pytest.mark.parametrize("lane", LANES[1:])

@@ -108,10 +108,11 @@ class LaneControl:
 
     def _report(self, count: int | None) -> None:
         worker = self._worker
-        if self._asked is not None:
+        asked = self._asked  # the home thread may answer at any moment
+        if asked is not None:
             worker.outbox.flush()
-            if monotonic() - self._asked > BLOCKED:
-                self._tell_who_blocks()
+            if monotonic() - asked > BLOCKED:
+                self._tell_who_blocks(asked)
             return
         self._asked = monotonic()
 
@@ -143,23 +144,22 @@ class LaneControl:
 
     # -- a call that lets no other run ------------------------------------------------
 
-    def _tell_who_blocks(self) -> None:
-        """Say which call it is, if it is one, and not very many that each run for a moment."""
-        asked = self._asked
-        before, _ = self._look()
+    def _tell_who_blocks(self, asked: float) -> None:
+        """Say which call it is, if it is one, and not very many that each run for a moment.
+        ``asked``: when the home thread was, which has not answered."""
+        before, _ = self._look(asked)
         native.sleep(_LOOK)
-        running, stack = self._look()
-        if self._asked is not asked or asked is None or running is not before:
+        running, stack = self._look(asked)
+        if self._asked is not asked or running is not before:
             return  # it went on meanwhile
         if shown := text(stack):
             self._worker.warn_that_it_blocks(running, monotonic() - asked, shown)
 
-    def _look(self) -> tuple[LaneRunning | None, StackSummary]:
+    def _look(self, asked: float) -> tuple[LaneRunning | None, StackSummary]:
         """Which call runs now, and where in its code.
 
         A signal handler finds out: it runs in that call's own context.
         """
-        asked = self._asked
         self._seen, self._looking = None, True
         signal.pthread_kill(self._main, signal.SIGINT)
         deadline = monotonic() + _LOOK
