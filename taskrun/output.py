@@ -205,9 +205,12 @@ class Output(Observer):
     """Whether a failure's block repeats what the call wrote."""
     stdout = "stdout"
     """Where lines of stdout go that are shown with their call's name."""
+    WIDEST_TITLE = 40
+    WIDEST_PADDING = 20
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
+        self._width = 0
         self._paint = terminal.paint("stderr")
         self._live: dict[int | str, _Live] = {}
         self._recent: dict[int, Tail] = {}
@@ -287,6 +290,28 @@ class Output(Observer):
                 self._take(live, stream, lines.end())
             self.show_call(live, None)
         self._live.clear()
+
+    # -- lines with a name ------------------------------------------------------------
+
+    def _show_tagged(self, live: _Live, stream: str, block: bytes) -> None:
+        tag = text.encode(self._tag(live, stream))
+        lines = self._tamed(stream, block)
+        tagged = tag + lines[:-1].replace(b"\n", b"\n" + tag) + b"\n"
+        self.terminal.write_lines(self.place(stream), tagged)
+
+    def _tag(self, live: _Live, stream: str) -> str:
+        """On a terminal the bars stand below each other and names have colours; elsewhere
+        there is one space on each side of the bar, so that one can search for it."""
+        call = live.call
+        title = live.worker or "worker" if call is None else text.title_of(call)
+        title = text.shorten(title, self.WIDEST_TITLE)
+        if not self.terminal.is_terminal(self.place(stream)):
+            return f"{title} | "
+        self._width = max(self._width, min(len(title), self.WIDEST_PADDING))
+        paint = self.terminal.paint(self.place(stream))
+        bar = paint("red", "|") if stream == "stderr" else paint("dim", "|")
+        task = title if call is None else call.recipe.name
+        return f"{paint.tag(task, title)}{' ' * (self._width - len(title))} {bar} "
 
     # -- failures ---------------------------------------------------------------------
 
@@ -401,40 +426,15 @@ class QuietOutput(Output):
 
 
 class LineOutput(Output):
-    """Each line as it comes, after its call's name: ``fetch[3] | text``.
-
-    On a terminal the bars stand below each other and names have colours; elsewhere
-    there is one space on each side of the bar, so that one can search for it.
-    """
-
-    WIDEST_TITLE = 40
-    WIDEST_PADDING = 20
-
-    def __init__(self, terminal: Terminal) -> None:
-        super().__init__(terminal)
-        self._width = 0
+    """Each line as it comes, after its call's name: ``fetch[3] | text``."""
 
     def show(self, live: _Live, stream: str, block: bytes) -> None:
-        tag = text.encode(self._tag(live, stream))
-        lines = self._tamed(stream, block)
-        tagged = tag + lines[:-1].replace(b"\n", b"\n" + tag) + b"\n"
-        self.terminal.write_lines(self.place(stream), tagged)
-
-    def _tag(self, live: _Live, stream: str) -> str:
-        call = live.call
-        title = live.worker or "worker" if call is None else text.title_of(call)
-        title = text.shorten(title, self.WIDEST_TITLE)
-        if not self.terminal.is_terminal(self.place(stream)):
-            return f"{title} | "
-        self._width = max(self._width, min(len(title), self.WIDEST_PADDING))
-        paint = self.terminal.paint(self.place(stream))
-        bar = paint("red", "|") if stream == "stderr" else paint("dim", "|")
-        task = title if call is None else call.recipe.name
-        return f"{paint.tag(task, title)}{' ' * (self._width - len(title))} {bar} "
+        self._show_tagged(live, stream, block)
 
 
 class GroupOutput(Output):
-    """A block per call that wrote something, when the call ends."""
+    """A block per call that wrote something, when the call ends; lines that no block can
+    take come as they do in ``line``."""
 
     def __init__(self, terminal: Terminal) -> None:
         super().__init__(terminal)
@@ -446,10 +446,9 @@ class GroupOutput(Output):
             self._seconds[event.call.id] = event.seconds
 
     def show(self, live: _Live, stream: str, block: bytes) -> None:
-        if live.call is None:
-            return self._write(stream, block)
-        if not live.spooling:  # the temporary file failed: memory must not grow instead
-            return self._write(stream, block)
+        # Where the temporary file failed, memory must not grow instead.
+        if live.call is None or not live.spooling:
+            return self._show_tagged(live, stream, block)
         try:
             live.spool.add(stream, block)
         except OSError as error:
@@ -457,7 +456,7 @@ class GroupOutput(Output):
             title = text.title_of(live.call)
             self.notice(f"output of {title} cannot wait for its end: {error.strerror or error}")
             for earlier in live.spool.blocks():
-                self._write(*earlier)
+                self._show_tagged(live, *earlier)
         return None
 
     def show_call(self, live: _Live, seconds: float | None) -> None:

@@ -103,9 +103,10 @@ def test_a_label_is_the_name_and_cannot_break_a_line() -> None:
     assert show("line", (call, "stdout", b"hi\n")).out == "http://host/\\nx\\x1b[2J | hi\n"
 
 
-def test_what_belongs_to_no_call_is_the_workers() -> None:
+@pytest.mark.parametrize("mode", ["line", "group"])
+def test_what_belongs_to_no_call_is_the_workers(mode: str) -> None:
     pages = Pages()
-    output = make_output("line", pages.terminal)
+    output = make_output(mode, pages.terminal)
     output.output(None, "stderr", b"by", "w1")
     output.output(None, "stderr", b"on its", "lab/w2")
     output.output(None, "stderr", b"e\n", "w1")
@@ -196,7 +197,7 @@ def test_group_does_not_keep_much_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(pages.out) + len(pages.err) == 160 * len(chunk) + 2 * len("--- a ok (1.2 s)\n")
 
 
-def test_group_shows_output_early_where_there_is_no_room_for_it(
+def test_group_shows_output_early_and_with_its_name_where_there_is_no_room_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(file: Any, data: bytes) -> None:
@@ -210,7 +211,7 @@ def test_group_shows_output_early_where_there_is_no_room_for_it(
     for _ in range(30):
         output.output(call, "stdout", chunk)
     end(output, call)
-    assert pages.out == chunk.decode() * 30
+    assert pages.out == f"a | {chunk.decode()}" * 30
     assert pages.err == (
         "taskrun: output of a cannot wait for its end: No space left on device\n"
     )  # fmt: skip
