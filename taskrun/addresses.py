@@ -153,7 +153,7 @@ def listen_for_run() -> socket.socket:
     """A listening Unix socket for a run of this process.  Raises UsageError."""
     folder = runtime_folder()
     make_private(folder)
-    _remove_dead(folder)
+    remove_dead(folder)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _bind(made, folder)
@@ -206,7 +206,9 @@ def live_runs() -> list[str]:
         return []
 
 
-def _remove_dead(folder: str) -> None:
+def remove_dead(folder: str) -> None:
+    """Remove the sockets of runs in ``folder`` that were killed.  Raises OSError where there is
+    no such folder."""
     for path in _sockets(folder):
         if not _has_process(path):
             _is_live(path)

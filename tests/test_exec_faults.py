@@ -506,6 +506,18 @@ def test_a_coordinator_that_is_killed_leaves_no_process(
     running.end()
 
 
+def test_a_coordinator_that_is_killed_leaves_no_socket(runs: Runs) -> None:
+    (runs.folder / "sockets").mkdir(mode=0o700)
+    running = runs.start_exec(
+        PHASES["shell"], env={"XDG_RUNTIME_DIR": str(runs.folder / "sockets")}
+    )
+    running.await_file(runs.folder / "begun")
+    (socket,) = (runs.folder / "sockets" / "taskrun").iterdir()
+    running.signal(signal.SIGKILL)
+    running.end()
+    assert not socket.exists()
+
+
 def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
     source = """
         @task(retries=2)

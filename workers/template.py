@@ -175,10 +175,16 @@ class Template:
         self._orphaned = True
 
     def _tidy_up(self) -> None:
-        """Do what the coordinator cannot any more: remove its large data."""
+        """Do what the coordinator cannot any more: remove its large data, and its socket."""
+        from taskrun import addresses  # few templates need it
+
         if self._parent_fd is not None:  # it may still be on its way out
             select.select([self._parent_fd], [], [], _PATIENCE)
         places.sweep_around(self._settings.blobs)
+        try:
+            addresses.remove_dead(addresses.runtime_folder())
+        except OSError:
+            pass  # there is no such folder
 
     # -- messages ---------------------------------------------------------------------
 
