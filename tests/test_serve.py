@@ -228,6 +228,20 @@ def test_status_and_steering_reach_a_run_of_the_server(site: Site) -> None:
     assert "has ended" in site.ask("cancel", run).check(2).err
 
 
+def test_a_run_whose_process_is_stopped_is_said_not_to_answer(site: Site) -> None:
+    site.serve()
+    site.detach(source=LONG)
+    wait_until(lambda: site.run("r1")["now"])
+    pid = site.run("r1")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asked = site.ask("explain", "r1", "long[0]")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert asked.status == 2 and "r1 does not answer" in asked.err
+    assert "long[0] runs" in site.ask("explain", "r1", "long[0]").check().out
+
+
 def test_all_runs_reach_the_state_of_the_server(site: Site) -> None:
     site.serve()
     source = """

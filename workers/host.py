@@ -20,9 +20,9 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import sessions
-from taskrun.errors import DialError, TaskrunError
+from taskrun.errors import MALFORMED, DialError, TaskrunError, WireError
 from taskrun.network.channels import Offer
-from taskrun.network.joining import Hello, Hosting, hello_frame, read_answer
+from taskrun.network.joining import Answer, Hello, Hosting, hello_frame, read_answer
 from taskrun.reactor import Reactor, Timer
 from taskrun.signals import Signals
 
@@ -137,9 +137,15 @@ class Host:
         if peer is not self._peer:
             return
         self._heard = monotonic()
-        said = json.loads(bytes(frame))
-        if "take" in said and not self._leaving:
-            self._wanted = set(said["take"])
+        try:
+            said = json.loads(bytes(frame))
+            wanted = set(map(str, said.get("take", self._wanted)))
+        except MALFORMED as error:
+            peer.close()
+            self._on_end(peer, f"it says what no server says: {error}")
+            return
+        if not self._leaving:
+            self._wanted = wanted
             self._adjust()
         if said.get("drain"):
             self._leave()
@@ -162,13 +168,24 @@ class Host:
             self._over = True
 
     def _on_peer(self, peer: Any) -> None:
-        timer = self._later(SILENCE, peer.close)
-        peer.listen(partial(self._on_answer, peer, timer), lambda reason: self._connect())
+        timer = self._later(SILENCE, lambda: self._on_no_answer(peer, timer))
+        peer.listen(
+            partial(self._on_answer, peer, timer), lambda reason: self._on_no_answer(peer, timer)
+        )
         peer.send(hello_frame(Hello(self._offer, self._hosting.session, 0)))
+
+    def _on_no_answer(self, peer: Any, timer: Timer) -> None:
+        """It does not answer, or is gone."""
+        timer.cancel()
+        peer.close()
+        self._later(AGAIN, self._connect)
 
     def _on_answer(self, peer: Any, timer: Timer, frame: memoryview) -> None:
         timer.cancel()
-        answer = read_answer(frame)
+        try:
+            answer: Answer | None = read_answer(frame)
+        except WireError:
+            answer = None
         if not isinstance(answer, Hosting):
             peer.close()
             self._over = True  # what is there now is no server

@@ -59,7 +59,12 @@ class Asked:
         try:
             self._wire.send(json_module.dumps({"do": do, **self._run, **more}).encode())
             answer = json_module.loads(bytes(self._wire.recv(ANSWER_SECONDS)))
-        except (OSError, EOFError, TimeoutError) as error:
+        except TimeoutError:
+            raise RunError(
+                f"the run at {self._wire.name} has not answered in {ANSWER_SECONDS:g} s: it may be "
+                "stopped, or very busy"
+            ) from None
+        except (OSError, EOFError) as error:
             raise RunError(f"the run at {self._wire.name} does not answer: {error}") from None
         if "error" in answer:
             raise UsageError(answer["error"])

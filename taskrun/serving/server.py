@@ -288,24 +288,29 @@ class Server:
         if run.state != RUNNING:
             raise UsageError(f"{run.name} is {run.state}")
 
-        def on_open(asked: transport.Peer) -> None:
-            asked.listen(lambda frame: answer(asked, bytes(frame)), lambda reason: refuse())
-            asked.send(json.dumps({**request, "run": None}).encode())
+        asked: transport.Peer | None = None
 
-        def answer(asked: transport.Peer, frame: bytes) -> None:
+        def on_open(opened: transport.Peer) -> None:
+            nonlocal asked
+            asked = opened
+            opened.listen(lambda frame: answer(bytes(frame)), lambda reason: refuse())
+            opened.send(json.dumps({**request, "run": None}).encode())
+
+        def answer(frame: bytes) -> None:
             timer.cancel()
-            asked.close()
+            dialling.close()
+            if asked is not None:
+                asked.close()
             peer.send(frame)
 
         def refuse() -> None:
-            timer.cancel()
-            peer.send(_json(error=f"{run.name} does not answer: it may be starting, or ending"))
+            answer(_json(error=f"{run.name} does not answer: it may be starting, or ending"))
 
         dialling = transport.dial(
             run.address, self._service.authkey, self._reactor, STEER, on_open,
             lambda error: refuse(),
         )  # fmt: skip
-        timer = self._reactor.call_at(monotonic() + ANSWER_SECONDS, dialling.close)
+        timer = self._reactor.call_at(monotonic() + ANSWER_SECONDS, refuse)
 
 
 class Client:

@@ -1,0 +1,106 @@
+"""A node of a server, and what servers may do to it: a server by hand, on the same reactor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from time import monotonic
+from typing import Any
+
+import pytest
+from transport_support import KEY
+
+from taskrun import transport
+from taskrun.network.channels import Offer
+from taskrun.network.joining import Hosting, answer_frame
+from taskrun.reactor import Reactor
+from taskrun.workers import host as module
+from taskrun.workers.host import Host
+from taskrun.workers.node import ROLE
+
+pytestmark = pytest.mark.timeout(30)
+
+TAKEN_IN = answer_frame(Hosting("lab", "a session", True))
+DRAIN = b'{"drain": true}'
+
+Answer = Callable[[Any], object]
+
+
+def hang_up(peer: Any) -> None:
+    peer.close()
+
+
+def say_nothing(peer: Any) -> None:
+    pass
+
+
+def take_in(*frames: bytes) -> Answer:
+    def answer(peer: Any) -> None:
+        for frame in (TAKEN_IN, *frames):
+            peer.send(frame)
+
+    return answer
+
+
+def serve(*answers: Answer) -> tuple[int | None, list[float]]:
+    """Be a server that answers the first connection of a node by the first of these, and so on;
+    gives how the node ended, and when each connection came."""
+    reactor = Reactor()
+    came: list[float] = []
+    joined: list[Host] = []
+
+    def on_connection(peer: Any) -> None:
+        answer = answers[len(came)]
+        came.append(monotonic())
+        first = [answer]
+        peer.listen(lambda frame: first and first.pop()(peer), lambda reason: None)
+
+    listener = transport.listen(("127.0.0.1", 0), KEY, reactor, on_connection)
+    dial = partial(transport.dial, listener.address, KEY, reactor, ROLE)
+
+    def on_peer(peer: Any) -> None:
+        hosting = Hosting("lab", "a session", True)
+        joined.append(
+            Host(reactor, peer, hosting, Offer("lab", 1, {}), dial, no_part, lambda text: None)
+        )
+
+    dial(on_peer, pytest.fail)
+    reactor.run_until(lambda: bool(joined), monotonic() + 10)
+    try:
+        return joined[0].run(), came
+    finally:
+        listener.close()
+        reactor.close()
+
+
+def no_part(run: str, offer: Offer) -> int:
+    raise AssertionError(f"there is no run {run}")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE", 0.5)
+    monkeypatch.setattr(module, "AGAIN", 0.1)
+
+
+def test_a_server_that_says_nothing_to_a_node_that_comes_back_is_dialled_again() -> None:
+    status, came = serve(hang_up, say_nothing, take_in(DRAIN))
+    assert status == 0 and len(came) == 3
+
+
+def test_a_server_that_hangs_up_at_once_is_not_dialled_without_a_pause() -> None:
+    status, came = serve(hang_up, hang_up, hang_up, take_in(DRAIN))
+    assert status == 0
+    assert min(later - earlier for earlier, later in pairwise(came)) > 0.09
+
+
+@pytest.mark.parametrize("rubbish", [b"rubbish", b"[]", b'{"take": 3}', b"\xff", b"[" * 100_000])
+def test_a_server_that_says_what_no_server_says_is_dialled_again(rubbish: bytes) -> None:
+    status, came = serve(take_in(rubbish), take_in(DRAIN))
+    assert status == 0 and len(came) == 2
+
+
+def test_what_answers_as_no_server_does_is_not_one_any_more() -> None:
+    status, came = serve(hang_up, lambda peer: peer.send(b"rubbish"))
+    assert status is None and len(came) == 2
