@@ -34,6 +34,7 @@ from taskrun.calls import (
 from taskrun.children import note_refused
 from taskrun.claims import Impossible
 from taskrun.errors import RunError
+from taskrun.failures import encode_failure, guarded
 from taskrun.model import Failure
 from taskrun.workforce import Worker
 
@@ -292,9 +293,7 @@ class Scheduler(Bunches):
         call = impossible.call
         self._take_out(call)
         if impossible.why is not None:
-            error = impossible.why
-            said = f"the key of a limit of {call.title} cannot be had: {error}"
-            call.failure = Failure("error", type(error).__name__, said)
+            call.failure = _failure_of_key(call, impossible.why)
         else:
             needs = [f"{name}={amount:g}" for name, amount in call.recipe.resources.items()]
             needs += [str(bound) for bound in call.recipe.limits]
@@ -389,3 +388,9 @@ class Scheduler(Bunches):
     def release(self, call: Call) -> None:
         """Whoever fed a call has taken its value."""
         self.graph.release(call)
+
+
+def _failure_of_key(call: Call, error: BaseException) -> Failure:
+    said = f"the key of a limit of {call.title} cannot be had"
+    error.add_note(f"{said}, so it did not start")
+    return encode_failure(error, message=f"{said}: {guarded(error, str)}")

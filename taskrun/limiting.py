@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from taskrun.errors import TaskExit
 from taskrun.model import MISSING, Limit, Parameter, Task, find_task
 from taskrun.values import decode, loads_arguments
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # a task file that has a limit needs no scheduler
     from taskrun.limits import Keys
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _made: dict[str, count[int]] = {}  # by module
 
 
@@ -43,6 +45,8 @@ def limit(
         raise ValueError(f"limit() takes 1 call or more, not {count}")
     if key is not None and not callable(key):
         raise TypeError(f"the key of a limit is a function, not {key!r}")
+    if inspect.iscoroutinefunction(key):
+        raise TypeError(f"the key of a limit is a plain function, and {_name(key)} is async")
     module = sys._getframe(1).f_globals.get("__name__", "")
     return Limit(count, None if per is None else _seconds(per), key, _identity(module))
 
@@ -76,10 +80,16 @@ class LimitKeys:
         self._tasks = {task.name: task for task in tasks}
 
     def __call__(self, call: Call) -> Keys:
-        """Raises what unpickling the arguments, or a key function, raises."""
-        task = self._task(call)
-        arguments = _arguments(task, call)
-        return tuple([_value(limit, arguments) for limit in task.options.limits])
+        """Raises what unpickling the arguments, or a key function, raises; TaskExit in the
+        place of what would end the coordinator, such as SystemExit."""
+        try:
+            task = self._task(call)
+            arguments = _arguments(task, call)
+            return tuple([_value(limit, arguments) for limit in task.options.limits])
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise TaskExit(f"{error!r} was raised").with_traceback(error.__traceback__) from None
 
     def _task(self, call: Call) -> Task:
         recipe = call.recipe
@@ -112,12 +122,20 @@ def _value(limit: Limit, arguments: dict[str, Any]) -> Hashable:
         parameters = list(inspect.signature(limit.key).parameters.values())
     except ValueError:
         parameters = []  # a builtin that does not tell
-    known = [each.name for each in parameters if each.name in arguments]
-    required = {each.name for each in parameters if each.default is each.empty}
-    if known and required <= set(known):
-        return limit.key(**{name: arguments[name] for name in known})  # type: ignore[no-any-return]
+    named = [each for each in parameters if each.kind not in _REST]
+    required = {each.name for each in named if each.default is each.empty}
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    names = arguments if takes_all else [each.name for each in named]
+    known = {name: arguments[name] for name in names if name in arguments}
+    if known and required <= known.keys():
+        by_place = [
+            known.pop(each.name)
+            for each in named
+            if each.kind is each.POSITIONAL_ONLY and each.name in known
+        ]
+        return limit.key(*by_place, **known)  # type: ignore[no-any-return]
     if len(required) > 1 or not arguments:
-        lacking = ", ".join(sorted(required - set(known))) or "an argument"
+        lacking = ", ".join(sorted(required - known.keys())) or "an argument"
         raise TypeError(f"the key {_name(limit.key)} needs {lacking}, which the task has not")
     return limit.key(next(iter(arguments.values())))  # type: ignore[no-any-return]
 

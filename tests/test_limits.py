@@ -192,6 +192,25 @@ def submits(): return [submitted.submit("x"), submitted.submit("x"), submitted.s
 
 @task(limits=[limit(1, key=host)])
 def broken(n=each([1])): return n
+
+def leaves(n): raise SystemExit(n)
+
+@task(limits=[limit(1, key=leaves)])
+def unkeyed(n=each([3])): return n
+
+class Mute(Exception):
+    def __str__(self): raise ValueError
+
+def silent(n): raise Mute
+
+@task(limits=[limit(1, key=silent)])
+def muted(n=each([3])): return n
+
+def all_of_it(**arguments): return str(arguments)
+def by_place(size, /): return size
+
+@task(limits=[limit(1, key=all_of_it), limit(1, key=by_place)])
+def widely(word=each(["a", "b"]), size=3): return alone(word)
 """
 
 
@@ -221,6 +240,17 @@ def test_a_key_that_fails_in_a_task_file_is_the_calls_failure(runs: Runs) -> Non
     ended = runs.exec(POLITE, "broken", "-j", "2")
     assert ended.status == 1
     assert "the key of a limit of broken[0] cannot be had" in ended.out + ended.err
+    assert 'return url.split("/")[0]' in ended.out + ended.err  # where in the key it was
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("unkeyed", "SystemExit(3)"), ("muted", "Mute"), ("widely", "")]
+)
+def test_no_key_ends_the_coordinator(runs: Runs, name: str, says: str) -> None:
+    ended = runs.exec(POLITE, name, "show", "-k")
+    assert ended.status == bool(says)
+    assert says in ended.err
+    assert "[('a', False)" in ended.out  # the rest of the run goes on
 
 
 @pytest.mark.parametrize(
@@ -228,6 +258,10 @@ def test_a_key_that_fails_in_a_task_file_is_the_calls_failure(runs: Runs) -> Non
 )
 def test_times_can_be_written_with_their_unit(per: Any, seconds: float) -> None:
     assert limit(1, per=per).per == seconds
+
+
+async def asleep(n: int) -> int:
+    return n
 
 
 @pytest.mark.parametrize(
@@ -238,6 +272,7 @@ def test_times_can_be_written_with_their_unit(per: Any, seconds: float) -> None:
         ({"count": 1, "per": "soon"}, ValueError, "a time such as"),
         ({"count": 1, "per": -1}, ValueError, "more than 0"),
         ({"count": 1, "key": "host"}, TypeError, "a function"),
+        ({"count": 1, "key": asleep}, TypeError, "asleep is async"),
     ],
 )
 def test_what_is_no_limit_is_refused(options: Any, error: Any, said: str) -> None:
