@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
+from taskrun import context
 from taskrun.context import Current, Future, active, as_completed
 from taskrun.errors import Retry, Skip
 from taskrun.model import (
@@ -418,6 +419,14 @@ def current() -> Current:
     """Who and where the call is that asks; outside a run a stand-in."""
     return active().current()
 
+
+def _channel_ends() -> Any:
+    from taskrun.state import ends  # only those who use channels pay for them
+
+    return ends
+
+
+context.channel_ends = _channel_ends
 
 _collected: list[Task] | None = None
 

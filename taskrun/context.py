@@ -62,17 +62,10 @@ class Current:
     @property
     def channel(self) -> Any:
         """This call's end of the channel to whoever submitted it, or tells it something."""
-        return _ends().channel_here()
+        return channel_ends().channel_here()
 
     def __repr__(self) -> str:
         return f"<call {self.call or '(outside a run)'} attempt {self.attempt} pid {self.pid}>"
-
-
-def _ends() -> Any:
-    """Channels, which are far above this ground floor; only those who use them pay for them."""
-    from importlib import import_module
-
-    return import_module("taskrun.state.ends")
 
 
 class Future:
@@ -119,7 +112,7 @@ class Future:
     @property
     def channel(self) -> Any:
         """This end of the channel to the call."""
-        return _ends().channel_to(self.key)
+        return channel_ends().channel_to(self.key)
 
     def __await__(self) -> Generator[Any, None, Any]:
         if not self.done():
@@ -374,6 +367,10 @@ process; None: it goes to this process's own."""
 
 owner: Callable[[], object] | None = None
 """Gives whose the commands are that ``sh`` starts, where calls share their process."""
+
+channel_ends: Any = None
+"""Gives the ends of channels (``state.ends``), which are far above this ground floor: ``api``,
+without which there are neither tasks nor calls, sets it."""
 
 state_home: Callable[[], Any] | None = None
 state_address: tuple[Any, bytes] | None = None  # in a worker: where it is, and the key
