@@ -17,6 +17,8 @@ LARGE: Final = 64 * 1024  # bytes after which they are
 
 _PLAIN: Final = frozenset((int, type(None), float, bool))
 _FLOAT: Final = struct.Struct(">Bd").pack  # BINFLOAT, and the number
+_INT: Final = struct.Struct("<Bi").pack  # BININT, and the number: a third of what pickling takes
+_INTS: Final = range(-(2**31), 2**31)
 
 
 class Port(Protocol):
@@ -58,7 +60,8 @@ class Outbox:
         """An item of a bunch has ended just now; see ``messages.ITEMS``."""
         kind = type(value)
         if kind in _PLAIN or (kind is bytes and len(value) <= SMALL):
-            data = dumps(value) + _FLOAT(71, seconds)
+            short = kind is int and value in _INTS
+            data = (_INT(74, value) if short else dumps(value)) + _FLOAT(71, seconds)
             with self.lock:
                 if self._bunch != call or not self._ledger.append(data):
                     self._tell_first(call, attempt, data, seconds)
