@@ -57,6 +57,8 @@ def run(
             "run() is called while the task file is imported, which every process does: put it "
             "under  if __name__ == '__main__':"
         )
+    if inline and engine is not None:
+        raise UsageError("run(inline=True) and run(engine=...) exclude each other")
     loaded, names, single = _tasks_of(what)
     plan = make_plan(loaded, names, given=params)
     settings = Settings(

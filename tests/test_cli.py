@@ -150,6 +150,7 @@ WRONG_COMMANDS = [
     (["exec", "-j", "0"], "-j 0 leaves nobody to do the work"),
     (["exec", "-j", "-2"], "-j is a number of workers, 1 or more, not -2"),
     (["exec", "-k", "--fail-fast"], "--keep-going and --fail-fast exclude each other"),
+    (["exec", "--inline", "--engine", "dask"], "--inline and --engine exclude each other"),
     (["exec", "--output", "grop"], "'grop' is not one of"),
     (["exec", "--start-method", "fork"], "'fork' is not one of"),
     (["exec", "--resource", "gpu"], "--resource takes NAME=AMOUNT"),
@@ -288,6 +289,9 @@ def test_every_option_can_be_a_variable(
     assert (first.jobs, first.policy, first.start_method) == (5, "keep-going", "spawn")
     assert first.resources == {"gpu": 2.0, "tpu": 1.0}
     assert (second.jobs, second.policy) == (1, "fail-fast")  # what is typed counts more
+    monkeypatch.setenv("TASKRUN_ENGINE", "dask")
+    main(["exec", "--inline"])
+    assert executed[2][1].inline and executed[2][1].engine is None
 
 
 def test_a_dry_run_says_what_would_run_how_often_and_why(

@@ -265,6 +265,10 @@ def test_runs_in_several_threads_leave_the_garbage_collector_as_it_was(runs: Run
         ({"jobs": 0}, "run(jobs=...) is a number of workers, 1 or more, not 0"),
         ({"jobs": "4"}, "run(jobs=...) is a number of workers, 1 or more, not '4'"),
         ({"output": "loud"}, "run(output=...) is one of line, group, raw, quiet, not 'loud'"),
+        (
+            {"inline": True, "engine": "dask"},
+            "run(inline=True) and run(engine=...) exclude each other",
+        ),
         ({"policy": "go"}, "run(policy=...) is one of stop, keep-going, fail-fast, not 'go'"),
     ],
 )

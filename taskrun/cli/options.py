@@ -182,10 +182,28 @@ def run_options(command: Command) -> Command:
 
 def settings_from(context: click.Context, options: dict[str, Any]) -> Settings:
     """The Settings that the options of :func:`run_options` ask for."""
-    policy = _policy(context, options.pop("keep_going"), options.pop("fail_fast"))
+    _exclude(context, options, "keep_going", "fail_fast")
+    _exclude(context, options, "inline", "engine")
+    keep_going, fail_fast = options.pop("keep_going"), options.pop("fail_fast")
+    policy = "keep-going" if keep_going else "fail-fast" if fail_fast else "stop"
     from taskrun.settings import Settings
 
     return Settings(policy=policy, **options)
+
+
+def _exclude(context: click.Context, options: dict[str, Any], *names: str) -> None:
+    """Of two options that exclude each other, what is typed counts before what the
+    environment says."""
+    if not all(options[name] for name in names):
+        return
+    typed = [
+        name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if len(typed) != 1:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise UsageError(f"{flags} exclude each other")
+    for name in set(names).difference(typed):
+        options[name] = False if options[name] is True else None
 
 
 def stdout_for_events(context: click.Context, options: dict[str, Any]) -> int | None:
@@ -196,19 +214,6 @@ def stdout_for_events(context: click.Context, options: dict[str, Any]) -> int | 
     from taskrun.terminal import reserved_stdout
 
     return context.with_resource(reserved_stdout())
-
-
-def _policy(context: click.Context, keep_going: bool, fail_fast: bool) -> str:
-    if keep_going and fail_fast:
-        # What is typed counts before what the environment says.
-        typed = [
-            context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            for name in ("keep_going", "fail_fast")
-        ]
-        if typed[0] == typed[1]:
-            raise UsageError("--keep-going and --fail-fast exclude each other")
-        keep_going, fail_fast = typed
-    return "keep-going" if keep_going else "fail-fast" if fail_fast else "stop"
 
 
 # -- which file, which tasks ----------------------------------------------------------
