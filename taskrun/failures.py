@@ -122,10 +122,10 @@ def _pickled_exception(exc: BaseException) -> bytes | None:
 def _picklers() -> Iterator[tuple[Any, bool]]:
     """What to try in turn: a pickler, and whether the chain comes along."""
     yield pickle.Pickler, True
-    import cloudpickle  # slow to import, seldom needed
+    from taskrun.byvalue import Pickler  # slow to import, seldom needed
 
-    yield cloudpickle.Pickler, True
-    yield cloudpickle.Pickler, False
+    yield Pickler, True
+    yield Pickler, False
 
 
 def class_name(kind: type) -> str:

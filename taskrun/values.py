@@ -166,12 +166,12 @@ def _dumps(obj: Any) -> Portable:
         data = _MAIN
     if _MAIN not in data:
         return blobs.sealed(data, draft)
-    import cloudpickle  # slow to import, seldom needed
+    from taskrun.byvalue import Pickler  # slow to import, seldom needed
 
     if pickling.keys:
         pickling.keys.clear()
     draft = Draft()
-    cloudpickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
+    Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
     return draft.sealed()
 
 

@@ -92,6 +92,27 @@ def test_tasks_of_a_script_run_by_value_and_the_script_is_not_run_again(runs: Ru
     assert ended.check().out == "begins\n[100, 101, 102] [100, 101, 102]\n"
 
 
+def test_a_traceback_shows_the_lines_of_a_task_that_went_by_value(runs: Runs) -> None:
+    source = """
+        from taskrun import run, task
+
+        def make(text):
+            @task(name="made")
+            def inner():
+                return (lambda: int(text))()
+            return inner
+
+        if __name__ == "__main__":
+            try:
+                run(make("x"))
+            except Exception as error:
+                print(error.__cause__.__traceback__.tb_frame.f_code.co_filename)
+        """
+    ended = runs.script(source).check()
+    assert 'script.py", line 7, in inner\n      return (lambda: int(text))()\n' in ended.err
+    assert ended.out == f"{runs.folder}/script.py\n"
+
+
 def test_a_notebook_has_no_file(runs: Runs) -> None:
     done = subprocess.run(
         [sys.executable, "-"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -417,10 +416,9 @@ def _key(running: Running, reference: Reference, blob: Portable) -> bytes:
 
 
 def _by_value(task: Task) -> bytes:
-    import cloudpickle  # slow to import, and needed for tasks without a name only
+    from taskrun.byvalue import dumps  # slow to import, and needed for tasks without a name only
 
-    blob: bytes = cloudpickle.dumps(task, pickle.HIGHEST_PROTOCOL)
-    return blob
+    return dumps(task)
 
 
 def _digest(blob: bytes) -> bytes:

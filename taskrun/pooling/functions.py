@@ -161,15 +161,14 @@ def dumps_by_value(obj: Any, to: Place | None = None) -> Portable:
     ``to``: where its large parts go; in a worker usually where its results do.  Raises what
     pickling it raises.
     """
-    import cloudpickle  # slow to import, seldom needed
+    from taskrun.byvalue import Pickler  # slow to import, seldom needed
 
     draft = Draft()
-    cloudpickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
+    Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
     return draft.sealed(to)
 
 
 def _in_one(obj: Any) -> bytes:
-    import cloudpickle
+    from taskrun.byvalue import dumps
 
-    data: bytes = cloudpickle.dumps(obj, PROTOCOL)
-    return data
+    return dumps(obj)

@@ -258,9 +258,9 @@ def _packed(setup: remote.Setup, *, by_value: bool) -> bytes:
     """Pickled, with ``by_value`` also what is in a ``__main__`` that does not travel."""
     from multiprocessing.reduction import ForkingPickler
 
-    import cloudpickle
+    from taskrun import byvalue
 
-    dumps: list[Callable[[Any], Any]] = [ForkingPickler.dumps, cloudpickle.dumps]
+    dumps: list[Callable[[Any], Any]] = [ForkingPickler.dumps, byvalue.dumps]
     try:
         return bytes(dumps[by_value](setup))
     except Exception as error:

@@ -40,10 +40,9 @@ def _dumps(value: Any) -> bytes:
     try:
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError):
-        import cloudpickle  # slow to import, and seldom needed
+        from taskrun.byvalue import dumps  # slow to import, and seldom needed
 
-        blob: bytes = cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        return blob
+        return dumps(value)
 
 
 def from_stored(stored: Stored) -> Any:
