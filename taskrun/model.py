@@ -192,17 +192,17 @@ class Task:
     def __reduce__(self) -> Any:
         # By reference where it can be: a worker finds it in its own copy of the module.
         # Else by value: cloudpickle carries the function (a notebook, a closure).
-        if is_importable(self):
+        if is_importable(self, self):
             return (_find, (self.module, self.qualname))
         return (_rebuild, (self.function, self.options, self.params))
 
 
-def is_importable(task: Task) -> bool:
-    """Whether ``task`` is found again under its module and name, in every process."""
+def is_importable(task: Task, what: object) -> bool:
+    """Whether ``what`` is found under the module and name of ``task``, in every process."""
     found: Any = sys.modules.get(task.module)
     for part in task.qualname.split("."):
         found = getattr(found, part, None)
-    return found is task and task.module != "__main__"
+    return found is what and task.module != "__main__"
 
 
 def fill_per_worker(task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

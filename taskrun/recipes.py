@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import Any
 
 from taskrun.errors import CallTimeout, UsageError
-from taskrun.model import Each, Options, Recipe, Result, Source, Task, is_importable
+from taskrun.model import Each, Options, PerWorker, Recipe, Result, Source, Task, is_importable
 from taskrun.values import encode
 
 
@@ -59,18 +59,25 @@ def reference_to(task: Task) -> tuple[tuple[str, str] | bytes, bytes | None]:
 
     Raises UsageError where it has no name to be found by, and cannot be pickled either.
     """
-    if is_importable(task):
+    if is_importable(task, task) or (_is_plain(task) and is_importable(task, task.function)):
         return (task.module, task.qualname), None
-    import cloudpickle  # heavy; most tasks are found by name
+    from taskrun.byvalue import dumps  # heavy; most tasks are found by name
 
     try:
-        blob = cloudpickle.dumps(_without_inputs(task))
+        blob = dumps(_without_inputs(task))
     except Exception as error:
         raise UsageError(
             f"{task.name} is not found by its name {task.qualname!r} in {task.module}, and cannot "
             f"be pickled: {error}"
         ) from error
     return blake2b(blob, digest_size=16).digest(), blob
+
+
+def _is_plain(task: Task) -> bool:
+    """Whether its function alone tells a worker all that it has to know."""
+    options = task.options
+    by_worker = any(isinstance(source, PerWorker) for source in task.params.values())
+    return options == Options(options.name, lane=options.lane) and not by_worker
 
 
 def _without_inputs(task: Task) -> Task:

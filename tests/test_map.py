@@ -67,6 +67,26 @@ def test_arguments_and_lines_are_mapped(runs: Runs) -> None:
     assert runs.run("map", "f.py:square", stdin=subprocess.DEVNULL).check().out == ""
 
 
+def test_a_function_is_the_modules_own_with_what_cannot_travel_and_what_it_has_kept(
+    runs: Runs,
+) -> None:
+    source = """
+        LOCK, SEEN = threading.Lock(), []
+
+        def count(x):
+            with LOCK:
+                SEEN.append(x)
+                return len(SEEN)
+
+        def again(x: int): return x and again(x - 1)
+        """
+    runs.write(source, "g.py")
+    ended = runs.run("map", "g.py:count", "-j1", "--keep-order", "a", "b", "c").check()
+    assert ended.out == "1\n2\n3\n"
+    assert runs.run("map", "g.py:count", "--inline", "a", "b").check().out == "1\n2\n"
+    assert runs.run("map", "g.py:again", "3").check().out == "0\n"
+
+
 def test_results_keep_the_order_where_that_is_asked(runs: Runs) -> None:
     ended = runs.run("map", "f.py:slow_first", "--keep-order", "-j2", input=numbers(500)).check()
     assert ended.out.split() == [str(n) for n in range(500)]
