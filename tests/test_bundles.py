@@ -46,6 +46,32 @@ def test_modules_and_packages_beside_the_task_file_travel_and_nothing_else(tmp_p
     ]  # fmt: skip
 
 
+def test_of_packages_without_init_the_modules_travel(tmp_path: Path) -> None:
+    write(
+        tmp_path, "tasks.py", "fast.so", "lib/one.py", "lib/deep/two.py", "lib/data.csv",
+        "data/a.csv", "data/read.txt", "not-a-name/x.py", "lib/.git/hook.py", "own/pyvenv.cfg",
+        "own/x.py",
+    )  # fmt: skip
+    assert names(make_bundle(str(tmp_path / "tasks.py")).data) == [
+        "fast.so", "lib/deep/two.py", "lib/one.py", "tasks.py",
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_not_in_utf_8_is_an_error_that_shows_it(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py")
+    (tmp_path / os.fsdecode(b"w\xff.py")).touch()
+    with pytest.raises(errors.UsageError, match=r"w\\udcff.py' cannot travel"):
+        make_bundle(str(tmp_path / "tasks.py"))
+
+
+def test_what_is_no_file_does_not_travel_nor_keep_anybody_waiting(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    assert names(make_bundle(str(tmp_path / "tasks.py")).data) == ["tasks.py"]
+    with pytest.raises(errors.UsageError, match=r"pipe.py is neither a file nor a folder"):
+        make_bundle(str(tmp_path / "tasks.py"), ["pipe*"])
+
+
 def test_data_files_travel_where_a_pattern_names_them(tmp_path: Path) -> None:
     write(tmp_path, "tasks.py", "data/a.csv", "data/deep/b.csv", "data/c.txt", "more/d", "e.txt")
     file = str(tmp_path / "tasks.py")

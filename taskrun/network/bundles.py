@@ -1,8 +1,9 @@
 """The files that workers on another machine need: one archive, known by its content.
 
 Of the folder in which the task file is: the modules beside it, the packages beside it with
-all that is in them, and the data files that ``--bundle`` names.  The same files make the
-same archive, byte by byte; so a node that has had it once needs it no more.
+all that is in them (of those without ``__init__.py`` the modules), and the data files that
+``--bundle`` names.  The same files make the same archive, byte by byte; so a node that has had
+it once needs it no more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from taskrun.errors import UsageError
 MOST_BYTES: Final = 256 * 1024 * 1024
 _WHEN: Final = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can say
 _LEFT_OUT: Final = frozenset("__pycache__ node_modules build dist venv env site-packages".split())
+_MODULES: Final = (".py", ".so")
 _SUFFIXES_LEFT_OUT: Final = (".pyc", ".pyo", ".egg-info", ".dist-info", "~")
 
 
@@ -37,6 +39,10 @@ def make_bundle(file: str, patterns: Sequence[str] = (), folder: str | None = No
     except OSError as error:
         raise UsageError(
             f"{error.filename or file} cannot travel to other machines: {error.strerror or error}"
+        ) from None
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{error.object!r} cannot travel to other machines: its name is not in UTF-8"
         ) from None
 
 
@@ -70,12 +76,25 @@ def _code(folder: str) -> Iterator[str]:
     """The modules in ``folder``, and all files of the packages in it."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _is_left_out(entry.name):
+            if _is_left_out(entry.name, folder):
                 continue
-            if entry.is_file() and entry.name.endswith(".py"):
+            if entry.is_file() and entry.name.endswith(_MODULES):
                 yield entry.name
-            elif entry.is_dir() and os.path.exists(os.path.join(entry.path, "__init__.py")):
-                yield from _files(folder, entry.name)
+            elif entry.is_dir():
+                yield from _package(folder, entry.name)
+
+
+def _package(folder: str, name: str) -> Iterator[str]:
+    """The files of the package ``name``; none where that is a folder of something else."""
+    try:
+        inside = os.listdir(os.path.join(folder, name))
+    except PermissionError:
+        return  # no task can import it either
+    if "__init__.py" in inside:
+        yield from _files(folder, name)
+    elif name.isidentifier() and any(each.endswith(_MODULES) for each in inside):
+        # A package all the same, but one among whose modules anything else may lie, too.
+        yield from (each for each in _files(folder, name) if each.endswith(_MODULES))
 
 
 def _files(folder: str, below: str) -> Iterator[str]:
@@ -109,6 +128,8 @@ def _matching(folder: str, patterns: Sequence[str]) -> Iterator[str]:
             raise UsageError(f"--bundle {pattern}: there is no such file in {folder}")
         for name in found:
             path = os.path.join(folder, name)
+            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+                raise UsageError(f"--bundle {pattern}: {path} is neither a file nor a folder")
             yield from _files(folder, name) if os.path.isdir(path) else (name,)
 
 
