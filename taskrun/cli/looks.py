@@ -20,6 +20,21 @@ def lines(now: dict[str, Any]) -> Iterator[str]:
         yield from _run(now)
 
 
+def fitted(shown: Sequence[str], width: int, height: int) -> list[str]:
+    """So much of these lines as a screen of that size shows, all of which can be overwritten."""
+    most = max(1, height - 1)  # the cursor stands below them
+    if len(shown) > most:
+        rest = len(shown) - most + 1
+        shown = [*shown[: most - 1], f"and {text.plural(rest, 'more line')}"]
+    return [line if text.columns(line) <= width else _cut(line, width) for line in shown]
+
+
+def _cut(line: str, width: int) -> str:
+    while text.columns(line) > width:
+        line = line[:-1]
+    return line
+
+
 # -- a run ----------------------------------------------------------------------------
 
 
@@ -130,12 +145,12 @@ def _call(call: dict[str, Any], with_run: bool) -> tuple[str, ...]:
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     """Columns of numbers are flush right, others flush left."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    columns = [tuple(map(text.one_line, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(text.columns, column)) for column in columns]
     right = [_is_of_numbers(column[1:]) for column in columns]
-    for row in rows:
+    for row in zip(*columns, strict=True):
         cells = [
-            cell.rjust(width) if flush else cell.ljust(width)
+            cell.rjust(width) if flush else text.padded(cell, width)
             for cell, width, flush in zip(row, widths, right, strict=True)
         ]
         yield "  " + "  ".join(cells).rstrip()

@@ -250,17 +250,21 @@ def _show_several(
 # -- how a status looks ---------------------------------------------------------------
 
 
-def _show(now: dict[str, Any], json: bool, before: int = 0) -> int:
-    """Show a status, in the place of one of ``before`` lines; gives how many it has."""
+def _show(now: dict[str, Any], json: bool, before: int | None = None) -> int:
+    """Show a status; one that is watched in the place of the last one, which had ``before``
+    lines.  Gives how many it has."""
+    import os
     import sys
 
     if json:
         click.echo(json_module.dumps(now))
         return 0
+    from taskrun.cli.looks import fitted
     from taskrun.cli.looks import lines as looks
 
     lines = list(looks(now))
-    again = before and sys.stdout.isatty()
-    click.echo(f"\x1b[{before}F\x1b[J" if again else "", nl=False)
+    if before is not None and sys.stdout.isatty():
+        lines = fitted(lines, *os.get_terminal_size(sys.stdout.fileno()))
+        click.echo(f"\x1b[{before}F\x1b[J" if before else "", nl=False)
     click.echo("\n".join(lines))
     return len(lines)

@@ -1,0 +1,36 @@
+"""How a status looks: lines for people, without a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskrun import text
+from taskrun.cli.looks import fitted, lines
+
+
+def status(**more: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "file": "tasks.py", "pid": 1, "seconds": 2.0, "stopping": "", "paused": False, "eta": None,
+        "rate": None, "done": 0, "total": 1, "tasks": [], "nodes": [], "running": [],
+    }  # fmt: skip
+    return {**made, **more}
+
+
+def running(label: str) -> dict[str, Any]:
+    return {"call": "fetch[0]", "label": label, "worker": "w1", "since": None, "attempt": 1,
+            "waits": False}  # fmt: skip
+
+
+def test_a_label_neither_breaks_the_table_nor_reaches_the_terminal_as_a_command() -> None:
+    shown = list(lines(status(running=[running("a\nb\x1b[2J"), running("日本")])))
+    assert not any(set(line) & set("\n\x1b") for line in shown)
+    *_, head, first, second = shown
+    columns = [text.columns(line[: line.index("w")]) for line in (head, first, second)]
+    assert columns[0] == columns[1] == columns[2]
+
+
+def test_what_is_watched_fits_the_screen() -> None:
+    assert fitted(["short", "long" * 9], 10, 24) == ["short", "longlonglo"]
+    assert fitted(["日本日本"], 5, 24) == ["日本"]
+    assert fitted(list("abcdef"), 80, 7) == list("abcdef")
+    assert fitted(list("abcdef"), 80, 5) == ["a", "b", "c", "and 3 more lines"]
