@@ -55,6 +55,8 @@ def host_and_port(text: str) -> tuple[str, int] | None:
     host = host.removeprefix("[").removesuffix("]")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
         return None
+    if "/" in host or any(map(str.isspace, host)):
+        return None  # another scheme's, or a slip of the keyboard: no host has such a name
     return host, int(port)
 
 
@@ -83,7 +85,9 @@ def is_loopback(host: str) -> bool:
     """Whether a host, as written, is this machine itself."""
     parts = host.split(".")
     return host in _LOOPBACK_NAMES or (
-        len(parts) == 4 and parts[0] == "127" and all(part.isdecimal() for part in parts)
+        len(parts) == 4
+        and parts[0] == "127"
+        and all(part.isdecimal() and int(part) < 256 for part in parts)
     )
 
 

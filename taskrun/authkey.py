@@ -71,7 +71,9 @@ def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) and status.st_uid == os.getuid():
+            # A file that somebody else gave us may be for a group that we are in.
+            own = status.st_uid == os.getuid()
+            if status.st_mode & (stat.S_IRWXO | (stat.S_IRWXG if own else 0)):
                 raise UsageError(f"the authkey file {path} can be read by others: chmod 600 {path}")
             return file.read().strip()
     except FileNotFoundError:

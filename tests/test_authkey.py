@@ -94,6 +94,21 @@ def test_a_refusal_names_the_path_and_the_reason_and_never_the_key(
     assert KEY[:-1] not in str(caught.value)
 
 
+@pytest.mark.parametrize(("permissions", "refused"), [(0o440, False), (0o644, True)])
+def test_somebody_elses_key_file_may_be_a_groups_but_not_everybodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permissions: int, refused: bool
+) -> None:
+    path = tmp_path / "key"
+    path.write_text(KEY)
+    path.chmod(permissions)
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    if refused:
+        with pytest.raises(UsageError, match="can be read by others"):
+            authkey.authkey(str(path))
+    else:
+        assert authkey.authkey(str(path)) == KEY.strip().encode()
+
+
 def test_commands_refuse_a_key_file_that_others_can_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

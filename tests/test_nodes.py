@@ -243,6 +243,7 @@ def test_a_node_with_another_key_is_told_so(grid: Grid) -> None:
         ({"wire": 99}, "speaks wire version 99"),
         ({"slots": 0}, "offers what no node can have"),
         ({"slots": "many"}, "invalid literal"),
+        ({"name": "two\nlines"}, "a node's name is printable"),
         ({"resources": 3}, "what no node says"),
         ({"slots": 1e999}, "what no node says"),
         ({"received": []}, "how much it has received"),

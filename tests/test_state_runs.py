@@ -349,7 +349,8 @@ def test_a_wrong_key_is_refused_and_not_shown(runs: Runs) -> None:
 
 
 def test_what_is_no_address_cannot_be_listened_to(runs: Runs) -> None:
-    for address in ("localhost", "tls://localhost", "127.0.0.1:port", "127.0.0.1:70000"):
+    for address in ("localhost", "tls://localhost", "127.0.0.1:port", "127.0.0.1:70000",
+                    "http://localhost:7077", "local host:7077"):  # fmt: skip
         done = runs.exec("@task\ndef work(): pass\n", "--listen", address).check(2)
         assert "an address is HOST:PORT, tls://HOST:PORT or unix:PATH" in done.err
 

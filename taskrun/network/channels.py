@@ -139,7 +139,8 @@ def offer_from(said: Any) -> Offer:
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a node says what no node says: {error!r}") from None
     sound = all(0 <= value < math.inf for value in offer.resources.values())
-    named = offer.name.isprintable() and 0 < len(name) < 200
-    if not (0 < offer.slots <= 100_000 and named and sound):
+    if not (0 < offer.slots <= 100_000 and sound):
         raise ValueError("a node offers what no node can have")
+    if not (offer.name.isprintable() and 0 < len(name) < 200):
+        raise ValueError("a node's name is printable, and has 1 to 199 characters")
     return offer
