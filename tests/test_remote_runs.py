@@ -113,7 +113,7 @@ def test_shared_state_is_the_same_for_calls_here_and_there(site: Site) -> None:
     def count(x=each(range(60))):
         with lock: where[x] = current().node
         counted.add(1)
-        time.sleep(0.01)
+        while len(set(where.values())) < 2: time.sleep(0.01)
 
     @task
     def show(done=result(count)): print(counted.get(), len(where), sorted(set(where.values())))
@@ -266,6 +266,21 @@ def test_a_node_that_is_killed_is_replaced_by_the_others(site: Site) -> None:
     assert "True 8" in ended.out
     assert "node killed is lost" in ended.err
     killed.assert_gone()
+
+
+def test_a_node_without_room_for_the_files_says_so_and_comes_again_after_a_while(
+    site: Site,
+) -> None:
+    site.variables["XDG_CACHE_HOME"] = str(site.runs.write("", name="cache.py"))
+    run = site.write_and_listen("@task\ndef one(): print('done')\n")
+    lab = site.node(run)
+    said = lab.await_line("tries again in", err=True)
+    assert "the files of the run cannot be laid out" in said and "Not a directory" in said
+    assert "node lab cannot take part" in run.await_line("cannot be laid out", err=True)
+    lab.await_line("tries again in 2 s", err=True)
+    (site.runs.folder / "cache.py").unlink()
+    assert "one | done" in run.end().check().out
+    lab.await_line("the run has ended", err=True)
 
 
 def test_without_retries_the_calls_of_a_lost_node_fail_and_name_it(site: Site) -> None:

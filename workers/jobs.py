@@ -32,13 +32,21 @@ _DEADLINE: Final = 5.0  # seconds in which the template has to end all workers
 class Work:
     """One run's part at this node; it lasts as long as the conversation with that run.
 
-    ``name``: what the coordinator calls this node.
+    ``name``: what the coordinator calls this node.  ``on_unable`` is called with the reason
+    where this machine cannot do its part, when the coordinator has been told.
     """
 
-    def __init__(self, reactor: Reactor, conversation: Conversation, name: str) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        conversation: Conversation,
+        name: str,
+        on_unable: Callable[[str], object],
+    ) -> None:
         self._reactor = reactor
         self._conversation = conversation
         self._name = name
+        self._on_unable = on_unable
         self._job: ch.Job | None = None
         self._until = 0.0
         self._folder: Folder | None = None
@@ -100,14 +108,14 @@ class Work:
             else:
                 self._say(ch.WANT, b"")
         except (OSError, ValueError) as error:
-            self._unable(f"its files cannot be prepared: {error}")
+            self._cannot("the files of the run cannot be laid out", error)
 
     def _on_bundle(self, key: int, data: Data) -> None:
         assert self._job is not None and self._job.bundle is not None
         try:
             self._prepare(Cache().keep(self._job.bundle, data))
         except (OSError, ValueError) as error:
-            self._unable(f"its files cannot be prepared: {error}")
+            self._cannot("the files of the run cannot be laid out", error)
 
     def _on_start(self, key: int, data: Data) -> None:
         if self._berths is None:
@@ -120,7 +128,7 @@ class Work:
         try:
             self._shelf.put(ch.number_of(key), data)
         except OSError as error:
-            self._unable(f"a large value cannot be kept: {error}")
+            self._cannot("a large value cannot be kept", error)
             return
         self._berths.value_came()
 
@@ -133,6 +141,11 @@ class Work:
 
     def _unable(self, reason: str) -> None:
         self._say(ch.UNABLE, reason.encode())
+        self._on_unable(reason)
+
+    def _cannot(self, what: str, error: Exception) -> None:
+        why = error.strerror if isinstance(error, OSError) else None
+        self._unable(f"{what} in {cache_folder()}: {why or error}")
 
     # -- beginning --------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ from taskrun.workers.settings import lease_clock
 ROLE: Final = b"node"
 FIRST_WAIT: Final = 0.1  # seconds before a coordinator is dialled again ...
 LONGEST_WAIT: Final = 1.0  # ... doubled each time up to this
+UNABLE_WAIT: Final = 1.0  # seconds until a machine that could not take part tries again ...
+LONGEST_UNABLE: Final = 60.0  # ... doubled each time up to this
 MOST_BEAT: Final = 2.5  # seconds between beats at most
 _BEATS: Final = 6  # so many go into a lease
 _EARLIER: Final = 1.0  # seconds before the end of the lease at which calls are ended ...
@@ -69,6 +71,7 @@ class Node:
         self._once = once
         self._busy_at = monotonic()
         self._wait = FIRST_WAIT
+        self._unable_wait = UNABLE_WAIT
         self._said_waiting = False
         self._session: Session | None = None
         self._greeted: Any = None  # a peer that has not answered yet
@@ -186,12 +189,23 @@ class Node:
 
     def session_over(self, reason: str, grace: float) -> None:
         """The coordinator, or the end of the lease, has ended the session."""
+        self._unable_wait = UNABLE_WAIT
         self._say(reason)
         self._end_session(reason, grace)
         if self._leaving or self._once:
             self.status = 0
         else:
             self._connect_later()
+
+    def unable(self, reason: str) -> None:
+        """This machine could not do its part in the session; later it may."""
+        wait = self._unable_wait * random.uniform(0.8, 1.2)
+        self._unable_wait = min(2 * self._unable_wait, LONGEST_UNABLE)
+        self._say(f"cannot take part: {reason}; tries again in {wait:.0f} s")
+        self._end_session(reason, 0.0)
+        if self._leaving:
+            self.status = 0
+        self._later(wait, self._connect)
 
     def _end_session(self, reason: str, grace: float) -> None:
         session, self._session = self._session, None
@@ -216,6 +230,8 @@ class Node:
         self._session.drain()
 
     def _tick(self) -> None:
+        if self.status is not None:
+            return  # somebody else goes on with the reactor
         session = self._session
         if session is not None and session.work.was_busy():
             self._busy_at = monotonic()
@@ -246,7 +262,7 @@ class Session:
         self._answered = monotonic()
         self._over = self._draining = False
         self.talk = Conversation(self._on_message, on_echo=self._on_echo, on_room=self._on_room)
-        self.work = Work(reactor, self.talk, welcome.name)
+        self.work = Work(reactor, self.talk, welcome.name, self._on_unable)
         self._beat()
         self._watch()
 
@@ -322,6 +338,10 @@ class Session:
 
     def _on_room(self) -> None:
         self.work.on_room()
+
+    def _on_unable(self, reason: str) -> None:
+        # Later: whoever noticed is in the middle of something that ends with the session.
+        self._reactor.call_soon(lambda: None if self._over else self._node.unable(reason))
 
     def drain(self) -> None:
         """Take no more calls."""
