@@ -207,7 +207,14 @@ def test_a_run_waits_where_there_is_no_slot_for_it(site: Site) -> None:
     assert [site.run(name)["state"] for name in (first, second)] == ["running", "waiting"]
     assert "r2 is waiting" in site.ask("status", second).check(2).err
     site.go_on()
-    assert "total | 28" in site.attach(second).end().check().out
+    ended = site.attach(second).end().check()
+    assert "total | 28" in ended.out
+    assert "r2 waits for a slot: others have all of them" in ended.err
+
+
+def test_who_submits_where_there_are_no_slots_at_all_is_told_so(site: Site) -> None:
+    site.serve(0)
+    site.submit().await_line("r1 waits for a slot: there is none until a node joins", err=True)
 
 
 def test_status_and_steering_reach_a_run_of_the_server(site: Site) -> None:

@@ -137,6 +137,23 @@ def test_one_run_after_the_other_uses_the_same_node(site: Site) -> None:
     wait_until(lambda: len(lab.processes()) == 1)
 
 
+def test_a_node_that_no_run_wants_for_a_while_leaves_by_itself_and_says_so_once(
+    site: Site,
+) -> None:
+    site.serve(0)
+    client = site.submit()
+    lab = site.runs.start(
+        "worker", site.address, "-j", "2", "--name", "lab", "--idle-exit", "0.5",
+        env=site.variables,
+    )  # fmt: skip
+    site.await_begun(2)
+    wait_until(lambda: site.run("r1")["now"]["seconds"] > 2)
+    site.go_on()
+    assert "total | 28" in client.end().check().out
+    ended = lab.end()
+    assert ended.status == 0 and ended.err.count("had nothing to do") == 1
+
+
 def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:
     site.serve(1)
     lab = join(site, 2)

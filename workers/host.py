@@ -39,7 +39,8 @@ class Host:
 
     ``peer`` is the connection over which the server gave ``hosting`` as its answer; ``dial``
     makes another one.  ``take_part(run, offer)`` is the supervisor for a run: it is called in
-    a process of its own, and gives its exit status.
+    a process of its own, and gives its exit status.  ``idle_exit``: seconds without a run that
+    wants this node after which it leaves by itself.
     """
 
     def __init__(
@@ -51,8 +52,11 @@ class Host:
         dial: Dial,
         take_part: Callable[[str, Offer], int],
         say: Callable[[str], object],
+        idle_exit: float | None = None,
     ) -> None:
         self._reactor = reactor
+        self._idle_exit = idle_exit
+        self._busy_at = monotonic()
         self._hosting = hosting
         self._offer = offer
         self._dial = dial
@@ -131,7 +135,16 @@ class Host:
             self._peer.close()
             self._on_end(self._peer, f"no answer for {SILENCE:g} s")
         self._tell({"beat": True})
+        self._look_if_idle()
         self._later(BEAT, self._beat)
+
+    def _look_if_idle(self) -> None:
+        now = monotonic()
+        if self._leaving or self._parts or (self._wanted and self._peer is not None):
+            self._busy_at = now
+        elif self._idle_exit is not None and now - self._busy_at > self._idle_exit:
+            self._say(f"had nothing to do for {self._idle_exit:g} s")
+            self._leave()
 
     def _on_frame(self, peer: Any, frame: memoryview) -> None:
         if peer is not self._peer:
@@ -202,8 +215,9 @@ class Host:
 
     def _adjust(self) -> None:
         """Start the supervisors that are missing, and have those leave that are too many."""
-        for run in sorted(self._wanted - self._parts.keys()):
-            self._start(run)
+        if self._peer is not None:  # without the server none of them could do anything
+            for run in sorted(self._wanted - self._parts.keys()):
+                self._start(run)
         for run in self._parts.keys() - self._wanted - self._ending:
             self._ending.add(run)
             sessions.send([self._parts[run]], signal.SIGTERM)

@@ -123,7 +123,8 @@ def _serve(server: Coordinator, offer: Offer, idle_exit: float | None) -> int:
         status = node.run()
         if node.server is None:
             return status
-        host = Host(reactor, *node.server, offer, dial, partial(take_part, server), _say)
+        part = partial(take_part, server)
+        host = Host(reactor, *node.server, offer, dial, part, _say, idle_exit)
         ended = host.run()
         reactor.close()
         if ended is not None:

@@ -20,6 +20,7 @@ from taskrun.errors import UsageError
 from taskrun.network.joining import Hosting, Refused, answer_frame, read_hello
 from taskrun.reactor import Reactor
 from taskrun.serving.shares import Shares
+from taskrun.text import plural
 
 NODE: Final = b"node"
 JOINING: Final = 10.0  # seconds for a node to say hello
@@ -124,7 +125,7 @@ class Hosts:
         if host is None:
             name = self._free_name(hello.offer.name)
             host = self.hosts[name] = Host(name, os.urandom(16).hex(), hello.offer.slots)
-            self._say(f"node {name} joined with {host.slots} slots")
+            self._say(f"node {name} joined with {plural(host.slots, 'slot')}")
             self._watch(host)
         self._attach(host, peer)
         self._changed()

@@ -179,9 +179,14 @@ class ServedRun:
             number = signal.Signals(-status).name
             self._end(LOST, f"the process of {self.name} was killed by {number}")
 
+    def say(self, text: str) -> None:
+        """Have those who follow it read this line."""
+        self.kept.write(STDERR, f"taskrun: {text}\n".encode())
+        self._pump()
+
     def _end(self, status: int, why: str = "") -> None:
         if why:
-            self.kept.write(STDERR, f"taskrun: error: {why}\n".encode())
+            self.say(f"error: {why}")
         self.kept.finish()
         self.state, self.status = ENDED, status
         self.shares = {}

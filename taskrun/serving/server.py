@@ -145,6 +145,10 @@ class Server:
         )
         self._say(f"{name} {run.file} submitted")
         self.deal()
+        if run.state == WAITING:
+            some = self._slots or self._hosts.places()
+            why = "others have all of them" if some else "there is none until a node joins"
+            run.say(f"{name} waits for a slot: {why}")
         return run
 
     def _on_run_end(self, run: ServedRun | LentPool) -> None:
@@ -286,7 +290,7 @@ class Server:
     def _ask(self, peer: transport.Peer, run: ServedRun, request: dict[str, Any]) -> None:
         """Have the run's own process answer."""
         if run.state != RUNNING:
-            raise UsageError(f"{run.name} is {run.state}")
+            raise UsageError(f"{run.name} {'has ended' if run.state == ENDED else 'is waiting'}")
 
         asked: transport.Peer | None = None
 
