@@ -447,6 +447,88 @@ def take(n=each(numbers)): print("took", n)
     assert took == [f"took {n}" for n in range(6)]
 
 
+@every_lane
+def test_an_async_generator_is_closed_as_part_of_its_call(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE)
+RUN numbers():
+    try:
+        yield lambda: 1
+        yield (n for n in [])
+    finally:
+        PAUSE(0.01)
+        print("closed")
+
+@task
+def take(n=each(numbers)): pass
+""",
+        lane,
+    )
+    ended = runs.exec(source, "-j2")
+    assert ended.status == 1
+    assert "numbers | closed" in ended.out
+
+
+# -- forked children ------------------------------------------------------------------
+
+
+@every_lane
+def test_a_child_that_a_call_forks_ends_with_the_calls_code(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE)
+RUN forks():
+    PAUSE(0.01)
+    child = os.fork()
+    if not child: raise SystemExit(7)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]: PAUSE(0.01)
+    print("child", os.waitstatus_to_exitcode(ended[1]))
+""",
+        lane,
+    )
+    assert runs.exec(source, "-j1", "--output", "raw").check().out == "child 7\n"
+
+
+LINGERS = {"async": "await asyncio.create_task(lingers())", "green": "lingers()"}
+
+
+@pytest.mark.parametrize("lane", ["async", pytest.param("green", marks=needs_gevent)])
+def test_no_other_call_goes_on_in_a_child_that_a_call_forks(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+@task(lane=LANE)
+RUN other(n=each(range(100))):
+    if n == 99: mark("all")
+    while not os.path.exists("forked"): PAUSE(0.01)
+    PAUSE(0.05)
+    with open("done", "a") as file: file.write("once ")
+
+RUN lingers():
+    child = os.fork()
+    if not child:
+        mark("forked")
+        PAUSE(2)
+    return child
+
+@task(lane=LANE)
+RUN forks():
+    while not os.path.exists("all"): PAUSE(0.01)
+    child = LINGERS
+    if not child: return
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]: PAUSE(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
+
+@task(after=[other])
+def count(child=result(forks)): print("child", child, "others", open("done").read().count("once"))
+""".replace("LINGERS", LINGERS[lane]),
+        lane,
+    )
+    child = 1 if lane == "async" else 0  # it has no loop; but it has a hub of its own
+    ended = runs.exec(source, "-j1", "--output", "raw").check()
+    assert ended.out == f"child {child} others 100\n"
+
+
 # -- green ----------------------------------------------------------------------------
 
 GREEN = """
@@ -470,6 +552,14 @@ def test_gevent_that_is_not_installed_is_an_error_that_names_the_extra(runs: Run
     ended = runs.exec(submits + "\n@task\ndef go(): fetch.submit()\n", env=without)
     assert ended.status == 1
     assert "pip install 'taskrun[gevent]'" in ended.err
+
+
+def test_gevent_that_cannot_be_imported_is_an_error_that_says_why(runs: Runs) -> None:
+    (runs.folder / "site" / "gevent").mkdir(parents=True)
+    broken = runs.folder / "site" / "gevent" / "__init__.py"
+    broken.write_text("raise ImportError('libev is not there')\n")
+    ended = runs.exec(GREEN, env={"PYTHONPATH": str(runs.folder / "site")}).check(3)
+    assert "needs gevent, which fails: ImportError: libev is not there" in ended.err
 
 
 @needs_gevent

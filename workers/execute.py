@@ -16,7 +16,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import aclosing, contextmanager, nullcontext
 from time import perf_counter, time
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -218,12 +218,12 @@ class Executor:
                 value = known.function(*positional, **keywords)
             running.user = False
             if self.forked:
-                self._leave(None)
+                self.leave(None)
             return value
         except BaseException as error:
             running.user = False
             if self.forked:
-                self._leave(error)
+                self.leave(error)
             kind, payload, _ = self._failed(running, error)
         if kind == "skip":
             return Failure("skipped", "Skip", payload)
@@ -292,14 +292,14 @@ class Executor:
             else:
                 value = self._call(running, args)
             if self.forked:
-                self._leave(None)
+                self.leave(None)
             outcome = self._outcome(running, value)
             running.user = False
             return outcome
         except BaseException as error:
             running.user = False
             if self.forked:
-                self._leave(error)
+                self.leave(error)
             return self._failed(running, error)
         finally:
             if restore is not None:
@@ -339,8 +339,9 @@ class Executor:
         if not running.known.flags & WANT_ITEMS:
             return [item async for item in made]
         items = self._begin_items(running)
-        async for value in made:
-            self._take_item(running, items, value)
+        async with aclosing(made):  # where an item cannot travel
+            async for value in made:
+                self._take_item(running, items, value)
         return items.values
 
     def _begin_items(self, running: Running) -> Items:
@@ -493,8 +494,8 @@ class Executor:
         self.forked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _leave(self, error: BaseException | None) -> NoReturn:
-        """The task's function ended in a child that it forked."""
+    def leave(self, error: BaseException | None) -> NoReturn:
+        """The task's function ended in a child that it forked: so does the child."""
         status = 0
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else int(error.code is not None)

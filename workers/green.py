@@ -16,6 +16,8 @@ from taskrun.workers.settings import Birth, Preloaded, Settings, apply
 
 assert native  # it is imported first
 
+_STDERR = 3  # among the descriptors of a worker
+
 
 def spawned(fds: list[int]) -> NoReturn:
     """Be a green worker; see ``main.spawned``."""
@@ -23,12 +25,17 @@ def spawned(fds: list[int]) -> NoReturn:
         settings, birth, parent = pickle.load(told)
     for fd in fds:
         os.set_inheritable(fd, False)
+    os.dup2(fds[_STDERR], 2)  # why gevent cannot be imported is to be seen
     apply(settings)
     too_early = "ssl" in sys.modules  # classes of it are bound to what is not replaced
-    from gevent import config, monkey
+    try:
+        from gevent import config, get_hub, monkey
 
-    config.track_greenlet_tree = False  # it costs each greenlet a stack trace
-    monkey.patch_all()
+        config.track_greenlet_tree = False  # it costs each greenlet a stack trace
+        monkey.patch_all()
+        get_hub()  # of the loop that the environment may name
+    except Exception as error:
+        sys.exit(f"lane='green' needs gevent, which fails: {type(error).__name__}: {error}")
     _run(settings, birth, fds, parent, too_early=too_early)
 
 

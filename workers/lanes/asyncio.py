@@ -31,6 +31,8 @@ class AsyncWorker(LaneWorker):
         """See ``base``."""
         self._loop.add_reader(self._fd, self._on_readable)
         self._loop.run_forever()
+        if self.executor.forked:
+            self.executor.leave(RuntimeError("the event loop does not go on in a forked child"))
         self._loop.remove_reader(self._fd)
         if self._error is not None:
             raise self._error
@@ -82,6 +84,13 @@ class AsyncWorker(LaneWorker):
         """See ``base``."""
         coroutine = running.handle.get_coro()
         return None if coroutine.cr_running else list(walk_awaits(coroutine))
+
+    def leave_others(self) -> None:
+        """See base.  Where the coroutine that forked goes on to wait, the child ends: its loop
+        has all other calls in it, and shares with the parent what it polls."""
+        for handle in getattr(self._loop, "_ready", ()):
+            handle.cancel()
+        self._loop.stop()
 
     # -- the tasks that calls start ---------------------------------------------------
 

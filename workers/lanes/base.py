@@ -116,6 +116,9 @@ class LaneWorker:
     def close(self) -> None:
         """The worker ends."""
 
+    def leave_others(self) -> None:
+        """In a child that a task forked: see that no other call goes on in it."""
+
     # -- the main flow ----------------------------------------------------------------
 
     def run(self) -> None:
@@ -292,6 +295,7 @@ class LaneWorker:
             self._ledger.close()
         except BufferError:
             pass  # a thread that is not in this child was sending from it
+        self.leave_others()
 
 
 def _exit_in(seconds: float) -> None:

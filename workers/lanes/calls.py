@@ -121,8 +121,12 @@ class LaneExecutor(Executor):
                 value = await made
             else:
                 value = await self._listed_async(running, made)
+            if self.forked:
+                self.leave(None)
             outcome = self._outcome(running, value)
         except BaseException as error:
+            if self.forked:
+                self.leave(error)
             outcome = self._failed(running, error)
         self.end(running, outcome)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import gevent
 import gevent.event
-from gevent import socket
+from gevent import hub, socket
 from greenlet import getcurrent
 
 from taskrun.errors import Interrupted
@@ -43,7 +43,10 @@ class GreenWorker(LaneWorker):
         """See ``base``."""
         gevent.Greenlet.add_spawn_callback(self._note)
         reader = gevent.spawn(self._read_on)
-        self._over.get()
+        try:
+            self._over.get()
+        except hub.LoopExit:
+            self.executor.leave(None)  # a forked child, where nothing is left to run
         reader.kill()
 
     def _read_on(self) -> None:
@@ -122,6 +125,21 @@ class GreenWorker(LaneWorker):
         """See ``base``."""
         frame = running.handle.gr_frame
         return None if frame is None and running.user else walk_up(frame)
+
+    def leave_others(self) -> None:
+        """See base.  In the hub wait the greenlets of all other calls: the child gets another."""
+        if native.get_ident() != self._thread:
+            return  # a thread that is one: the hub is not in this child
+        old = hub.get_hub()
+        hub.set_hub(None)
+        old.loop.destroy()
+        hub.set_loop(None)
+        new = hub.get_hub()
+        new.parent = old.parent
+        greenlet = getcurrent()
+        while greenlet.parent is not old:
+            greenlet = greenlet.parent
+        greenlet.parent = new
 
     # -- around -----------------------------------------------------------------------
 
