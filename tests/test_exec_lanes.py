@@ -60,8 +60,48 @@ def waits():
         lane,
     )
     assert runs.exec(source, "-j1").check().out == "w1 | late, but whole\n"
+    for name in ("ended", "written"):
+        (runs.folder / name).unlink()
     events = runs.exec(source, "-j1", "--json").check().out
     assert '"id":null,"worker":"w1","stream":"stdout"' in events
+
+
+@every_lane
+def test_what_threads_print_is_of_the_call_they_work_for(runs: Runs, lane: str) -> None:
+    source = in_lane(
+        """
+from concurrent.futures import ThreadPoolExecutor
+
+everybodys = ThreadPoolExecutor(1)
+
+def says(what): print(what, "of", current().call, flush=True)
+
+@task(lane=LANE)
+RUN works(n=each(range(3))):
+    thread = threading.Thread(target=says, args=["a thread"])
+    thread.start()
+    done = everybodys.submit(says, "a shared pool")
+    while thread.is_alive() or not done.done(): PAUSE(0.01)
+    with open("met", "a") as file: file.write("x")
+    while len(open("met").read()) < 3: PAUSE(0.01)
+""",
+        lane,
+    )
+    out = runs.exec(source, "-j1").check().out.splitlines()
+    lines = [(f"works[{n}]", what) for n in range(3) for what in ("a shared pool", "a thread")]
+    assert sorted(out) == [f"{call} | {what} of {call}" for call, what in lines]
+
+
+@needs_gevent
+def test_what_greenlets_print_is_of_the_call_that_spawned_them(runs: Runs) -> None:
+    source = """
+@task(lane="green")
+def works(n=each(range(3))):
+    import gevent
+    gevent.spawn(lambda: gevent.spawn(lambda: print("of", current().call)).join()).join()
+"""
+    out = runs.exec(source, "-j1").check().out.splitlines()
+    assert sorted(out) == [f"works[{n}] | of works[{n}]" for n in range(3)]
 
 
 BACKGROUND = {

@@ -26,6 +26,7 @@ from taskrun.workers.lanes.control import LaneControl
 from taskrun.workers.lanes.output import LaneOutput
 from taskrun.workers.lanes.scope import LaneContext
 from taskrun.workers.lanes.stacks import Place
+from taskrun.workers.lanes.threads import follow_calls
 from taskrun.workers.outbox import LARGE, Outbox
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import call_name, state_home
@@ -131,6 +132,7 @@ class LaneWorker:
         context.state_home = self._state
         context.show = self._show
         context.owner = self.found
+        follow_calls(self.found)
         self.prepare()
         self._control.start()
         self.tell((READY, os.getpid()))

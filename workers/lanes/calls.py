@@ -16,7 +16,7 @@ from taskrun.workers.items import Later
 from taskrun.workers.outbox import Port
 from taskrun.workers.recipes import Home, Known
 
-RUNNING: ContextVar[LaneRunning] = ContextVar("taskrun_running")
+RUNNING: ContextVar[LaneRunning | None] = ContextVar("taskrun_running")
 
 
 class LaneRunning(Running):

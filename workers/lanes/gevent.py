@@ -99,10 +99,10 @@ class GreenWorker(LaneWorker):
         ):
             return
         running = self.found()
-        if running is not None:
-            noted = running.note(greenlet)
-            if noted is not None:
-                greenlet.rawlink(noted.discard)
+        noted = None if running is None else running.note(greenlet)
+        if noted is not None:
+            greenlet.running = running
+            greenlet.rawlink(noted.discard)
 
     def cancel(self, running: LaneRunning) -> None:
         """See ``base``."""
