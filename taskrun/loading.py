@@ -104,8 +104,9 @@ def where(task: Task) -> str:
 # -- finding --------------------------------------------------------------------------
 
 
-def find_file(start: str | os.PathLike[str] | None = None) -> str:
-    """The nearest ``tasks.py``, from the folder ``start`` (here) upwards; else UsageError."""
+def find_file(start: str | os.PathLike[str] | None = None, meant: str = "") -> str:
+    """The nearest ``tasks.py``, from the folder ``start`` (here) upwards; else UsageError,
+    with the file whose name is near to ``meant``."""
     first = folder = os.path.abspath(start or os.curdir)
     while True:
         candidate = os.path.join(folder, DEFAULT_FILE)
@@ -114,6 +115,7 @@ def find_file(start: str | os.PathLike[str] | None = None) -> str:
         if folder == os.path.dirname(folder):
             raise UsageError(
                 f"there is no {DEFAULT_FILE} in {first} or above it: name the file to use"
+                f"{_file_hint(first, meant)}"
             )
         folder = os.path.dirname(folder)
 
@@ -124,21 +126,28 @@ def check_file(path: str | os.PathLike[str]) -> str:
     file = os.path.abspath(name)
     if os.path.isdir(file):
         raise UsageError(f"{name} is a folder: name a file in it{_file_hint(file, DEFAULT_FILE)}")
+    if os.path.islink(file) and not os.path.exists(file):
+        raise UsageError(f"{name} is a link to {os.readlink(file)}, where there is no file")
     if not os.path.exists(file):
         hint = _file_hint(os.path.dirname(file), os.path.basename(file))
         raise UsageError(f"there is no file {name}{hint}")
     if not file.endswith(".py"):
         raise UsageError(f"{name} is not a Python file: its name must end in .py")
+    if not os.path.isfile(file):
+        raise UsageError(f"{name} is a device or a pipe: name a Python file")
     return file
 
 
 def _file_hint(folder: str, name: str) -> str:
     try:
-        names = [entry for entry in os.listdir(folder) if entry.endswith(".py")]
+        with os.scandir(folder) as entries:
+            files = [one.name for one in entries if one.name.endswith(".py") and one.is_file()]
     except OSError:
         return ""  # there is no such folder, or none that we may read
-    near = name if name in names else nearest(name, names)
-    return f"; did you mean {shown(os.path.join(folder, near))}?" if near else ""
+    stems = [file.removesuffix(".py") for file in files]
+    stem = name.removesuffix(".py")
+    near = stem if stem in stems else nearest(stem, stems)
+    return f"; did you mean {shown(os.path.join(folder, near))}.py?" if near else ""
 
 
 def shown(path: str) -> str:

@@ -189,11 +189,18 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_two(
     assert executed == []
 
 
-def test_a_folder_that_is_named_where_a_task_was_meant_is_told(
+def test_a_file_or_folder_that_is_named_where_a_task_was_meant_is_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "build").mkdir()
+    (folder / "notes.txt").touch()
+    (folder / "tasks.py").rename(folder / "pipeline.py")
+    for command in ("exec", "list", "graph"):
+        assert error_of(capsys, command, "pipeline").endswith("did you mean pipeline.py?")
+    (folder / "pipeline.py").rename(folder / "tasks.py")
     assert "build is a folder" in error_of(capsys, "exec", "build")
+    assert "did you mean tasks.py?" in error_of(capsys, "exec", "tasks")
+    assert "notes.txt is not a Python file" in error_of(capsys, "exec", "notes.txt")
 
 
 def test_a_task_counts_before_a_folder_of_its_name(

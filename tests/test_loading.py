@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -140,6 +141,12 @@ def test_a_file_that_is_none_is_told_with_what_is_near(folder: Path) -> None:
         load("notes.txt")
     with pytest.raises(UsageError, match=r"no file nowhere/x\.py$"):
         load("nowhere/x.py")
+    (folder / "link.py").symlink_to("gone.py")
+    with pytest.raises(UsageError, match=r"link\.py is a link to gone\.py, where there is no file"):
+        load("link.py")
+    os.mkfifo(folder / "pipe.py")
+    with pytest.raises(UsageError, match=r"pipe\.py is a device or a pipe"):
+        load("pipe.py")
 
 
 # -- errors while importing -----------------------------------------------------------

@@ -235,9 +235,14 @@ def words_argument(metavar: str) -> Callable[[Command], Command]:
 def load_words(words: Sequence[str]) -> tuple[Loaded, list[str]]:
     """The tasks of FILE, or of the nearest tasks.py, and the names of those that are meant."""
     file, targets = split_words(words)
-    if file is None and targets and os.path.isdir(targets[0]):
-        loaded = load(find_file())
-        if targets[0] not in loaded.tasks:
-            check_file(targets[0])
-        return loaded, targets
-    return load(file if file is not None else find_file()), targets
+    if file is not None:
+        return load(file), targets
+    first = targets[0] if targets else ""
+    loaded = load(find_file(meant=first))
+    if first and first not in loaded.tasks and _names_a_file(first):
+        check_file(first)  # that was meant, and this says what is wrong with it
+    return loaded, targets
+
+
+def _names_a_file(word: str) -> bool:
+    return os.path.exists(word) or os.path.isfile(f"{word}.py")
