@@ -40,6 +40,7 @@ from taskrun.workforce import Worker
 
 RESTARTS = 10  # idle workers that may die, beside one a slot ...
 RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up
+MAKE_DO = 30.0  # seconds for which no more workers are wanted where none could be started
 
 
 class Scheduler(Bunches):
@@ -54,6 +55,7 @@ class Scheduler(Bunches):
             m.WorkerLost: self.on_worker_lost,
             m.Retiring: self.on_retiring,
             m.Capacity: self.on_capacity,
+            m.NoMoreWorkers: self.on_no_more_workers,
             m.Began: self.on_began,
             m.Finished: self.on_finished,
             m.Items: self.on_items,
@@ -153,6 +155,11 @@ class Scheduler(Bunches):
         capacity = self.resources.capacity
         capacity["cpu"] = max(capacity["cpu"], event.slots)
         self._claims.set_nodes(event.nodes)
+
+    def on_no_more_workers(self, event: m.NoMoreWorkers) -> None:
+        home = self._homes[event.lane]
+        home.make_do(event.workers)
+        self._timers.at(self._now + MAKE_DO, home.want_all)
 
     def on_worker_lost(self, event: m.WorkerLost) -> None:
         known = self._workers.get(event.worker)

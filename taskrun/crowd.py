@@ -34,6 +34,7 @@ class Crowd:
         self.workers: dict[int, Worker] = {}
         self._room: dict[int, Worker] = {}  # those that can take more calls
         self._most_workers = most_workers
+        self._few: int | None = None  # no more than these can be had
         self._claims = claims
         self._everyone = everyone
         self._out = out
@@ -64,6 +65,14 @@ class Crowd:
         worker.retiring = True
         self._room.pop(worker.id, None)
         self.heard(worker, worker.heard)
+
+    def make_do(self, workers: int) -> None:
+        """Want no more workers than these, until :meth:`want_all`."""
+        self._few = workers
+
+    def want_all(self) -> None:
+        """Want as many workers as there may be."""
+        self._few = None
 
     def heard(self, worker: Worker, now: float) -> None:
         """A worker reported something: has it room for more?"""
@@ -157,8 +166,9 @@ class Crowd:
         self._out.append(m.Assign(worker.id, calls))
 
     def _want_workers(self) -> None:
+        most = self._most_workers if self._few is None else min(self._most_workers, self._few)
         have = sum(not worker.retiring for worker in self.workers.values()) + self._starting
-        more = min(self.ready.count - self._starting, self._most_workers - have)
+        more = min(self.ready.count - self._starting, most - have)
         if more > 0:
             self._starting += more
             self._out.append(m.StartWorkers(more, self.lane))

@@ -157,6 +157,14 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
+class NoMoreWorkers:
+    """For now no more than so many workers of this lane can be had."""
+
+    lane: str
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Began:
     """An attempt has begun; starts its timeout."""
 
@@ -330,6 +338,7 @@ Event: TypeAlias = (
     | Stop
     | Pause
     | GiveUp
+    | NoMoreWorkers
     | Tick
 )
 

@@ -71,12 +71,14 @@ class Placement:
         self._starting_on: set[str] = set()  # one where only that machine will do
         self._look_at: float | None = None
         self._now = 0.0
+        self._few: int | None = None  # no more workers than these can be had
 
     # -- workers come, report and go --------------------------------------------------
 
     @property
     def _most_workers(self) -> int:
-        return max(1, self.slots * self._spare_factor)
+        most = max(1, self.slots * self._spare_factor)
+        return most if self._few is None else min(most, self._few)
 
     def join(self, worker: Worker) -> None:
         """A worker can take calls."""
@@ -105,6 +107,14 @@ class Placement:
         worker.retiring = True
         self.reclaim(worker, worker.ahead + 1)
         self.heard(worker, worker.heard)
+
+    def make_do(self, workers: int) -> None:
+        """Want no more workers than these, until :meth:`want_all`."""
+        self._few = workers
+
+    def want_all(self) -> None:
+        """Want as many workers as there may be."""
+        self._few = None
 
     def heard(self, worker: Worker, now: float) -> None:
         """A worker reported something: does it still have work?"""
@@ -196,7 +206,8 @@ class Placement:
             self._feed_the_idle()
 
     def _replace_the_gone(self) -> None:
-        missing = self.standing - len(self.workers) - self._starting
+        wanted = min(self.standing, self._most_workers)
+        missing = wanted - len(self.workers) - self._starting
         if missing > 0:
             self._starting += missing
             self.out.append(m.StartWorkers(missing))

@@ -41,6 +41,12 @@ class Home(Protocol):
     def retire(self, worker: Worker) -> None:
         """A worker finishes what it has, and is to get no more."""
 
+    def make_do(self, workers: int) -> None:
+        """Want no more workers than these, until :meth:`want_all`."""
+
+    def want_all(self) -> None:
+        """Want as many workers as there may be."""
+
     def heard(self, worker: Worker, now: float) -> None:
         """A worker reported something."""
 

@@ -536,19 +536,24 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
     assert running.end().check().out == "[0, 1, 2, 3]\n"
 
 
-def test_few_descriptors_and_processes_are_said_and_no_hang(runs: Runs) -> None:
+@pytest.mark.parametrize("hard", [24, 512])
+def test_with_few_descriptors_there_are_fewer_workers_or_more_descriptors(
+    runs: Runs, hard: int
+) -> None:
     source = """
         @task
-        def work(n=each(range(20))): return n
+        def child(n): return n
+
+        @task
+        def work(n=each(range(20))): return child.submit(n).result()
         """
-
-    def few() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
-
-    ended = runs.exec(source, "-j8", preexec_fn=few)
-    assert ended.status in (0, 3)
-    assert "Traceback" not in ended.err
-    assert ended.seconds < 20
+    ended = runs.exec(
+        source,
+        "-j8",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard)),
+    ).check()
+    said = "some workers cannot be started (Too many open files)" in ended.err
+    assert said == (hard == 24), ended.err
 
 
 def test_memory_that_runs_out_in_a_worker_is_its_calls_outcome(runs: Runs) -> None:

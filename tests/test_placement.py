@@ -217,6 +217,26 @@ def test_nothing_is_sent_in_advance_where_the_engine_does_not_want_it() -> None:
     assert set(depths(0.0005, ahead=False)) == {1}
 
 
+@pytest.mark.parametrize("lane", ["process", "thread"])
+def test_workers_that_could_not_be_had_are_asked_for_again_after_a_while(lane: str) -> None:
+    task = many("work", 400, lane=lane)
+    sim = Simulation([task], {"work": (Run(1.0),)}, slots=4, lanes={"thread": 4})
+    usual, denied = sim.new_worker, []
+
+    def new_worker(lane: str, **how: Any) -> Any:
+        if sim.workers and sim.now < 20.0:
+            denied.append(sim.now)
+            sim.post(m.NoMoreWorkers(lane, 1))
+            sim.post(m.WorkerLost(1000 + len(denied), "not started", None, "", lane))
+            return None
+        return usual(lane, **how)
+
+    sim.new_worker = new_worker  # type: ignore[method-assign]
+    assert sim.run() == 0
+    assert len(denied) == 3  # those that were asked for together
+    assert len(sim.workers) == 4 and sim.now > 30.0
+
+
 def test_every_worker_gets_a_share_of_few_calls() -> None:
     sim = Simulation([many("work", 44)], {"work": QUICK}, slots=4, flushes=0.0)
     sim.run()

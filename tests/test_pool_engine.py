@@ -299,6 +299,24 @@ def test_workers_that_cannot_start_end_the_run_instead_of_looping(make: Make) ->
     assert "before they can take a call" in shop.await_event(m.GiveUp).reason
 
 
+def test_workers_that_the_machine_denies_do_not_end_a_run_that_has_others(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied() -> None:
+        raise OSError(24, "Too many open files")
+
+    shop = make()
+    (worker,) = shop.workers()
+    monkeypatch.setattr("taskrun.engines.wires.Pipe", denied)
+    shop.engine.perform(m.StartWorkers(20))
+    shop.until(lambda: len(shop.all(m.WorkerLost)) == 20)
+    assert set(shop.all(m.NoMoreWorkers)) == {m.NoMoreWorkers("process", 1)}
+    assert not shop.all(m.GiveUp)
+    (notice,) = shop.watcher.notices
+    assert notice.startswith("some workers cannot be started (Too many open files)")
+    assert shop.do(worker, "add", 1, 2) == 3
+
+
 def test_a_template_that_dies_takes_its_workers_along_and_is_replaced(make: Make) -> None:
     shop = make()
     (worker,) = shop.workers()

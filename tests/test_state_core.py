@@ -51,6 +51,14 @@ def test_past_all_spare_workers_a_waiting_one_executes_any_call() -> None:
     assert assigned(waiting) == [(1, "b", True)]
 
 
+def test_where_no_spare_worker_can_be_had_a_waiting_one_executes_any_call() -> None:
+    core = scheduler(a_task("a"), a_task("b"))
+    core.handle(m.WorkerReady(1), 0.0)
+    core.handle(m.Waiting(1, 0, 1, (m.OUTSIDE,), False), 0.1)
+    core.handle(m.NoMoreWorkers("process", 1), 0.2)
+    assert assigned(core.handle(m.WorkerLost(2, "not started", None), 0.2)) == [(1, "b", True)]
+
+
 def test_whoever_waits_for_a_lock_executes_nothing_meanwhile() -> None:
     core = scheduler(a_task("a"), a_task("b"), spare_factor=1)
     core.handle(m.WorkerReady(1), 0.0)

@@ -274,7 +274,13 @@ class Berths:
         """The ledgers say it."""
 
     def not_started(
-        self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS
+        self,
+        worker: int,
+        reason: str,
+        lane: str = PROCESS,
+        last_output: str = "",
+        *,
+        denied: bool = False,
     ) -> None:
         last = pickle.dumps((reason, 0, None))
         self._conversation.send(ch.of_worker(worker), ch.ENDED, last)

@@ -152,9 +152,11 @@ class Control(threading.Thread):
 
 
 def tell_why(error: BaseException) -> None:
-    """Say what ends this worker: a call that closed what is not its own, or a bug of ours."""
+    """Say what ends this worker: what this machine, or a call, denies it, or a bug of ours."""
     if isinstance(error, OSError) and error.errno == errno.EBADF:
         print("a call closed file descriptors that are its worker's own", file=sys.stderr)
+    elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+        print("no thread can be started: there are too many, or no memory", file=sys.stderr)
     else:
         sys.excepthook(type(error), error, error.__traceback__)
 

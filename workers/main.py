@@ -17,6 +17,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, Final, NoReturn
 
@@ -156,8 +157,8 @@ class Worker:
             from taskrun.pooling import remote
 
             remote.begin(self._settings.pool, self._birth.worker)
-        self.tell((READY, os.getpid()))
         self._control.start()
+        self.tell((READY, os.getpid()))
         queue, outbox, execute = self.queue, self.outbox, self.executor.execute
         while not self._quitting or queue:
             if not queue:
@@ -188,7 +189,8 @@ class Worker:
         """Finish what per_worker() made, within a time."""
         alarm = threading.Timer(FINISH_SECONDS, os._exit, [0])
         alarm.daemon = True
-        alarm.start()
+        with suppress(RuntimeError):  # no thread is to be had: the coordinator sees to it
+            alarm.start()
         self.executor.close()
         if self._settings.pool is not None:
             from taskrun.pooling import remote

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final, Protocol
 
-from taskrun import sessions
+from taskrun import descriptors, sessions
 from taskrun.engines.links import PROCESS, Link, PipeLink
 from taskrun.engines.nursery import Nursery, how_it_ended
 from taskrun.errors import RunError, WireError
@@ -19,6 +19,8 @@ from taskrun.reactor import Reactor
 from taskrun.workers.settings import EXITED, STARTED, UP, Birth, Settings
 
 HANGING: Final = 0.5  # seconds between the end of a worker's Pipe and its own
+FILES: Final = 8  # descriptors that a worker may take here, on its way and with its state
+BESIDE: Final = 128  # ... and what else there may be in this process
 FEW: Final = 5  # templates that may end before they are of any use
 
 Launch = Callable[[int], int]
@@ -49,9 +51,15 @@ class Crew(Protocol):
         """Nobody can say any more which of its calls it has begun."""
 
     def not_started(
-        self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS
+        self,
+        worker: int,
+        reason: str,
+        lane: str = PROCESS,
+        last_output: str = "",
+        *,
+        denied: bool = False,
     ) -> None:
-        """It could not be started."""
+        """It could not be started; ``denied``: since this machine has not what it takes."""
 
     def output(self, call: Any, stream: str, data: bytes, worker: str) -> None:
         """A call, or the worker for nobody, wrote this."""
@@ -123,6 +131,7 @@ class Local:
         """Start these workers."""
         self._lanes.update(dict.fromkeys(workers, lane))
         self._wanted += workers
+        descriptors.allow(BESIDE + FILES * self.load)
         if self._nursery is not None:  # else there is another one soon
             wanted, self._wanted = self._wanted, []
             self._nursery.start(wanted)
@@ -163,7 +172,7 @@ class Local:
             lane = self._lanes.pop(worker)
             link = self._make_link(worker, self._reactor, self._crew.output, self._signal, lane)
         except OSError as error:
-            self._crew.not_started(worker, f"not started: {error.strerror}", lane=lane)
+            self._crew.not_started(worker, f"not started: {error.strerror}", lane, denied=True)
             return None
         self.links[worker] = link
         self._crew.add(link)
@@ -183,7 +192,9 @@ class Local:
         elif kind == STARTED and message[1] in self.links:
             self.links[message[1]].pid = message[2]
         elif kind == EXITED and message[1] in self.links:
-            self._crew.ended(self.links.pop(message[1]), how_it_ended(message[2]))
+            link = self.links.pop(message[1])
+            link.denied = isinstance(message[2], str)
+            self._crew.ended(link, how_it_ended(message[2]))
 
     def _on_template_end(self, how: str) -> None:
         assert self._nursery is not None

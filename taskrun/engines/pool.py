@@ -94,6 +94,7 @@ class PoolEngine:
         self._unflushed: list[Link] = []
         self._closing = False
         self._failed_starts = 0
+        self._told_of_few = False
         self._stack_callbacks: dict[int, Callable[[str], None]] = {}
         self._tokens = count(1)
         self._performers: dict[type, Callable[[Any], None]] = {
@@ -406,10 +407,10 @@ class PoolEngine:
             return False
         if link.retiring and link.ready and not was_ready:
             self._retire(link)  # it was about to start when its node said that it leaves
-        if link.ready:
+        if link.ready and not was_ready:
             self._failed_starts = 0
-            if self._local is not None:
-                self._local.proven()
+        if link.ready and self._local is not None:
+            self._local.proven()
         if bunch.are_many(link.assigned):
             self._expect_more(link)
         return True
@@ -517,7 +518,7 @@ class PoolEngine:
         self._observer.worker_changed(link.name, f"{'ended' if expected else 'lost'}, {reason}")
         self._let_go(link)
         if not link.ready and not link.blameless:
-            self.not_started(link.id, reason, last_output, link.lane)
+            self.not_started(link.id, reason, link.lane, last_output, denied=link.denied)
         elif link.assigned or not link.stopping:
             self._post(m.WorkerLost(link.id, reason, executing, last_output, link.lane))
 
@@ -533,15 +534,37 @@ class PoolEngine:
             self._post(m.Began(link.id, call.id, call.attempt, time()))
 
     def not_started(
-        self, worker: int, reason: str, last_output: str = "", lane: str = PROCESS
+        self,
+        worker: int,
+        reason: str,
+        lane: str = PROCESS,
+        last_output: str = "",
+        *,
+        denied: bool = False,
     ) -> None:
         """See ``engines.local.Crew``."""
-        self._failed_starts += 1
-        if self._failed_starts > FEW:
+        crew = [link for link in self._links.values() if link.lane == lane]
+        of_use = sum(link.ready for link in crew)
+        if denied and crew:
+            self._make_do(len(crew), reason, lane)
+        elif self._failed_starts < FEW:
+            self._failed_starts += 1
+        elif of_use:
+            self._failed_starts = 0
+            self._make_do(of_use, reason, lane)
+        else:
             said = f"; the last said:\n{last_output.rstrip()}" if last_output else ""
             self._soon(m.GiveUp(f"workers end before they can take a call ({reason}){said}"))
-        else:
-            self._soon(m.WorkerLost(worker, reason, None, last_output, lane))
+            return
+        self._soon(m.WorkerLost(worker, reason, None, last_output, lane))
+
+    def _make_do(self, workers: int, reason: str, lane: str) -> None:
+        """The run goes on with the workers that there are, or are about to be."""
+        self._soon(m.NoMoreWorkers(lane, workers))
+        if not self._told_of_few:
+            self._told_of_few = True
+            why = reason.removeprefix("not started: ")
+            self._notice(f"some workers cannot be started ({why}): the others do their part")
 
     # -- small things -----------------------------------------------------------------
 

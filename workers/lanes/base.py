@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
 import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Final
 
-from taskrun import context, places
+from taskrun import context, descriptors, places
 from taskrun.ledger import Ledger
 from taskrun.messages import CALL, DELIVER, GAVE_BACK, NESTED, NOTICE, QUIT, READY, RETIRE, TASK
 from taskrun.wire import READ_SIZE, Decoder
@@ -125,7 +124,7 @@ class LaneWorker:
     def run(self) -> None:
         """Work until told to quit, and nothing is left that runs."""
         os.register_at_fork(after_in_child=self._leave_behind)
-        _allow_many_files()
+        descriptors.allow(MOST_FILES)  # thousands of calls may each have a connection
         self._output.install()
         context.activate(self._context)
         context.activate_everywhere(self._context)
@@ -303,11 +302,3 @@ class LaneWorker:
 def _exit_in(seconds: float) -> None:
     native.sleep(seconds)
     os._exit(0)
-
-
-def _allow_many_files() -> None:
-    """Thousands of calls may each have a connection."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
