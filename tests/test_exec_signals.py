@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_a_signal_while_the_file_is_imported_is_quiet(runs: Runs, number: int) -
     ended = running.end()
     assert ended.status == SIGNALS[signal.Signals(number)]
     assert "Traceback" not in ended.err
+
+
+@BOTH
+def test_a_signal_while_taskrun_itself_is_imported_is_quiet(runs: Runs, number: int) -> None:
+    runs.write("mark('begun')\ndoze()", "click.py")
+    running = runs.start("-m", "taskrun", "--version", program=(sys.executable,))
+    running.await_file(runs.folder / "begun")
+    stop(running, number)
+    ended = running.end()
+    assert ended.status == SIGNALS[signal.Signals(number)]
+    assert not ended.out + ended.err
 
 
 @BOTH

@@ -54,12 +54,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    _take_sigterm()
     import click
 
     from taskrun.cli.group import cli
     from taskrun.errors import TaskrunError
 
-    _take_sigterm()
     if COMPLETE_VARIABLE in os.environ:
         from click.shell_completion import shell_complete
 
