@@ -178,6 +178,8 @@ class Scheduler(Bunches):
         ]
         for call in begun:
             del worker.calls[call.id]
+            if call.began is None:  # nor has anything else ended there since
+                call.began = worker.heard
         inner = begun[-1] if begun and not home.begins_at_once else None
         for call in begun:
             self._lost(call, event, inner if call.id in worker.waits else None)

@@ -166,6 +166,11 @@ def test_a_lost_worker_fails_its_call_and_says_so() -> None:
     assert "executed work (attempt 1) was killed by SIGKILL" in failure.message
 
 
+def test_how_long_a_lost_attempt_took_is_known_though_it_told_nothing() -> None:
+    (ended,) = one(DIES).of(m.AttemptEnded)
+    assert ended.seconds == pytest.approx(0.1, abs=0.01)
+
+
 def test_a_call_that_kills_its_workers_is_given_up_after_its_limit() -> None:
     sim = one(DIES, retries=2)
     assert sim.outcomes("work") == ["lost"] * 3
