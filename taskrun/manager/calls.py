@@ -59,7 +59,7 @@ def execute(
     try:
         result = invoke(entry, method, function, args, kwds)
     except Exception as error:
-        return "#ERROR", _told(error)
+        return failure(error)
     if method not in entry.typeids:
         return "#RETURN", result
     try:
@@ -84,16 +84,15 @@ def _proxy(
     return "#PROXY", (exposed, Token(typeid, address, entry.ident))
 
 
-def _told(error: Exception) -> Exception:
-    """The exception, with a note of where in the server's or a user's code it came from:
-    the traceback itself does not travel."""
-    # This frame's caller and invoke are ours; a builtin's method has no frame.
-    frames = traceback.extract_tb(error.__traceback__)[2:]
-    frames = [frame for frame in frames if not frame.filename.startswith(_OURS)]
+def failure(error: Exception) -> Reply:
+    """The reply to a call that raised: the exception, with a note of where in a user's code
+    it came from; the traceback itself does not travel."""
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if not frame.filename.startswith(_OURS)]
     if frames and not getattr(error, "__notes__", None):
         lines = "".join(traceback.format_list(frames)).rstrip()
         error.add_note(f"In the manager's server:\n{lines}")
-    return error
+    return "#ERROR", error
 
 
 _OURS = __file__.rpartition("/")[0]

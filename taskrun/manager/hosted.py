@@ -83,20 +83,33 @@ def is_inline(value: object) -> bool:
 
 # Never slower for a longer container.
 _CONSTANT = {
-    "__contains__", "__delitem__", "__len__", "__next__", "__iter__", "__setitem__", "add",
-    "append", "discard", "extend", "get", "insert", "pop", "popitem", "set", "setdefault",
-    "update",
+    "__delattr__", "__delitem__", "__getattribute__", "__len__", "__next__",
+    "__iter__", "__setattr__", "__setitem__", "add", "append", "discard", "extend", "get",
+    "insert", "pop", "popitem", "set", "setdefault", "update",
 }  # fmt: skip
 _SHOWING = {"__repr__", "__str__"}
 _SHOWN = 100  # items; each may be large in itself
 _MULTIPLY = {"__imul__", "__mul__", "__rmul__"}
 
 
+def quick_methods(value: Any, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Those of the methods ``names`` of an inline object that take no longer for a long one,
+    whatever their arguments."""
+    names = (name for name in names if _is_constant(value, name) and hasattr(value, name))
+    return {name: getattr(value, name) for name in names}
+
+
+def _is_constant(value: Any, method: str) -> bool:
+    if method == "__contains__":
+        return type(value) is not list
+    return method in _CONSTANT or (method == "__getitem__" and type(value) is dict)
+
+
 def takes_long(value: Any, method: str, args: tuple[Any, ...]) -> bool:
     """Whether the loop had better leave this call of an inline object to a thread."""
     if method in _MULTIPLY:
         return True
-    if method in _CONSTANT and not (method == "__contains__" and type(value) is list):
+    if _is_constant(value, method):
         return False
     if method == "__getitem__" and not (args and type(args[0]) is slice):
         return False

@@ -32,7 +32,9 @@ Registry = Mapping[
 class Entry:
     """One shared object."""
 
-    __slots__ = ("exposed", "ident", "inline", "nested", "references", "typeid", "typeids", "value")
+    __slots__ = (
+        "exposed", "ident", "inline", "nested", "quick", "references", "typeid", "typeids", "value",
+    )  # fmt: skip
 
     def __init__(self, ident: str, typeid: str, value: Any) -> None:
         self.ident = ident
@@ -41,8 +43,14 @@ class Entry:
         self.exposed: frozenset[str] = frozenset()
         self.typeids: Mapping[str, str] = {}  # of what some methods return
         self.inline = False  # whether the loop may serve it
+        self.quick: Mapping[str, Callable[..., Any]] = {}  # methods that it need not think about
         self.references = 0
         self.nested = 0  # proxies inside the server
+
+    def leave_loop(self) -> None:
+        """The loop serves it no more."""
+        self.inline = False
+        self.quick = {}
 
     @property
     def triple(self) -> tuple[Any, frozenset[str], Mapping[str, str]]:
@@ -116,6 +124,8 @@ class Objects:
             entry = self._enter(typeid, value, inline)
             entry.exposed = frozenset(names)
             entry.typeids = typeids or {}
+            if entry.inline:
+                entry.quick = hosted.quick_methods(value, entry.exposed - entry.typeids.keys())
             self._add(entry, pid)
         return entry, tuple(names)
 
@@ -177,6 +187,7 @@ class Objects:
         del self._entries[entry.ident]
         del self._known[id(entry.value), entry.typeid]
         value, entry.value = entry.value, None
+        entry.leave_loop()
         return value
 
     # -- proxies inside the server ----------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 from taskrun.manager import calls, hosted, pickling, protocol
 from taskrun.manager.hosting import Handover, Host
+from taskrun.manager.objects import Entry
 
 _READ = 64 * 1024
 _RETURN_NONE = protocol.framed(pickling.dump_plain(("#RETURN", None)))
@@ -64,17 +65,26 @@ class Peer:
     def on_readable(self) -> None:
         try:
             data = self.socket.recv(_READ)
-            if not data:
-                self.close()
-            elif self._asked:
-                self._on_calls(data)
+            # The usual case: one whole request, and nothing before it.
+            whole = int.from_bytes(data[:4], "big") == len(data) - 4
+            if whole and self._asked and not self._frames.pending:
+                self._on_request(data[4:])
             else:
-                self._frames.feed(data)
-                self._on_first()
+                self._on_bytes(data)
         except (BlockingIOError, InterruptedError):
             return
         except Exception:
             self._on_error()
+
+    def _on_bytes(self, data: bytes) -> None:
+        if not data:
+            self.close()
+            return
+        self._frames.feed(data)
+        if self._asked:
+            self._on_frames()
+        else:
+            self._on_first()
 
     def _guarded(self, serve: Callable[[], object]) -> None:
         try:
@@ -90,16 +100,6 @@ class Peer:
         elif not isinstance(error, OSError):  # that is a peer who has closed its end
             self.server.report()
         self.close()
-
-    def _on_calls(self, data: bytes) -> None:
-        frames = self._frames
-        # The usual case: one whole request, not long, and nothing before it.
-        size = len(data) - 4
-        if int.from_bytes(data[:4], "big") == size <= frames.limit and not frames.pending:
-            self._on_request(data[4:])
-            return
-        frames.feed(data)
-        self._on_frames()
 
     def _on_frames(self) -> None:
         frames = self._frames
@@ -117,15 +117,13 @@ class Peer:
     # -- the calls of a proxy ---------------------------------------------------------
 
     def _on_request(self, payload: bytes) -> None:
-        server = self.server
         try:
             request = pickling.load_plain(payload)
-            ident, method, args, _ = request
-            entry = server.objects.find(ident)
-            if entry is not None and (
-                not entry.inline or hosted.takes_long(entry.value, method, args)
-            ):
-                self.promote(payload)
+            ident, method, args, kwds = request
+            entry = self.server.objects.find(ident)
+            quick = None if entry is None else entry.quick.get(method)
+            if quick is None:
+                self._on_other_request(payload, request, entry)
                 return
         except pickling.NotPlain:
             self.promote(payload)
@@ -133,14 +131,27 @@ class Peer:
         except Exception:
             self._reply(calls.complaint())
             return
+        try:
+            result = quick(*args, **kwds)
+        except Exception as error:
+            self._reply(calls.failure(error))
+            return
+        if result is None:
+            self._send(_RETURN_NONE)
+        else:
+            self._reply(("#RETURN", result))
+
+    def _on_other_request(self, payload: bytes, request: Any, entry: Entry | None) -> None:
+        _, method, args, _ = request
+        if entry is not None and (not entry.inline or hosted.takes_long(entry.value, method, args)):
+            self.promote(payload)
+            return
+        server = self.server
         self._reply(
             calls.execute(server.objects, server.address, request, inline=True, pid=self.pid)
         )
 
     def _reply(self, reply: calls.Reply) -> None:
-        if reply[1] is None and reply[0] == "#RETURN":
-            self._send(_RETURN_NONE)
-            return
         try:
             payload = pickling.dump_plain(reply)
         except Exception:  # pickling may raise anything; the thread finds out for good

@@ -120,7 +120,7 @@ class Promoted:
         # The object may hold from now on what the loop must not compare, hash or print.
         entry = self.server.objects.find(request[0])
         if entry is not None:
-            entry.inline = False
+            entry.leave_loop()
 
     # -- bytes ------------------------------------------------------------------------
 

@@ -72,7 +72,8 @@ def header(size: int) -> bytes:
 
 def framed(payload: bytes | memoryview) -> bytes:
     """The payload behind its length."""
-    return header(len(payload)) + payload
+    size = len(payload)
+    return (_SHORT.pack(size) if size <= _LARGEST_SHORT else header(size)) + payload
 
 
 def announced(data: bytes | bytearray) -> tuple[int, int] | None:
@@ -96,27 +97,22 @@ class Frames:
     ``oversized`` how long it claims to be.  ``rest`` gives back what has been fed.
     """
 
-    __slots__ = ("_buffer", "limit", "oversized")
+    __slots__ = ("limit", "oversized", "pending")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.oversized: int | None = None
-        self._buffer: bytearray | None = None  # an idle connection keeps none
-
-    @property
-    def pending(self) -> bool:
-        """Whether anything fed has not been popped."""
-        return self._buffer is not None
+        self.pending: bytearray | None = None  # fed and not popped; if nothing is, None
 
     def feed(self, data: bytes) -> None:
-        if self._buffer is None:
-            self._buffer = bytearray(data)
+        if self.pending is None:
+            self.pending = bytearray(data)
         else:
-            self._buffer += data
+            self.pending += data
 
     def pop(self) -> bytes | None:
         """The next payload that is wholly there.  Raises ProtocolError."""
-        buffer = self._buffer
+        buffer = self.pending
         found = announced(buffer) if buffer is not None else None
         if buffer is None or found is None:
             return None
@@ -129,14 +125,14 @@ class Frames:
             return None
         payload = bytes(memoryview(buffer)[start:end])
         if len(buffer) == end:
-            self._buffer = None
+            self.pending = None
         else:
             del buffer[:end]
         return payload
 
     def rest(self) -> bytearray:
         """Everything that was fed and not popped; it is forgotten here."""
-        rest, self._buffer = self._buffer or bytearray(), None
+        rest, self.pending = self.pending or bytearray(), None
         return rest
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, ClassVar, TypeAlias
 
 from taskrun.errors import StateError
-from taskrun.state.stored import Stored, is_key, is_stored
+from taskrun.state.stored import ATOMS, Stored, is_key, is_stored
 
 Ear: TypeAlias = Callable[["Hosted", str, Any, Any], object]
 """Is told of a change: the object, what happened, the key, and the new value."""
@@ -70,8 +70,10 @@ class Dict(Hosted):
         return self.items[key][1]
 
     def set(self, key: Any, value: Stored) -> None:
-        _check_key(key)
-        _check_stored(value)
+        if type(key) not in ATOMS:
+            _check_key(key)
+        if type(value) not in ATOMS:
+            _check_stored(value)
         self._set(key, value)
 
     def _set(self, key: Any, value: Stored) -> None:

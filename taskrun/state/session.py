@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -27,13 +28,6 @@ _READ_LONG: Final = 1024 * 1024
 _LONGEST: Final = 1 << 40  # bytes; memory is taken only as they come
 _MOST_UNSENT: Final = 1024 * 1024  # bytes that wait for one who watches too slowly
 _DONE: Final = protocol.framed(pickle.dumps((OK, None)))
-
-
-def _loaded(payload: bytes) -> Any:
-    try:
-        return pickling.load_plain(payload)
-    except Exception as error:  # a broken pickle raises anything
-        raise protocol.ProtocolError(f"no request: {error}") from None
 
 
 class Host(Protocol):
@@ -74,38 +68,39 @@ class Session:
         self._reactor.add_reader(connection.fileno(), self._on_readable)
         self._send(protocol.framed(pickle.dumps(("#RETURN", None))))
         if received:
-            self._take(received)
+            self._frames.feed(received)
+            self._guarded(self._serve)
 
     # -- requests ---------------------------------------------------------------------
 
     def _on_readable(self) -> None:
+        pending = self._frames.pending
         try:
-            data = self._socket.recv(_READ_LONG if self._frames.pending else _READ)
+            data = self._socket.recv(_READ_LONG if pending else _READ)
+            # The usual case: one whole request, and nothing before it.
+            if not pending and int.from_bytes(data[:4], "big") == len(data) - 4:
+                self._handle(data[4:])
+            elif data:
+                self._frames.feed(data)
+                self._serve()
+            else:
+                self.close()
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
-            self.close()
-            return
-        if data:
-            self._take(data)
-        else:
-            self.close()
-
-    def _take(self, data: bytes) -> None:
-        frames = self._frames
-        try:
-            # The usual case: one whole request, and nothing before it.
-            if not frames.pending and len(data) == 4 + int.from_bytes(data[:4], "big"):
-                self._handle(data[4:])
-                return
-            if data:
-                frames.feed(data)
-            self._serve()
-        except protocol.ProtocolError:
-            self.close()
         except Exception:
+            self._on_error()
+
+    def _guarded(self, serve: Callable[[], object]) -> None:
+        try:
+            serve()
+        except Exception:
+            self._on_error()
+
+    def _on_error(self) -> None:
+        """In an ``except`` block: end the connection.  Only a bug of ours is reported."""
+        if not isinstance(sys.exc_info()[1], (protocol.ProtocolError, OSError)):
             self._service.report()
-            self.close()
+        self.close()
 
     def _serve(self) -> None:
         while not self._closed and not self._unsent:
@@ -115,17 +110,24 @@ class Session:
             self._handle(payload)
 
     def _handle(self, payload: bytes) -> None:
-        request = _loaded(payload)
-        if request == ACKNOWLEDGE:
+        try:
+            request = pickling.load_plain(payload)
+        except Exception as error:  # a broken pickle raises anything
+            raise protocol.ProtocolError(f"no request: {error}") from None
+        if self.wait is None and type(request) is tuple:
+            self._reply(self._store.execute(request, self))
+        else:
+            self._on_word(request)
+
+    def _on_word(self, word: Any) -> None:
+        if word == ACKNOWLEDGE:
             self.undo = None
-        elif request == WITHDRAW:
+        elif word == WITHDRAW:
             reply = self._store.withdraw(self)
             if reply is not None:
                 self._reply(reply)
-        elif self.wait is not None:
-            raise protocol.ProtocolError("a request while another one waits")
         else:
-            self._reply(self._store.execute(request, self))
+            raise protocol.ProtocolError("no request, or one while another waits")
 
     def answer(self, reply: Reply) -> None:
         """See ``waiting.Client``."""
@@ -184,7 +186,7 @@ class Session:
         if self._missed:
             missed, self._missed = self._missed, 0
             self._reply((MISSED, missed))
-        self._take(b"")
+        self._guarded(self._serve)
 
     # -- leaving ----------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 Stored: TypeAlias = Any
 """An atom, or a tuple of one pickle."""
 
-_ATOMS = frozenset((int, float, str, bool, type(None), bytes))
-_KEY_ATOMS = _ATOMS | {complex}
+ATOMS = frozenset((int, float, str, bool, type(None), bytes))
+_KEY_ATOMS = ATOMS | {complex}
 _KEY_NAMES = {
     ("datetime", "date"),
     ("datetime", "datetime"),
@@ -31,7 +31,7 @@ _KEY_NAMES = {
 
 def to_stored(value: Any) -> Stored:
     """``value`` as the coordinator keeps it.  Raises what pickling it raises."""
-    if type(value) in _ATOMS:
+    if type(value) in ATOMS:
         return value
     return (_dumps(value),)
 
@@ -73,7 +73,7 @@ def is_stored(value: object) -> bool:
     """Whether somebody sent a value in this form."""
     if type(value) is tuple:
         return len(value) == 1 and type(value[0]) is bytes
-    return type(value) in _ATOMS
+    return type(value) in ATOMS
 
 
 def check_key(key: Any) -> Hashable:
