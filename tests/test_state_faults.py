@@ -454,3 +454,35 @@ def test_a_connection_that_was_closed_says_so(live: Live) -> None:
     assert live.connect().lock("l").acquire(timeout=20)
     with pytest.raises(StateError, match="was closed"):
         state.counter("c").add(1)
+
+
+def test_who_waits_on_a_connection_that_is_closed_is_told_so(live: Live) -> None:
+    state, other = live.connect(), live.connect()
+    errors: list[str] = []
+
+    def waits() -> None:
+        with pytest.raises(StateLost) as raised:
+            state.queue("q").get()
+        errors.append(str(raised.value))
+
+    async def waits_too() -> None:
+        with pytest.raises(StateLost) as raised:
+            await asyncio.gather(state.event("e").wait_async(), closes())
+        errors.append(str(raised.value))
+
+    async def closes() -> None:
+        while not waiting():
+            await asyncio.sleep(0.005)
+        state.close()
+
+    def waiting() -> bool:
+        names = {name: number for name, _, number in other.names()}
+        return thread.is_alive() and names.get("e") == 1 and "q" in names
+
+    thread = threading.Thread(target=waits)
+    thread.start()
+    asyncio.run(asyncio.wait_for(waits_too(), 20))
+    thread.join(20)
+    assert errors == ["this connection to shared state was closed"] * 2
+    other.queue("q").put(1)
+    assert other.queue("q").get(timeout=20) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any, Protocol
 
 from taskrun import context
@@ -26,14 +26,36 @@ class Client(Protocol):
     async def wait_async(self, request: Request, timeout: float | None) -> Any:
         """The same for coroutines."""
 
-    def watch(self, request: Request) -> Iterator[Reply]:
-        """What the store tells, until it is gone or the iterator is closed."""
+    def watch(self, request: Request) -> Changes:
+        """What the store tells, until it is gone or that is closed."""
 
     def watch_async(self, request: Request) -> AsyncIterator[Reply]:
         """The same for coroutines."""
 
     def owner(self) -> Owner:
         """Who holds what is acquired here and now."""
+
+
+class Changes:
+    """An iterator over what a store tells.  ``hang_up`` ends the waiting for more."""
+
+    def __init__(self, replies: Generator[Reply], hang_up: Callable[[], object]) -> None:
+        self._replies = replies
+        self._hang_up = hang_up
+
+    def __iter__(self) -> Changes:
+        return self
+
+    def __next__(self) -> Reply:
+        return next(self._replies)
+
+    def close(self) -> None:
+        """End it, on any thread: whoever waits for the next one hears that there is none."""
+        self._hang_up()
+        try:
+            self._replies.close()
+        except ValueError:
+            pass  # somebody does wait
 
 
 def concluded(reply: Reply) -> Any:

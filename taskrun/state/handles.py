@@ -6,10 +6,10 @@ a task file, pickled, and used as a key; each use asks where it is (see ``home``
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from taskrun.state.clients import Client, place, refuse_to_block
+from taskrun.state.clients import Changes, Client, place, refuse_to_block
 from taskrun.state.home import current
 from taskrun.state.stored import from_stored, loaded, to_stored
 from taskrun.state.wire import CHANGE, Reply, Request
@@ -109,7 +109,7 @@ class Watch:
     def __init__(self, client: Client, request: Request) -> None:
         self._client = client
         self._request = request
-        self._replies: Iterator[Reply] | None = None
+        self._replies: Changes | None = None
         self._async: AsyncIterator[Change] | None = None
         import sys
 
@@ -127,9 +127,9 @@ class Watch:
         return _change(self._request[1], next(self._replies))
 
     def close(self) -> None:
-        """Watch no more."""
+        """Watch no more; on any thread, also while another waits for the next change."""
         if self._replies is not None:
-            self._replies.close()  # type: ignore[attr-defined]
+            self._replies.close()
 
     def __enter__(self) -> Watch:
         return self

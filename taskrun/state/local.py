@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from time import monotonic
 from typing import Any, Final
 
 from taskrun import context
 from taskrun.errors import StateError
-from taskrun.state.clients import concluded, refuse_deadlock, settle
+from taskrun.state.clients import Changes, concluded, refuse_deadlock, settle
 from taskrun.state.store import Store
 from taskrun.state.waiting import Wait
 from taskrun.state.wire import LEASED, MISSED, PARKED, TAKING, Owner, Reply, Request
@@ -34,12 +34,19 @@ class Caller:
         self._wake = wake
         self._missed = 0
         self.alone = False
+        self.over = False
 
     def answer(self, reply: Reply) -> None:
         if len(self.answers) >= MOST_CHANGES:
             self._missed += 1
         else:
             self.answers.append(reply)
+        self._came.set()
+        self._wake()
+
+    def end(self) -> None:
+        """There is nothing more to wait for; on any thread."""
+        self.over = True
         self._came.set()
         self._wake()
 
@@ -53,7 +60,7 @@ class Caller:
     # -- context.Outside --------------------------------------------------------------
 
     def ready(self) -> bool:
-        return bool(self.answers or self._missed)
+        return bool(self.answers or self._missed or self.over)
 
     def fileno(self) -> None:
         return None
@@ -163,19 +170,28 @@ class LocalClient:
             if len(asyncio.all_tasks()) == 1 and self._is_deserted():
                 raise _hopeless(request)
 
-    def watch(self, request: Request) -> Iterator[Reply]:
+    def watch(self, request: Request) -> Changes:
         caller = Caller(self._wake)
         concluded(self.store.execute(request, caller))
-        return self._changes(request, caller)
 
-    def _changes(self, request: Request, caller: Caller) -> Iterator[Reply]:
+        def hang_up() -> None:
+            self.store.left(caller, ("watcher", id(caller)))
+            caller.end()
+
+        return Changes(self._changes(request, caller, hang_up), hang_up)
+
+    def _changes(
+        self, request: Request, caller: Caller, hang_up: Callable[[], object]
+    ) -> Generator[Reply]:
         try:
             while True:
                 if not caller.ready():
                     self._lend(request, caller)
+                if caller.over:
+                    return
                 yield caller.take()
         finally:
-            self.store.left(caller, ("watcher", id(caller)))
+            hang_up()
 
     async def watch_async(self, request: Request) -> AsyncIterator[Reply]:
         import asyncio

@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from time import monotonic
 from typing import Any, Final, TypeAlias
 
@@ -23,7 +23,7 @@ from taskrun.addresses import shown
 from taskrun.errors import DialError, StateError, StateLost, StateRefused
 from taskrun.manager import protocol
 from taskrun.roles import STATE_OF_RUN
-from taskrun.state.clients import concluded, refuse_deadlock, settle
+from taskrun.state.clients import Changes, concluded, refuse_deadlock, settle
 from taskrun.state.wire import (
     ACKNOWLEDGE,
     LEASED,
@@ -43,6 +43,7 @@ _READ_LONG: Final = 1024 * 1024
 _JOINED: Final = 64 * 1024  # a shorter frame is sent in one piece with its length
 _DIAL_SECONDS: Final = 10.0
 _LENGTH = struct.Struct("!i")
+CLOSED: Final = "this connection to shared state was closed"
 MOST_IDLE: Final = 8  # connections that are kept for whoever waits next on an event loop
 
 
@@ -72,6 +73,7 @@ class Connection:
         self._rest = b""
         self.alone = False
         self.counted = False
+        self.over = False
         self._socket = self._dial(address, authkey)
         try:
             self._socket.settimeout(_DIAL_SECONDS)
@@ -200,6 +202,8 @@ class Connection:
         return self._lost()
 
     def _lost(self) -> StateLost:
+        if self.over:
+            return StateLost(CLOSED)
         return StateLost(
             f"the coordinator at {shown(self._address)} is gone, and the shared state with it"
         )
@@ -219,6 +223,15 @@ class Connection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def hang_up(self) -> None:
+        """Whoever waits for it hears that it is over, and closes it; on any thread."""
+        self.over = True
+        try:
+            # close() would wake nobody, and with TLS its own shutdown() makes the socket plain.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end was faster
 
     def __del__(self) -> None:
         if hasattr(self, "_socket"):
@@ -268,7 +281,7 @@ class RemoteClient:
     def connect(self) -> Connection:
         """A new connection.  Raises StateError or StateLost."""
         if self._closed:
-            raise StateLost("this connection to shared state was closed")
+            raise StateLost(CLOSED)
         made = Connection(self._address, self._authkey, self._own, self._tls, self._role, self._run)
         self._all.add(made)
         return made
@@ -301,10 +314,10 @@ class RemoteClient:
             connection.close()
 
     def close(self) -> None:
-        """End all connections; what they hold is released."""
+        """End all connections; what they hold is released, and who waits there is told."""
         self._closed = True
         for connection in list(self._all):
-            connection.close()
+            connection.hang_up()
         self._begin()
 
     def leave_to_parent(self) -> None:
@@ -382,8 +395,9 @@ class RemoteClient:
 
     # -- watching ---------------------------------------------------------------------
 
-    def watch(self, request: Request) -> Iterator[Reply]:
-        return self._changes(self._watching(request))
+    def watch(self, request: Request) -> Changes:
+        connection = self._watching(request)
+        return Changes(self._changes(connection), connection.hang_up)
 
     def _watching(self, request: Request) -> Connection:
         connection = self.connect()
@@ -391,14 +405,14 @@ class RemoteClient:
         concluded(connection.receive())
         return connection
 
-    def _changes(self, connection: Connection) -> Iterator[Reply]:
+    def _changes(self, connection: Connection) -> Generator[Reply]:
         try:
-            while True:
+            while not connection.over:
                 if not connection.ready():
                     context.active().lend(connection, None)
                 yield connection.receive()
         except StateLost:
-            return  # the run has ended, and so do its changes
+            return  # the run has ended, or the connection, and so do its changes
         finally:
             connection.close()
 
