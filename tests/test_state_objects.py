@@ -465,6 +465,15 @@ def test_a_cancelled_coroutine_takes_nothing(made: Any) -> None:
     asyncio.run(cancelled())
 
 
+def test_a_list_that_is_multiplied_in_place_stays_the_shared_one(made: Any) -> None:
+    items = same = made.list("l")
+    items.extend("ab")
+    items *= 2
+    assert items is same and made.list("l")[:] == ["a", "b", "a", "b"]
+    items *= 0
+    assert made.list("l")[:] == []
+
+
 # -- watching -------------------------------------------------------------------------
 
 
@@ -500,6 +509,27 @@ def test_watch_is_an_async_iterator_too(made: Any) -> None:
         return found
 
     assert asyncio.run(asyncio.wait_for(watches(), 20)) == ["a", "b"]
+
+
+def test_close_ends_a_watch_in_whichever_thread_it_waits(made: Any) -> None:
+    changes = made.dict("d").watch()
+    seen: list[Any] = []
+    came = threading.Event()
+
+    def watches() -> None:
+        for change in changes:
+            seen.append(change.key)
+            came.set()
+
+    thread = threading.Thread(target=watches)
+    thread.start()
+    made.dict("d")["k"] = 1
+    assert came.wait(20)
+    changes.close()
+    thread.join(20)
+    assert not thread.is_alive() and seen == ["k"]
+    assert list(changes) == []
+    made.dict("d").watch().close()  # before anybody waits
 
 
 def test_who_watches_too_slowly_is_told_what_was_missed(made: Any) -> None:

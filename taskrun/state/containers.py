@@ -23,7 +23,7 @@ from typing import Any
 
 from taskrun.state.copies import as_copy
 from taskrun.state.handles import MISSING, Handle, items
-from taskrun.state.stored import check_key, from_stored, to_stored
+from taskrun.state.stored import Stored, check_key, from_stored, to_stored
 
 UpdateArgument = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
 
@@ -257,6 +257,10 @@ class List(_Container, MutableSequence[Any]):
 
     __rmul__ = __mul__
 
+    def __imul__(self, times: int) -> List:
+        self._rewrite(lambda stored: stored * times)
+        return self
+
     def insert(self, index: int, value: Any) -> None:
         self._do("insert", _index(index), to_stored(value))
 
@@ -275,10 +279,19 @@ class List(_Container, MutableSequence[Any]):
 
     def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
         """Sort it in place; the comparison is done here, as for :meth:`remove`."""
+
+        def sort(stored: list[Stored]) -> list[Stored]:
+            values = sorted(map(from_stored, stored), key=key, reverse=reverse)
+            return [to_stored(value) for value in values]
+
+        self._rewrite(sort)
+
+    def _rewrite(self, change: Callable[[list[Stored]], list[Stored]]) -> None:
+        """Put what ``change`` makes of all values in their place; it is called again where
+        the list has changed meanwhile."""
         while True:
             _, version, stored = self._do("read")
-            values = sorted(map(from_stored, stored), key=key, reverse=reverse)
-            if self._do("replace_if", [to_stored(value) for value in values], version):
+            if self._do("replace_if", change(stored), version):
                 return
 
     def reverse(self) -> None:
