@@ -269,6 +269,31 @@ def test_taskrun_state_names_the_call_that_holds_a_lock(runs: Runs) -> None:
     run.end().check()
 
 
+def test_taskrun_state_writes_json_that_is_json_and_a_name_in_a_line(runs: Runs) -> None:
+    source = """
+        @task
+        def work():
+            state.counter("a\\nb").add(float("inf"))
+            state.dict("d").update(x=float("nan"), y=[1.5])
+            print("filled", flush=True)
+            state.queue("go").get(timeout=60)
+        """
+    run = runs.start_exec(source, "-j1")
+    run.await_line("filled")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    dumped = runs.run("state", "dump", "--json").check().out
+    found = json.loads(dumped, parse_constant=refuse)
+    listed = runs.run("state").check().out
+    with connect() as live:
+        live.queue("go").put(1)
+    run.end().check()
+    assert (found["a\nb"], found["d"]) == ("inf", {"x": "nan", "y": [1.5]})
+    assert listed.splitlines()[0].split() == ["a\\nb", "counter"]
+
+
 def test_taskrun_state_shows_what_it_cannot_load(runs: Runs) -> None:
     run = runs.start_exec(
         """

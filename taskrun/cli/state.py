@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from taskrun.cli.options import CONTEXT, tls_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
+from taskrun.text import columns, one_line, padded
 
 if TYPE_CHECKING:
     from taskrun.state.connecting import Connected
@@ -70,9 +72,9 @@ def _list(connected: Connected, rest: list[str], json: bool) -> None:
     if json:
         _write([dict(zip(("name", "kind", "length"), one, strict=True)) for one in names])
         return
-    wide = max((len(name) for name, _, _ in names), default=0)
+    wide = max((columns(one_line(name)) for name, _, _ in names), default=0)
     for name, kind, length in names:
-        click.echo(f"{name:{wide}}  {kind:9}  {_size(kind, length)}".rstrip())
+        click.echo(f"{padded(one_line(name), wide)}  {kind:9}  {_size(kind, length)}".rstrip())
 
 
 def _size(kind: str, length: int) -> str:
@@ -101,7 +103,8 @@ def _value(connected: Connected, name: str) -> Any:
     except KeyError:
         names = [one for one, _, _ in connected.names()]
         near = nearest(name, names)
-        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(names) or 'none'}"
+        listed = ", ".join(map(one_line, names)) or "none"
+        hint = f"did you mean {near!r}?" if near else f"there are {listed}"
         raise UsageError(f"nothing is named {name!r} in this state; {hint}") from None
 
 
@@ -114,7 +117,7 @@ def _at(value: Any, name: str, text: str) -> Any:
             return value[key]
         except (LookupError, TypeError):
             continue
-    raise UsageError(f"{name} has no item {text}")
+    raise UsageError(f"{one_line(name)} has no item {one_line(text)}")
 
 
 def _literal(text: str) -> Any:
@@ -132,7 +135,7 @@ def _dump(connected: Connected, rest: list[str], json: bool) -> None:
         _write(everything)
     else:
         for name, value in everything.items():
-            click.echo(f"{name} = {value!r}")
+            click.echo(f"{one_line(name)} = {value!r}")
 
 
 def _watch(connected: Connected, rest: list[str], json: bool) -> None:
@@ -147,7 +150,7 @@ def _watch(connected: Connected, rest: list[str], json: bool) -> None:
         else:
             key = "" if change.key is None else f"[{change.key!r}]"
             value = "" if change.value is None else f" {change.value!r}"
-            click.echo(f"{change.name}{key} {change.action}{value}")
+            click.echo(f"{one_line(change.name)}{key} {change.action}{value}")
 
 
 # -- JSON -----------------------------------------------------------------------------
@@ -168,6 +171,8 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, set | frozenset):
         return sorted((_plain(one) for one in value), key=repr)
+    if isinstance(value, float) and not isfinite(value):
+        return repr(value)  # not in JSON, though Python's module would write it
     return value
 
 
