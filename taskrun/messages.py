@@ -58,7 +58,7 @@ ITEM = "item"  # (ITEM, call, attempt, Encoded | Failure, wall clock, seconds)  
 YIELDED = "yielded"  # (YIELDED, call, attempt, first, [Encoded, ...])   items of a generator
 OUTPUT = "output"  # (OUTPUT, call, attempt, stream, bytes)   where calls share their process
 AT = "at"  # (AT, call, attempt, wall clock, pid)   in the notes of a chunk: it begins
-SILENT = "silent"  # (SILENT,)   in the notes of a chunk: what comes from here on is not in them
+SILENT = "silent"  # (SILENT,)   in the notes of a chunk: here was a record too long for them
 RETIRE = "retire"  # (RETIRE, reason)   finishes what it has, and wants no more calls
 NOTICE = "notice"  # (NOTICE, text)   something that people should know
 

@@ -100,6 +100,63 @@ def test_a_worker_that_dies_loses_only_the_call_it_was_in(runs: Runs, engine: st
     assert begun == ["x"] * 400
 
 
+@with_processes
+def test_calls_whose_large_values_a_dead_worker_had_are_lost_and_not_executed_again(
+    runs: Runs, engine: str
+) -> None:
+    ended = runs.json(
+        """
+        @task
+        def some(n=each(range(40))):
+            with open(f"{n}.begun", "a") as file: file.write("x")
+            if n == 16: os.kill(os.getpid(), signal.SIGKILL)
+            return bytes(300_000)
+
+        @task
+        def count(values=result(some, errors="keep")): return len(values)
+        """,
+        "--engine", engine, "-j", "1", "-k", deadline=60,
+    )  # fmt: skip
+    assert ended.failure("some[16]")["type"] == "WorkerLost"
+    begun = [(runs.folder / f"{n}.begun").read_text() for n in range(40)]
+    assert begun == ["x"] * 40
+
+
+@with_dask
+def test_what_a_call_returned_is_heard_or_lost_when_its_dask_worker_dies_but_it_is_executed_once(
+    runs: Runs,
+) -> None:
+    ended = runs.json(
+        """
+        @task
+        def returns(n=each(range(4))):
+            with open(f"{n}.begun", "a") as file: file.write("x")
+
+        @task(priority=-1)
+        def dies(n=each(range(2))): os._exit(3)
+        """,
+        "--engine", "dask", "-j", "1", "-k", deadline=90,
+    )  # fmt: skip
+    assert ended.status == 1, ended.err
+    assert {ended.states[f"dies[{n}]"] for n in range(2)} == {"failed"}
+    assert [(runs.folder / f"{n}.begun").read_text() for n in range(4)] == ["x"] * 4
+
+
+@with_dask
+def test_a_dask_worker_that_dies_last_of_all_does_not_keep_the_run_from_its_summary(
+    runs: Runs,
+) -> None:
+    ended = runs.exec(
+        """
+        @task
+        def dies(): os._exit(3)
+        """,
+        "--engine", "dask", "-j", "2", deadline=60,
+    ).check(1)  # fmt: skip
+    assert "Traceback" not in ended.err
+    assert "1 failed" in ended.err + ended.out
+
+
 # -- timeouts and cancelling ----------------------------------------------------------
 
 

@@ -195,9 +195,7 @@ class Guest:
         assert self._notes is not None
         if len(frame) > LONGEST_NOTE:
             data = pickle.dumps((SILENT,))
-            os.write(self._notes, header(len(data)) + data)
-            self._close_notes()
-            return
+            frame = header(len(data)) + data
         os.write(self._notes, frame)
 
     def _close_notes(self) -> None:

@@ -9,6 +9,8 @@ the calls there.  Dask tries nothing again: which attempt follows which is the c
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from itertools import count
@@ -19,6 +21,7 @@ import dask
 import distributed
 from distributed.scheduler import KilledWorker
 
+from taskrun import sessions
 from taskrun.engines.hosts import Broken, Done, Lost, Refused, Result, Returned, Terms, Withdrawn
 from taskrun.errors import RunError
 from taskrun.network.bundles import Bundle
@@ -30,7 +33,6 @@ FETCH: Final = 60.0  # seconds for a value, or a chunk's records, to arrive
 GONE: Final = 4.0  # seconds without the scheduler after which it is not waited for any more
 OWN: Final = frozenset(("cpu", "memory"))  # resources that are counted here, not by Dask
 _CONFIG: Final = {
-    "distributed.scheduler.allowed-failures": 0,
     "distributed.worker.daemon": False,  # so that calls may start processes
     "distributed.comm.timeouts.connect": f"{CONNECT:g}s",
     "distributed.comm.retry.count": 0,
@@ -75,7 +77,7 @@ class DaskHost:
             self._client = self._connect()
         if not self.here:
             self._check_the_other_side()
-            self._take_part(files)
+        self._take_part(files)
         workers = self._workers()
         for worker in workers.values():
             for name, amount in worker.get("resources", {}).items():
@@ -155,7 +157,20 @@ class DaskHost:
                 self._leave(brief, deadline)
             self._client.close(timeout=max(0.1, deadline - monotonic()))
         if self._cluster is not None:
-            self._cluster.close(timeout=max(0.1, deadline - monotonic()))
+            self._end_cluster(max(0.1, deadline - monotonic()))
+
+    def _end_cluster(self, seconds: float) -> None:
+        """Its workers end by themselves; those that do not are killed: one that is just being
+        started, in the place of one that died, would be waited for."""
+        nannies = list(self._cluster.workers.values())
+        killer = threading.Timer(seconds / 2, _kill_workers_of, [nannies])
+        killer.start()
+        try:
+            self._cluster.close(timeout=seconds)
+        except TimeoutError:
+            _kill_workers_of(nannies)
+        finally:
+            killer.cancel()
 
     def _leave(self, brief: bytes, deadline: float) -> None:
         left = max(0.1, (deadline - monotonic()) / 2)
@@ -188,18 +203,17 @@ class DaskHost:
             priority=terms.priority,
             resources=self._their(terms.resources or {}) or None,
         )
-        takes = bool(inputs)
-        future.add_done_callback(lambda future: done(self._result(future, takes)))
+        future.add_done_callback(lambda future: done(self._result(future, inputs)))
         return future
 
-    def _result(self, future: Any, takes: bool) -> Result:
-        """On a thread of Dask's; ``takes``: whether kept values were among the arguments."""
+    def _result(self, future: Any, inputs: Sequence[Any]) -> Result:
+        """On a thread of Dask's; ``inputs``: the kept values among the arguments."""
         status = future.status
         if status == "finished":
             try:
                 records, values = future.result(timeout=FETCH)
-            except Exception as error:
-                return Lost(f"ended before its result was fetched ({_first_line(error)})")
+            except Exception:
+                return self._unfetched(inputs)
             return Returned(records, values and self._place(values))
         if status == "error":
             return self._failed(future.exception(timeout=FETCH))
@@ -207,9 +221,15 @@ class DaskHost:
             return Broken(f"the Dask scheduler at {self.name} is gone")
         if future.key in self._cancelled:
             return Withdrawn()
-        if takes:
+        return self._unfetched(inputs)
+
+    def _unfetched(self, inputs: Sequence[Any]) -> Result:
+        """Dask has forgotten a chunk: a worker died that had what it takes, or what it said."""
+        if self._client.status != "running":
+            return Broken(f"the Dask scheduler at {self.name} is gone")
+        if any(place.status != "finished" for place in inputs):
             return Refused("values that it takes were lost with the worker that had them")
-        return Refused(f"{self.name} has cancelled it")
+        return Lost("died before it was heard what came of the call")
 
     def _place(self, values: str) -> Any:
         """The future of values that are there already."""
@@ -259,6 +279,10 @@ class DaskHost:
             if amount > have:
                 return f"{name}={amount:g} ({f'of {have:g}' if have else 'there is none'})"
         return None
+
+
+def _kill_workers_of(nannies: Sequence[Any]) -> None:
+    sessions.send([nanny.pid for nanny in nannies if nanny.pid is not None], signal.SIGKILL)
 
 
 def _first_line(error: BaseException) -> str:

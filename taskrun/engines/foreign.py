@@ -141,7 +141,11 @@ class ForeignEngine:
             self._keeping.bring_home()
         if self._sent:
             self.kill()
-        self._host.close(self._brief if self.ready else None, deadline)
+        try:
+            self._host.close(self._brief if self.ready else None, deadline)
+        except Exception as error:  # the calls have ended: what came of them is told all the same
+            said = f"{type(error).__name__}: {error}"
+            self._observer.notice(f"{self._host.name} did not end as it should: {said}")
         if self._notes is not None:
             self._notes.close()
 
@@ -268,7 +272,7 @@ class ForeignEngine:
         elif isinstance(result, Broken):
             self._give_up(result.reason)
         else:
-            self._read_notes(sent)
+            self._read_notes(sent, last=True)
             self._end_all(sent, result)
         if self._notes is not None:
             self._notes.forget(sent)
@@ -282,6 +286,7 @@ class ForeignEngine:
             kind = record[0]
             if kind == m.AT:
                 sent.at = record
+                sent.began.add(record[1])
             elif kind == m.OUTPUT:
                 self._observer.output(self.assigned.get(record[1]), record[3], record[4])
             elif kind == m.ENDED:
@@ -371,11 +376,11 @@ class ForeignEngine:
         if self._sent:
             self._look_later()
 
-    def _read_notes(self, sent: Sent) -> bool:
+    def _read_notes(self, sent: Sent, *, last: bool = False) -> bool:
         """Take what is new in a chunk's notes; whether there was anything."""
         if self._notes is None:
             return False
-        records = self._notes.read(sent)
+        records = self._notes.read(sent, last=last)
         self._take(sent, records, None)
         return bool(records)
 

@@ -22,8 +22,8 @@ class Sent:
     """A chunk that the engine has.
 
     ``calls``: those that have not ended, by id.  ``at``: the AT record of the last that
-    began.  ``read``: bytes of its notes that were taken.  ``apart``: it runs in a kept child
-    process.
+    began; ``began``: the ids of all that did.  ``read``: bytes of its notes that were taken;
+    ``silent``: only its end tells more.  ``apart``: it runs in a kept child process.
     """
 
     def __init__(self, id: int, calls: dict[int, Any], apart: bool, since: float) -> None:
@@ -33,6 +33,7 @@ class Sent:
         self.since = since
         self.handle: Any = None
         self.at: tuple[Any, ...] | None = None
+        self.began: set[int] = set()
         self.said: tuple[Any, ...] | None = None
         self.read = 0
         self.silent = self.killed = False
@@ -46,12 +47,11 @@ class Sent:
         """The calls that have begun, and those that have not: all count as begun where
         nothing was noted."""
         calls = list(self.calls.values())
-        if not noted or self.silent:
+        if not noted:
             return calls, []
-        executing = self.at[1] if self.at is not None else None
         return (
-            [call for call in calls if call.id == executing],
-            [call for call in calls if call.id != executing],
+            [call for call in calls if call.id in self.began],
+            [call for call in calls if call.id not in self.began],
         )
 
 
@@ -69,9 +69,10 @@ class Notes:
                 f"there ({error.strerror or error}); TASKRUN_SHM names another folder"
             ) from error
 
-    def read(self, sent: Sent) -> list[tuple[Any, ...]]:
-        """What is new in the notes of a chunk, up to what only its end can tell."""
-        if sent.silent:
+    def read(self, sent: Sent, *, last: bool = False) -> list[tuple[Any, ...]]:
+        """What is new in the notes of a chunk, up to what only its end can tell; the ``last``
+        time all but that: its worker has died, and there is no such end."""
+        if sent.silent and not last:
             return []
         try:
             with open(path_of(self.path, sent.id), "rb") as file:
@@ -82,9 +83,11 @@ class Notes:
         records = []
         for frame in Decoder().feed(data):
             record = pickle.loads(frame)
-            sent.silent = record[0] == m.SILENT
-            if sent.silent or _is_for_the_end(sent, record):
+            sent.silent = _is_for_the_end(sent, record)
+            if sent.silent and not last:
                 break
+            if sent.silent:
+                continue
             sent.read += len(header(len(frame))) + len(frame)
             records.append(record)
         return records
@@ -102,9 +105,9 @@ class Notes:
 
 
 def _is_for_the_end(sent: Sent, record: tuple[Any, ...]) -> bool:
-    """Whether the chunk's end says more of it: which values stay with the engine; why a call
-    in a kept child process was ended."""
+    """Whether the chunk's end says more of it: what was too long to note; which values stay
+    with the engine; why a call in a kept child process was ended."""
     if record[0] != m.ENDED:
-        return False
+        return bool(record[0] == m.SILENT)
     items = record[5] or ()
     return sent.apart or isinstance(record[4], Left) or any(isinstance(i, Left) for i in items)

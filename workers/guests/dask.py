@@ -67,11 +67,12 @@ def interrupt(call: int, attempt: int) -> bool:
 
 
 class Part(SchedulerPlugin):  # type: ignore[misc]
-    """A run's part in a scheduler that is not ours; it ends when the run's client does.
+    """A run's part in a scheduler; it ends when the run's client does.
 
-    A chunk whose worker died is not executed again: how often a call is tried is decided by its
-    run, which hears of the death; another attempt that it does not know of must not exist.  Other
-    people's tasks are left alone.  Workers ask it for the run's files, those that join later too.
+    A chunk whose worker died is not executed again, neither while it was being executed nor when
+    only its records are lost: how often a call is tried is decided by its run, which hears of the
+    death; another attempt that it does not know of must not exist.  Other people's tasks are left
+    alone.  Workers ask it for the run's files, those that join later too.
     """
 
     def __init__(self, prefix: str, client: str, files: bytes) -> None:
@@ -82,6 +83,7 @@ class Part(SchedulerPlugin):  # type: ignore[misc]
 
     async def start(self, scheduler: Any) -> None:
         """Answer workers."""
+        self._scheduler = scheduler
         scheduler.handlers[self.name] = self._give
 
     def _give(self, **_: Any) -> bytes:
@@ -93,6 +95,11 @@ class Part(SchedulerPlugin):  # type: ignore[misc]
             task = scheduler.tasks.get(key)
             if task is not None and str(key).startswith(self._prefix):
                 task.suspicious = scheduler.allowed_failures
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
+        """What was executed cannot be executed again: Dask has its result, and no way to it."""
+        if finish == "memory" and str(key).startswith(self._prefix):
+            self._scheduler.tasks[key].run_spec = None
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """The run is over, however it ended."""
