@@ -161,6 +161,21 @@ def test_a_dask_worker_that_dies_last_of_all_does_not_keep_the_run_from_its_summ
 
 
 @pytest.mark.parametrize("engine", [THREADS, *map(needed, (PROCESSES, "dask"))])
+def test_the_time_of_a_call_begins_when_its_process_has_imported_the_task_file(
+    runs: Runs, engine: str
+) -> None:
+    runs.exec(
+        """
+        time.sleep(2.0)  # as large libraries take
+
+        @task(timeout=1.5)
+        def quick(n=each(range(2))): return n
+        """,
+        "--engine", engine, "-j", "2", deadline=60,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", [THREADS, *map(needed, (PROCESSES, "dask"))])
 def test_a_timeout_ends_a_call_and_what_it_started(runs: Runs, engine: str) -> None:
     ended = runs.json(
         """

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import threading
+from collections import deque
 from collections.abc import Sequence
 from time import monotonic, time
 from typing import Any, Final, NoReturn
@@ -48,23 +49,27 @@ class Child:
         self._socket = ours
         self.pid = self._process.pid
         self._decoder = Decoder()
+        self._frames: deque[memoryview] = deque()
 
     def send(self, request: tuple[Any, ...]) -> None:
         """Raises OSError where it has ended."""
         data = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
         self._socket.sendall(header(len(data)) + data)
 
+    def await_beginning(self) -> None:
+        """Wait until it can execute what it was sent.  Raises EOFError where it has ended."""
+        self.receive(None)
+
     def receive(self, deadline: float | None) -> Answer | None:
         """Its answer; None when ``deadline`` (monotonic) came first.  Raises EOFError where it
         has ended."""
-        while True:
+        while not self._frames:
             left = None if deadline is None else max(0.0, deadline - monotonic())
             if not select.select([self._socket], [], [], left)[0]:
                 return None
-            data = self._read()
-            for frame in self._decoder.feed(data):
-                answer: Answer = pickle.loads(frame)
-                return answer
+            self._frames.extend(self._decoder.feed(self._read()))
+        answer: Answer = pickle.loads(self._frames.popleft())
+        return answer
 
     def _read(self) -> bytes:
         try:
@@ -184,7 +189,10 @@ def _drop(child: Child) -> str:
 
 
 def _await(child: Child, apart: Apart) -> tuple[Answer | None, bool]:
-    """The child's answer, and whether the time was up; then it may have died of that."""
+    """The child's answer, and whether the time was up; then it may have died of that.
+
+    To start a child and import the task file in it takes time that is not the call's."""
+    child.await_beginning()
     deadline = None if apart.timeout is None else monotonic() + apart.timeout
     answer = child.receive(deadline)
     if answer is not None:
@@ -247,29 +255,37 @@ def serve(fd: int, parent: int) -> NoReturn:
         decoder = Decoder()
         while data := line.recv(READ_SIZE):
             for frame in decoder.feed(data):
-                answer = pickle.dumps(_execute(*pickle.loads(frame)), pickle.HIGHEST_PROTOCOL)
-                line.sendall(header(len(answer)) + answer)
+                _answer(line, *pickle.loads(frame))
     own = os.getpid()
     sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
     os._exit(0)
 
 
-def _execute(brief: bytes, work: Chunk, inputs: Sequence[Any]) -> Answer:
-    _executing[:] = [brief]
+def _answer(line: socket.socket, brief: bytes, work: Chunk, inputs: Sequence[Any]) -> None:
+    """Execute a chunk; say when it begins, and what came of it."""
+    executing = guest.guest_of(brief)
+    _say(line, None)
+    _executing[:] = [executing]
     try:
-        return guest.guest_of(brief).execute(work, inputs)
+        answer = executing.execute(work, inputs)
     finally:
         _executing.clear()
+    _say(line, answer)
 
 
-_executing: list[bytes] = []
+def _say(line: socket.socket, answer: Answer | None) -> None:
+    data = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+    line.sendall(header(len(data)) + data)
+
+
+_executing: list[guest.Guest] = []
 
 
 def _on_interrupt(number: int, frame: Any) -> None:
     """The call is to end.  Raises Interrupted in it."""
     if not _executing:
         return  # it has ended
-    executor = guest.guest_of(_executing[0]).executor
+    executor = _executing[0].executor
     if executor.running is not None:
         executor.running.interrupt = executor.running.interrupt or "cancelled"
         executor.on_interrupt(number, frame)
