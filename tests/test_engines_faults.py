@@ -259,6 +259,13 @@ def test_kill_9_of_the_coordinator_leaves_nothing(runs: Runs, engine: str) -> No
     running.assert_gone(15)
 
 
+@pytest.mark.parametrize("engine", [needed("ray")])
+def test_no_process_of_a_ray_of_its_own_outlives_a_run(runs: Runs, engine: str) -> None:
+    runs.exec("@task\ndef one(): pass\n", "--engine", engine, "-j", "1", deadline=90).check()
+    left = [process.info for process in psutil.process_iter(["cmdline", "cwd"])]
+    assert [info["cmdline"] for info in left if info["cwd"] == str(runs.folder)] == []
+
+
 def test_what_a_killed_coordinator_noted_is_removed_by_the_next(runs: Runs) -> None:
     memory = runs.folder / "memory"
     memory.mkdir()

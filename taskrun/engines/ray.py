@@ -62,6 +62,7 @@ class RayHost:
         self._waiting: dict[Any, tuple[Any, Done]] = {}
         self._news = threading.Condition()
         self._closed = False
+        self._over = threading.Event()
         self._session = ""
         self._gone: str | None = None
 
@@ -70,8 +71,8 @@ class RayHost:
     def open(self, files: Bundle | None) -> int:
         """See ``hosts.Host``.  Raises RunError.
 
-        What Ray starts is killed when the thread that started it ends: that thread stays, and
-        listens.
+        What Ray starts is killed when the thread that started it ends: that thread
+        listens, and stays until Ray has ended.
         """
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, args=[opened], daemon=True)
@@ -93,6 +94,7 @@ class RayHost:
             return
         opened.set_result(None)
         self._listen()
+        self._over.wait()
 
     def _begin(self) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -141,9 +143,11 @@ class RayHost:
             self._waiting.clear()
             self._news.notify()
         if self._mine and ray.is_initialized():
+            started = _processes_of(self._session) if self._session else set()
             ray.shutdown()
             if self._session:
-                _await_end(self._session.encode(), min(deadline, monotonic() + LEAVE))
+                _await_end(self._session, started, min(deadline, monotonic() + LEAVE))
+        self._over.set()
 
     # -- chunks -----------------------------------------------------------------------
 
@@ -245,28 +249,36 @@ class RayHost:
         return None
 
 
-def _await_end(session: bytes, deadline: float) -> None:
-    """Wait for the processes of a Ray of ours to end; kill those that do not, as a worker that
-    was just being started."""
-    while pids := _processes_of(session):
+def _await_end(session: str, started: set[int], deadline: float) -> None:
+    """Wait for the processes of a Ray of ours to end; kill those that do not: its agents take a
+    minute to tell a server that is gone, a worker was just being started."""
+    while pids := _processes_of(session) | started.intersection(_living()):
         if monotonic() > deadline:
             sessions.send(pids, signal.SIGKILL)
             return
         time.sleep(0.02)
 
 
-def _processes_of(session: bytes) -> list[int]:
-    """The processes that have a Ray session's name in their command line (Linux)."""
-    found = []
-    for process in sessions.processes():
-        try:
-            with open(f"/proc/{process.pid}/cmdline", "rb") as file:
-                command = file.read()
-        except OSError:
-            continue  # it has ended meanwhile
-        if session in command:
-            found.append(process.pid)
+def _living() -> set[int]:
+    return {process.pid for process in sessions.processes()}
+
+
+def _processes_of(session: str) -> set[int]:
+    """The processes that have a Ray session's name in their command line, and those that they
+    have started, which may have given themselves another (Linux)."""
+    parents = {process.pid: process.parent for process in sessions.processes()}
+    found = {pid for pid in parents if session.encode() in _command_of(pid)}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
     return found
+
+
+def _command_of(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""  # it has ended meanwhile
 
 
 def _first_line(error: BaseException) -> str:
