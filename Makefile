@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Most tests wait for something most of the time.
+AT_ONCE ?= 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,7 +23,7 @@ run: $(VENV)/.installed ## a census of Python's standard library, on all cores
 	$(bin)/taskrun exec examples/census/tasks.py $(ARGS)
 
 test: $(VENV)/.installed $(VENV)/.test ## all the tests; ARGS="-k census" for some
-	$(bin)/pytest $(ARGS)
+	$(bin)/pytest --numprocesses $(AT_ONCE) --dist worksteal $(ARGS)
 
 test-all: ## the tests on every Python 3.11, 3.12 and 3.13 of this machine
 	@failed=; for version in 3.11 3.12 3.13; do \

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from workshop import make, shop
@@ -27,6 +28,13 @@ def own_runs_only() -> Iterator[None]:
     os.environ["XDG_RUNTIME_DIR"] = folder
     yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def socket_folder() -> Iterator[Path]:
+    """An XDG_RUNTIME_DIR of this test's own, at a path that is short: those of sockets must be."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -82,15 +82,13 @@ class Live:
 
 
 @pytest.fixture
-def own_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_runtime(socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sockets and keys of this test's own."""
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in ("TASKRUN_AUTHKEY", "TASKRUN_AUTHKEY_FILE", "TASKRUN_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    return folder
+    return socket_folder
 
 
 @pytest.fixture

@@ -506,13 +506,10 @@ def test_a_coordinator_that_is_killed_leaves_no_process(
     running.end()
 
 
-def test_a_coordinator_that_is_killed_leaves_no_socket(runs: Runs) -> None:
-    (runs.folder / "sockets").mkdir(mode=0o700)
-    running = runs.start_exec(
-        PHASES["shell"], env={"XDG_RUNTIME_DIR": str(runs.folder / "sockets")}
-    )
+def test_a_coordinator_that_is_killed_leaves_no_socket(runs: Runs, socket_folder: Path) -> None:
+    running = runs.start_exec(PHASES["shell"], env={"XDG_RUNTIME_DIR": str(socket_folder)})
     running.await_file(runs.folder / "begun")
-    (socket,) = (runs.folder / "sockets" / "taskrun").iterdir()
+    (socket,) = (socket_folder / "taskrun").iterdir()
     running.signal(signal.SIGKILL)
     running.end()
     assert not socket.exists()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,11 +97,9 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    runtime = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
+def site(tmp_path: Path, socket_folder: Path) -> Iterator[Site]:
     for runs in started(tmp_path):
-        yield Site(runs, runtime)
-    shutil.rmtree(runtime)
+        yield Site(runs, str(socket_folder))
 
 
 # -- what it does ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import Runs, lines_of, started, wait_until
 from state_support import own_runtime
@@ -337,12 +338,17 @@ def test_several_live_runs_must_be_told_apart(runs: Runs) -> None:
         run.end().check()
 
 
-def test_a_killed_runs_socket_is_removed_by_the_next(runs: Runs, own_runtime: Path) -> None:
+def test_the_socket_of_a_run_that_is_killed_with_all_its_processes_is_removed_by_the_next(
+    runs: Runs, own_runtime: Path
+) -> None:
     run = runs.start_exec(HELD, "-j1")
     run.await_line("filled")
     [path] = (own_runtime / "taskrun").iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    run.signal(signal.SIGSTOP)  # it is not to start a template in the place of the killed one
+    for below in psutil.Process(run.process.pid).children(recursive=True):
+        below.kill()
     run.signal(signal.SIGKILL)
     run.process.wait(20)
     run.assert_gone()

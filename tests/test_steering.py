@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,11 +198,9 @@ def test_a_paused_run_starts_nothing_until_it_is_unpaused(runs: Runs, live: Runn
 
 
 def test_the_address_may_be_left_out_where_there_is_one_run(
-    runs: Runs, request: pytest.FixtureRequest
+    runs: Runs, socket_folder: Path
 ) -> None:
-    folder = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
-    request.addfinalizer(lambda: shutil.rmtree(folder))
-    alone = {"XDG_RUNTIME_DIR": folder}
+    alone = {"XDG_RUNTIME_DIR": str(socket_folder)}
     running = runs.start_exec(TASKS, "-j2", env=alone)
     running.await_file(runs.folder / "begun0")
     assert runs.run("status", env=alone).status == 0
@@ -215,14 +211,10 @@ def test_the_address_may_be_left_out_where_there_is_one_run(
     assert gone.status == 2 and "no run of yours is alive" in gone.err
 
 
-def test_of_several_runs_status_shows_the_addresses(
-    runs: Runs, request: pytest.FixtureRequest
-) -> None:
-    folder = tempfile.mkdtemp(dir="/tmp")  # the path of a socket must be short
-    request.addfinalizer(lambda: shutil.rmtree(folder))
-    alone = {"XDG_RUNTIME_DIR": folder}
+def test_of_several_runs_status_shows_the_addresses(runs: Runs, socket_folder: Path) -> None:
+    alone = {"XDG_RUNTIME_DIR": str(socket_folder)}
     both = [runs.start_exec(TASKS, "-j1", env=alone) for _ in range(2)]
-    sockets = [f"{folder}/taskrun/run-{running.process.pid}.sock" for running in both]
+    sockets = [f"{socket_folder}/taskrun/run-{running.process.pid}.sock" for running in both]
     wait_until(lambda: all(os.path.exists(path) for path in sockets))
     shown = runs.run("status", env=alone).check().out
     found = json.loads(runs.run("status", "--json", env=alone).check().out)
