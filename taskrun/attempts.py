@@ -126,6 +126,9 @@ class Attempts(Books):
         timeout = call.recipe.timeout
         if call.ending == "timeout" and kind == "value" and timeout and call.seconds <= timeout:
             call.ending = None  # it made it: the interrupt came after the end
+        if items and kind not in ("value", "held"):  # what a generator yielded before it failed
+            self._take_items(call, self._yielded.get(call.id, 0), items)
+            self.graph.streamed(call)
         if call.ending:
             self._interrupted(call)
         elif kind == "value":

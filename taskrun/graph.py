@@ -19,6 +19,7 @@ for the scheduler to take.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -125,10 +126,16 @@ class Family:
         return self.calls[index[0] if index else 0]
 
     def in_order(self) -> list[Call]:
-        """All calls, in item order, placeholders in the places of what they stand for."""
+        """All calls, in item order, placeholders in the places of what they stand for: behind
+        the items that were there before the failure."""
         if len(self.axes) > 1:
-            self.calls.sort(key=lambda call: call.index)
+            self.calls.sort(key=_place)
         return self.calls
+
+
+def _place(call: Call) -> tuple[float, ...]:
+    index: Index = call.index
+    return (*index, math.inf) if call.placeholder else index
 
 
 # -- wires: how an argument is fetched ------------------------------------------------

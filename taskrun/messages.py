@@ -98,7 +98,8 @@ class Report(NamedTuple):
     with futures in it, None where it *is* one future); ``error`` (Failure, and whether
     retry_on matches); ``retry`` (seconds, Failure); ``skip`` (reason).
     ``items``: the value's items, each Encoded, where they were wanted; of a ``held`` value
-    each a pair (pickle | None, keys), as the value itself.
+    each a pair (pickle | None, keys), as the value itself; otherwise what a generator has
+    yielded before.
     ``began`` is wall clock, ``seconds`` the duration.  ``wrote``: C level or subprocess
     output preceded the end, so the output Pipes hold this attempt's end marker.
     """

@@ -67,8 +67,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Error:
+    """Raises; ``items``: what a generator yielded just before."""
+
     message: str = "bad"
     retryable: bool = True
+    items: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, slots=True)

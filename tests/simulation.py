@@ -265,8 +265,9 @@ class FakeWorker:
                 keys = keys_of(names)
                 each = [(None, (key,)) for key in keys] if items else None
                 return "held", (None if len(keys) == 1 else b"pickle", keys), each
-            case Error(message, retryable):
-                return "error", (Failure("error", "ValueError", message), retryable), None
+            case Error(message, retryable, items):
+                failure = Failure("error", "ValueError", message)
+                return "error", (failure, retryable), list(items) or None
             case Again(after):
                 return "retry", (after, Failure("error", "Retry", "not yet")), None
             case Skipped(reason):

@@ -134,6 +134,8 @@ class World:
         if chance.random() < 0.35 and depth < 5:
             made = self._submits(chance, steps)
         steps.append(self._outcome(chance, made))
+        if isinstance(steps[-1], Error) and chance.random() < 0.3:
+            steps[-1] = Error(items=range(chance.randint(1, 3)))
         return steps
 
     def _submits(self, chance: random.Random, steps: list[Step]) -> list[str]:

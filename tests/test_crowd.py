@@ -153,6 +153,19 @@ def test_what_a_failed_generator_has_delivered_is_consumed_and_the_rest_skipped(
     assert sim.got("collect") == (["consume[0]", "consume[1]"],)
 
 
+def test_what_a_generator_yields_just_before_it_fails_is_consumed_too() -> None:
+    does = {"source": (Yield("ab"), Run(0.5), Error(items="cd"))}
+    sim = Simulation([source, consume, collect], does, slots=2, policy="keep-going")
+    assert sim.run() == 0
+    assert sim.got("collect") == ([f"consume[{n}]" for n in range(4)],)
+    assert sim.got("consume[3]") == ("d",)
+    again = a_task("source", retries=1)
+    does = {"source": tries((Error(items="ab"),), STREAM)}
+    sim = Simulation([again, a_task("consume", {"x": each(again)})], does, slots=2)
+    assert sim.run() == 0
+    assert [sim.got(f"consume[{n}]") for n in range(4)] == [("a",), ("b",), ("c",), ("d",)]
+
+
 def test_a_stale_stream_is_ignored() -> None:
     sim = Simulation([source, consume], {"source": STREAM}, slots=2)
     sim.run(until=0.5)

@@ -123,6 +123,23 @@ def test_values_go_from_task_to_task_as_the_defaults_say(runs: Runs, how: list[s
     )
 
 
+@pytest.mark.parametrize("how", [["-j2"], ["--inline"]])
+def test_what_a_generator_yields_before_it_fails_is_there(runs: Runs, how: list[str]) -> None:
+    source = """
+        @task
+        def numbers():
+            yield from range(3)
+            raise ValueError("no more")
+
+        @task
+        def twice(n=each(numbers)): return 2 * n
+
+        @task
+        def total(all=result(twice, errors="skip")): print(all)
+        """
+    assert runs.exec(source, "--output=raw", *how).check().out == "[0, 2, 4]\n"
+
+
 def test_an_item_goes_on_without_waiting_for_the_others(runs: Runs) -> None:
     ended = runs.exec(
         """

@@ -277,6 +277,16 @@ def test_a_placeholder_is_left_out_of_what_succeeded_and_kept_as_a_failure() -> 
     assert isinstance(kept, Failure) and "because urls failed" in kept.message
 
 
+def test_the_failure_of_a_generator_stands_behind_what_it_has_yielded() -> None:
+    split = a_task("split", {"text": each(["x", "y"])})
+    count = a_task("count", {"word": each(split, flat=True)})
+    kept = a_task("kept", {"counts": result(count, errors="keep")})
+    does = {"split": by_index({0: (Error(items="ab"),), 1: items("c")})}
+    [[first, second, failure, last]] = run([kept], does).got("kept")
+    assert [first, second, last] == ["count[0,0]", "count[0,1]", "count[1,0]"]
+    assert isinstance(failure, Failure) and "because split[0] failed" in failure.message
+
+
 def test_a_failed_factor_of_a_product_leaves_a_placeholder_per_other_item() -> None:
     columns = a_task("columns")
     cell = a_task("cell", {"row": each([1, 2]), "column": each(columns)})

@@ -626,6 +626,29 @@ def test_many_items_come_in_few_events(open_in: Open, lane: str) -> None:
     assert shop.value(unwanted) == [0, 1, 2] and shop.report(unwanted).items is None
 
 
+@pytest.mark.parametrize("lane", ["process", *LANES])
+def test_what_a_generator_yields_before_it_fails_comes_with_the_failure(
+    open_in: Open, lane: str
+) -> None:
+    source = """
+        @task
+        RUN count(x):
+            for number in range(x): yield number
+            raise {}
+        """
+    shop, worker = open_in(
+        "thread" if lane == "process" else lane,
+        source.format("ValueError")
+        + source.replace("count", "skips").format("Skip")
+        + source.replace("count", "again").format("Retry"),
+    )
+    if lane == "process":
+        (worker,) = shop.workers()
+    for name in ("count", "skips", "again"):
+        call = shop.start(worker, name, 3, names=("x",), flags=m.WANT_ITEMS)
+        assert streamed(shop, call) == [0, 1, 2]
+
+
 @every_lane
 def test_an_item_that_cannot_travel_fails_its_generator(open_in: Open, lane: str) -> None:
     shop, worker = open_in(lane, "@task\nRUN locks():\n    yield threading.Lock()\n")

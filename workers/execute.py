@@ -395,15 +395,16 @@ class Executor:
         if isinstance(error, KeyboardInterrupt) and self._on_ctrl_c is not None:
             self._on_ctrl_c()
             error = Interrupted("Ctrl-C").with_traceback(error.__traceback__)
+        items = None if running.items is None else running.items.known()
         if running.interrupt is not None or isinstance(error, Interrupted):
-            return "error", (encode_failure(error, "cancelled"), False), None
+            return "error", (encode_failure(error, "cancelled"), False), items
         if isinstance(error, Skip):
-            return "skip", str(error), None
+            return "skip", str(error), items
         if isinstance(error, Retry):
-            return "retry", (error.after, encode_failure(error, "retry")), None
+            return "retry", (error.after, encode_failure(error, "retry")), items
         if not isinstance(error, Exception):
-            return "error", (encode_failure(_exit(running.known, error)), False), None
-        return "error", (encode_failure(error), self._is_retryable(running, error)), None
+            return "error", (encode_failure(_exit(running.known, error)), False), items
+        return "error", (encode_failure(error), self._is_retryable(running, error)), items
 
     def _is_retryable(self, running: Running, error: Exception) -> bool:
         if isinstance(error, ResultError | ArgumentError | LoadError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import takewhile
 from time import monotonic
 from typing import Any, Final
 
@@ -81,6 +82,11 @@ class Items:
         with self._lock:
             self._later = None
             return self._rest
+
+    def known(self) -> list[Any]:
+        """What is left where the generator fails: up to the first that holds futures, which
+        end with it."""
+        return [item for item, _ in takewhile(lambda held: not held[1], self.rest())]
 
 
 class Flusher:
