@@ -131,7 +131,7 @@ def fork_and_return(x):
 @task
 def fork_and_raise(x):
     pid = os.fork()
-    if pid == 0: raise SystemExit(7)
+    if pid == 0: raise x
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 @task

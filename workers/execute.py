@@ -500,9 +500,11 @@ class Executor:
         status = 0
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if not isinstance(error.code, int | None):
+                print(error.code, file=sys.stderr)
         elif error is not None:
             status = 1
-            sys.excepthook(type(error), error, error.__traceback__)
+            print(encode_failure(error).traceback, end="", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status & 0xFF)
