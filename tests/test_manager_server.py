@@ -486,6 +486,31 @@ say("waiting")
         assert lock.acquire(True, 20)  # the dead client has not got it
 
 
+def test_a_client_that_dies_at_a_barrier_has_not_come() -> None:
+    with running() as server:
+        barrier = server.client().Barrier(2)
+        code = f"""
+shared = proxy("BaseProxy", {barrier._token.id!r})
+say("waiting")
+shared._callmethod("wait")
+"""
+        with Client(server.address, code) as client:
+            assert client.hear() == "waiting"
+            wait_for(lambda: barrier.n_waiting == 1)
+            client.kill()
+            wait_for(lambda: len(server.server._promoted) == 1)
+        assert barrier.n_waiting == 0
+        places: list[int] = []
+        others = [threading.Thread(target=lambda: places.append(barrier.wait(20))) for _ in "ab"]
+        for other in others:
+            other.start()
+        for other in others:
+            other.join(20)
+        assert sorted(places) == [0, 1]
+        with pytest.raises(threading.BrokenBarrierError):
+            barrier.wait(0.01)
+
+
 # -- descriptors ----------------------------------------------------------------------
 
 

@@ -198,6 +198,35 @@ class Waiter:
                 condition.notify()  # somebody else
         return notified
 
+    def wait_at_barrier(
+        self, value: Any, function: Callable[..., Any], args: Any, kwds: Any
+    ) -> int:
+        # Barrier.wait() leaves only when the others have come, or breaks it when its time is
+        # up; who is gone leaves as if it had not come.  The steps are those of Barrier.wait().
+        timeout = _timeout(*args, **kwds)
+        with value._cond:
+            value._enter()
+            place: int = value._count
+            value._count += 1
+            try:
+                if value._count == value.parties:
+                    value._release()
+                else:
+                    self._pass(value, value._timeout if timeout is None else timeout)
+            finally:
+                value._count -= 1
+                value._exit()
+        return place
+
+    def _pass(self, barrier: Any, timeout: float | None) -> None:
+        def attempt(seconds: float) -> bool:
+            return bool(barrier._cond.wait_for(lambda: barrier._state != 0, seconds))
+
+        if not self.slices(attempt, timeout):
+            barrier._break()
+        if barrier._state < 0:  # broken, or reset
+            raise threading.BrokenBarrierError
+
 
 def _has_rung(condition: Any, bell: Any) -> bool:
     """Strike a waiter off the list; True if it rang meanwhile, and is off it already."""
@@ -242,6 +271,7 @@ _Way = Callable[[Waiter, Any, Callable[..., Any], Any, Any], Any]
 _WAYS: dict[tuple[type, str], _Way] = {
     (threading.Event, "wait"): Waiter.wait,
     (threading.Condition, "wait"): Waiter.wait_notified,
+    (threading.Barrier, "wait"): Waiter.wait_at_barrier,
     **{
         (kind, "acquire"): Waiter.acquire
         for kind in (type(threading.Lock()), _RLOCK, threading.Semaphore,
