@@ -40,6 +40,9 @@ _KEEPS_FD: Final = sys.version_info < (3, 13)  # a mapping keeps a descriptor of
 Portable: TypeAlias = "bytes | Shared"
 """A pickle as it travels on this machine."""
 
+Piece: TypeAlias = "bytes | bytearray | memoryview"
+"""What a pickler writes at a time."""
+
 Seen: TypeAlias = "dict[int, tuple[Any, Blob | bytes]]"
 """By id, objects (which it keeps alive) and the blobs that have their data."""
 
@@ -150,7 +153,7 @@ class Draft:
     __slots__ = ("buffers", "pieces", "write")
 
     def __init__(self) -> None:
-        self.pieces: list[bytes | bytearray] = []
+        self.pieces: list[Piece | pickle.PickleBuffer] = []
         self.write = self.pieces.append
         self.buffers: list[memoryview] = []
 
@@ -171,10 +174,16 @@ class Draft:
         ``seen`` is filled with the objects that the blobs were made of, and where those come
         again their data count as unchanged.
         """
-        pieces = self.pieces
+        first = self.pieces[0]
+        if (
+            type(first) is bytes
+            and len(first) < THRESHOLD
+            and not (self.buffers or self.pieces[1:])
+        ):
+            return first  # as nearly always
+        pieces = [_as_bytes(piece) for piece in self.pieces]
         if not self.buffers and sum(map(len, pieces)) < THRESHOLD:
-            first = pieces[0]
-            return first if len(pieces) == 1 and type(first) is bytes else b"".join(pieces)
+            return b"".join(pieces)
         writer = _Writer(places.current() if to is None else to, seen)
         stream = tuple(writer.keep(part) for part in _joined(pieces))
         return Shared(stream, tuple(map(writer.keep, self.buffers)), writer.trouble)
@@ -188,10 +197,15 @@ def sealed(data: bytes, draft: Draft, to: Place | None = None) -> Portable:
     return draft.sealed(to)
 
 
-def _joined(pieces: Sequence[bytes | bytearray]) -> list[bytes | bytearray]:
+def _as_bytes(piece: Piece | pickle.PickleBuffer) -> Piece:
+    """A buffer that stays in the stream is written as it is, too, where it is not short."""
+    return piece.raw() if isinstance(piece, pickle.PickleBuffer) else piece
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """What is long by itself, the rest joined."""
-    parts: list[bytes | bytearray] = []
-    short: list[bytes | bytearray] = []
+    parts: list[Piece] = []
+    short: list[Piece] = []
     for piece in pieces:
         if len(piece) < THRESHOLD:
             short.append(piece)

@@ -94,6 +94,14 @@ def test_what_is_small_is_a_plain_pickle() -> None:
     assert blobs.loads(data)[:2] == value[:2]
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+@pytest.mark.parametrize("length", [0, 65_535, 65_536, 200_000, THRESHOLD - 1, THRESHOLD, LARGE])
+def test_buffers_of_any_length_come_back_equal(length: int, kind: Any) -> None:
+    values = [kind(os.urandom(length)) for _ in range(3)]
+    again = blobs.loads(dumps([Buffer(value) for value in values]))
+    assert [bytes(made.data) for made in again] == [bytes(value) for value in values]
+
+
 def test_a_buffer_is_mapped_not_copied_and_may_be_written_to() -> None:
     data = dumps(Buffer(bytearray(LARGE)))
     first, second = blobs.loads(data).data, blobs.loads(data).data
