@@ -25,7 +25,7 @@ from taskrun.failures import guarded
 from taskrun.pool import Pool
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.remote import Submit, SubmitAny
-from taskrun.pooling.results import decoded, raw_of
+from taskrun.pooling.results import decoded, raw_of, report
 
 __all__ = ["Executor"]
 
@@ -60,6 +60,21 @@ class CallFuture(concurrent.futures.Future[Any]):
     _driver: Driver | None = None
     _job: _FutureJob | None = None
     held: Any = None  # what the call needs until it ends
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call ``fn`` with the future when it is done."""
+        super().add_done_callback(partial(self._call_back, fn))
+
+    def _call_back(self, fn: Callable[[Any], object], future: Any) -> None:
+        try:
+            fn(future)
+        except Exception:
+            raise  # it is logged
+        except BaseException as error:
+            # sys.exit ends neither the loop nor the other callbacks.
+            if self._driver is None or not self._driver.loop.in_thread:
+                raise
+            report(error)
 
     def cancel(self) -> bool:
         """End the call; False where it has ended."""

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
@@ -61,6 +62,18 @@ def test_a_workers_death_is_the_error_of_its_call_only(executor: Executor) -> No
         future.result(SECONDS)
     assert isinstance(caught.value, BrokenProcessPool)
     assert list(executor.map(square, range(10))) == [x * x for x in range(10)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callback_that_calls_sys_exit_ends_neither_the_executor_nor_other_callbacks(
+    executor: Executor,
+) -> None:
+    called = threading.Event()
+    future = executor.submit(time.sleep, 0.2)
+    future.add_done_callback(lambda done: sys.exit(3))
+    future.add_done_callback(lambda done: called.set())
+    assert called.wait(SECONDS)
+    assert executor.submit(square, 3).result(SECONDS) == 9
 
 
 def test_a_failing_initializer_breaks_the_executor() -> None:
