@@ -14,6 +14,7 @@ import pytest
 joblib = pytest.importorskip("joblib", reason="joblib is not installed")
 
 import taskrun.joblib  # noqa: E402 - it needs joblib, and registers the backend
+from taskrun import Pool  # noqa: E402
 from taskrun.errors import WorkerLost  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
@@ -69,6 +70,16 @@ def test_local_functions_and_large_arguments_travel() -> None:
     assert run(lambda n: len(data) + n, range(4)) == [2_000_000 + n for n in range(4)]
     assert run(len, [data] * 3) == [2_000_000] * 3
     assert run(bytes, [2_000_000] * 3) == [bytes(2_000_000)] * 3
+
+
+def use_a_pool(x: int) -> list[int]:
+    with Pool(2) as pool:
+        return pool.map(square, [x, x + 1])
+
+
+def test_a_call_on_another_backend_may_have_a_pool() -> None:
+    found = run(use_a_pool, [1, 5], backend="loky")
+    assert found == [[1, 4], [25, 36]]
 
 
 def test_an_error_is_raised_and_the_next_parallel_works() -> None:

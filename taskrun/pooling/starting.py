@@ -29,7 +29,7 @@ from taskrun.places import Place
 from taskrun.pooling import memory, remote
 from taskrun.reactor import Reactor
 from taskrun.workers import template
-from taskrun.workers.settings import FORK, Settings
+from taskrun.workers.settings import FORK, FORKSERVER, SPAWN, Settings
 
 if TYPE_CHECKING:
     from taskrun.engines.nodes import Nodes  # only where others lend workers
@@ -147,7 +147,9 @@ class Starter:
 
     def __init__(self, context: Any, setup: remote.Setup, limits: memory.Limits) -> None:
         """Raises what pickling ``setup`` raises, where workers start afresh."""
-        self.method: str = context.get_start_method()
+        method = context.get_start_method()
+        # One that is not multiprocessing's own, such as loky's, has fresh interpreters.
+        self.method: str = method if method in (FORK, FORKSERVER) else SPAWN
         self.hard = limits.hard
         self.base = next(bases) << 48
         self._setup = setup
@@ -196,7 +198,7 @@ class Starter:
     # -- fresh interpreters -----------------------------------------------------------
 
     def _told(self) -> remote.Start:
-        from multiprocessing import context, resource_tracker, spawn
+        from multiprocessing import context, get_all_start_methods, resource_tracker, spawn
         from multiprocessing.reduction import ForkingPickler
 
         spawn._check_not_importing_main()  # type: ignore[attr-defined]
@@ -205,6 +207,8 @@ class Starter:
         try:
             preparation = spawn.get_preparation_data(name)
             preparation.pop("name")
+            if preparation["start_method"] not in get_all_start_methods():
+                preparation["start_method"] = self.method
             buffer = io.BytesIO()
             ForkingPickler(buffer).dump(preparation)
             setup = ForkingPickler.dumps(self._setup)
