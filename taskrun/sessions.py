@@ -37,10 +37,28 @@ def processes() -> Iterator[Process]:
                 line = file.read()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it has ended meanwhile, or is hidden from us
-        # The name, in brackets, may contain anything, brackets too.
-        state, parent, _, session = line[line.rindex(b")") + 2 :].split(None, 4)[:4]
-        if state not in (b"Z", b"X"):
-            yield Process(int(name), int(parent), int(session))
+        process = _living(int(name), line)
+        if process is not None:
+            yield process
+
+
+def _living(pid: int, line: bytes) -> Process | None:
+    # The name, in brackets, may contain anything, brackets too.
+    state, parent, _, session = line[line.rindex(b")") + 2 :].split(None, 4)[:4]
+    return None if state in (b"Z", b"X") else Process(pid, int(parent), int(session))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is known to have ended, though perhaps not to its parent (Linux)."""
+    if not _LINUX:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return _living(pid, file.read()) is None
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except PermissionError:
+        return False
 
 
 def members(session: int) -> list[int]:

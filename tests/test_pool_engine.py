@@ -333,6 +333,26 @@ def test_a_template_that_dies_takes_its_workers_along_and_is_replaced(make: Make
     assert shop.do(again, "add", 1, 2) == 3
 
 
+def test_a_worker_whose_end_is_told_late_is_still_said_to_have_been_killed(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskrun.engines.local.HANGING", 0.01)
+    (worker,) = shop.workers()
+    shop.start(worker, "nap", 60)
+    shop.until(lambda: shop.engine._links[worker].executing)  # type: ignore[attr-defined]
+    link = shop.engine._links[worker]  # type: ignore[attr-defined]
+    template = psutil.Process(shop.pid(worker)).parent()
+    assert template is not None
+    template.suspend()
+    os.kill(shop.pid(worker), signal.SIGKILL)
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        shop.reactor.run_once(0.01)
+    assert link.rejected is None
+    template.resume()
+    assert "killed by SIGKILL" in shop.await_event(m.WorkerLost).reason
+
+
 def test_a_call_that_cannot_be_sent_ends_alone(shop: Workshop) -> None:
     (worker,) = shop.workers()
     bad = shop.make("same", 1, index=lambda: None)

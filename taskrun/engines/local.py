@@ -254,8 +254,10 @@ class Local:
         self._reactor.call_at(monotonic() + HANGING, lambda: self._end_hanging(link))
 
     def _end_hanging(self, link: PipeLink) -> None:
-        """It closed its Pipes, and did not end."""
-        if self.links.get(link.id) is link:
+        """It closed its Pipes, and did not end; or it has, and nobody has said how yet."""
+        if self.links.get(link.id) is not link:
+            return
+        if link.pid is None or not sessions.has_ended(link.pid):
             self._crew.reject(link, "it had closed its Pipes")
 
 
