@@ -201,3 +201,9 @@ def test_nothing_is_left_open() -> None:
     before, threads = opened(), threading.active_count()
     use()
     assert opened() == before and threading.active_count() == threads
+
+
+def test_a_result_that_is_to_be_pickled_says_that_it_cannot(pool: Pool) -> None:
+    for result in (pool.map_async(square, [3]), pool.imap(square, [3])):
+        with pytest.raises(NotImplementedError, match="results of a pool cannot be passed"):
+            pool.apply(repr, (result,))

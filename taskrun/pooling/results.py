@@ -29,7 +29,9 @@ from taskrun.values import decode_failure
 
 Callback = Callable[[Any], object] | None
 
-_NOTHING: Any = object()
+_STAYS: Final = (
+    "results of a pool cannot be passed between processes or pickled: only what they give"
+)
 _PLAIN: Final = frozenset((int, float, bool, type(None)))
 
 
@@ -77,9 +79,17 @@ def decoded(raw: Raw) -> tuple[bool, Any]:
         except Exception as error:
             error.add_note("It was raised while the result was unpickled.")
             return False, error
-        except SystemExit as error:
+        except BaseException as error:
+            if _is_ctrl_c(error):
+                raise
             return False, ResultError(f"the result, being unpickled, raised {error!r}")
     return False, exception_of(value) if isinstance(value, Failure) else value
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether it may be the user's own: only the main thread is told of that."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and isinstance(error, KeyboardInterrupt)
 
 
 def exception_of(failure: Failure) -> BaseException:
@@ -165,6 +175,9 @@ class AsyncResult(Waitable):
 
     def _jobs(self) -> list[Job]:
         return [self]
+
+    def __reduce__(self) -> Any:
+        raise NotImplementedError(_STAYS)
 
     # -- what came --------------------------------------------------------------------
 
@@ -441,6 +454,9 @@ class IMapIterator(Waitable):
                 return item
 
     __next__ = next
+
+    def __reduce__(self) -> Any:
+        raise NotImplementedError(_STAYS)
 
     # -- what comes -------------------------------------------------------------------
 
