@@ -14,6 +14,7 @@ from typing import Final
 from taskrun.errors import UsageError
 
 SHORTEST: Final = 16  # bytes
+LONGEST: Final = 4096  # bytes of a key file; a longer one is another file
 _VARIABLE: Final = "TASKRUN_AUTHKEY"
 _taken: dict[str, bytes] = {}  # what was in the environment
 
@@ -75,7 +76,12 @@ def _read(path: str) -> bytes:
             own = status.st_uid == os.getuid()
             if status.st_mode & (stat.S_IRWXO | (stat.S_IRWXG if own else 0)):
                 raise UsageError(f"the authkey file {path} can be read by others: chmod 600 {path}")
-            return file.read().strip()
+            data = file.read(LONGEST + 1)
+        if len(data) > LONGEST:
+            raise UsageError(
+                f"the authkey file {path} has more than {LONGEST} bytes: that is no key"
+            )
+        return data.strip()
     except FileNotFoundError:
         if path == own_file():
             raise

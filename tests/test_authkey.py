@@ -78,6 +78,7 @@ def test_whitespace_around_a_key_is_ignored(tmp_path: Path) -> None:
         (KEY[:-1], 0o600, "has 15 bytes, and needs at least 16"),
         ("", 0o600, "is empty, and needs at least 16 bytes"),
         (" \n", 0o600, "is empty, and needs at least 16 bytes"),
+        ("x" * 5000, 0o600, "has more than 4096 bytes"),
         (None, 0, "there is no authkey file"),
     ],
 )

@@ -29,6 +29,12 @@ def test_a_label_neither_breaks_the_table_nor_reaches_the_terminal_as_a_command(
     assert columns[0] == columns[1] == columns[2]
 
 
+def test_a_node_is_shown_with_its_tags() -> None:
+    node = {"node": "lab2", "slots": 2, "state": "here", "workers": [], "tags": ["big", "ssd"]}
+    shown = "\n".join(lines(status(nodes=[node], slots=2, workers=[])))
+    assert "lab2 (big, ssd)  here" in shown
+
+
 def test_what_is_watched_fits_the_screen() -> None:
     assert fitted(["short", "long" * 9], 10, 24) == ["short", "longlonglo"]
     assert fitted(["日本日本"], 5, 24) == ["日本"]

@@ -259,6 +259,15 @@ def test_a_node_that_does_not_fit_is_refused_with_the_reason(
     assert any(reason in notice for notice in grid.shop.watcher.notices)
 
 
+def test_a_node_that_is_gone_before_it_has_said_anything_is_forgotten_at_once(grid: Grid) -> None:
+    stranger = Stranger(grid, {})
+    assert isinstance(stranger.answer(), Welcome)
+    assert len(grid.nodes.nodes) == 1
+    stranger.peer.close()
+    grid.shop.until(lambda: not grid.nodes.nodes)
+    assert not any("is away" in notice for notice in grid.shop.watcher.notices)
+
+
 HEAD = struct.Struct("!BQIBB")
 RUBBISH = [
     b"", b"\x07", b"\x01" + bytes(40), b"\x05\xff\xff", b"\x02" + b"\xff" * 8,

@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 from harness import Running, started, wait_until
-from test_serve import LONG, TASKS, Site
+from test_serve import KEY, LONG, TASKS, Site
+
+from taskrun.addresses import parse
+from taskrun.network.joining import Refused, read_answer
+from taskrun.transport import dial_blocking
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -152,6 +156,14 @@ def test_a_node_that_no_run_wants_for_a_while_leaves_by_itself_and_says_so_once(
     assert "total | 28" in client.end().check().out
     ended = lab.end()
     assert ended.status == 0 and ended.err.count("had nothing to do") == 1
+
+
+def test_a_node_that_was_away_when_a_run_ended_is_told_so(site: Site) -> None:
+    site.serve(1)
+    site.submit(source="@task\ndef one(): pass\n").end().check()
+    with dial_blocking(parse(site.address), KEY.encode(), b"node@r1") as wire:
+        answer = read_answer(memoryview(bytes(wire.recv(10))))
+    assert answer == Refused("r1 has ended", later=False)
 
 
 def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:

@@ -118,7 +118,8 @@ def _counted(node: dict[str, Any]) -> tuple[str, ...]:
     """A row about a machine: its name, whether it is there, and its numbers."""
     busy = sum(1 for worker in node["workers"] if worker["calls"])
     numbers = (node["slots"], len(node["workers"]), busy)
-    return (node["node"], node["state"], *(f"{number:,}" for number in numbers))
+    tags = f" ({', '.join(node['tags'])})" if node.get("tags") else ""
+    return (node["node"] + tags, node["state"], *(f"{number:,}" for number in numbers))
 
 
 def _running(running: Sequence[dict[str, Any]], *, with_run: bool) -> Iterator[str]:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     callback=check_resources,
     help="What this machine has: gpu=1.",
 )
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word for this node.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word that status shows.")
 @click.option("--name", metavar="NAME", help="What it is called. [default: the host's name]")
 @click.option("--authkey-file", metavar="F", help="Where the coordinator's key is.")
 @click.option(

@@ -288,7 +288,10 @@ class Node:
         if self._peer is None:
             state = "away"
         workers = sorted(self.links)
-        return {"node": self.name, "slots": self.slots, "state": state, "workers": workers}
+        return {
+            "node": self.name, "slots": self.slots, "state": state, "workers": workers,
+            "tags": list(self.offer.tags),
+        }  # fmt: skip
 
     @property
     def load(self) -> int:
@@ -345,6 +348,10 @@ class Node:
             self.conversation.detach()
             if self._nodes.abandoned:
                 self._nodes.lose(self, f"lost with the node {self.name} at the end: {reason}")
+                return
+            if not self.conversation.received:
+                # It did not wait for its welcome, or has done nothing since: it joins anew.
+                self._nodes.lose(self, f"lost with the node {self.name}: {reason}")
                 return
             left = max(0.0, self._heard + self._nodes.lease - monotonic())
             self._notice(f"is away ({reason}), and has {left:.0f} s to come back")

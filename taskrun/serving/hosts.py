@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from taskrun import transport
 from taskrun.errors import UsageError
+from taskrun.network.channels import Offer
 from taskrun.network.joining import Hosting, Refused, answer_frame, read_hello
 from taskrun.reactor import Reactor
 from taskrun.serving.shares import Shares
@@ -35,10 +36,11 @@ def role_of(run: str) -> bytes:
 class Host:
     """A node.  ``slots``: how many workers it has for all runs together."""
 
-    def __init__(self, name: str, session: str, slots: int) -> None:
+    def __init__(self, name: str, session: str, offer: Offer) -> None:
         self.name = name
         self.session = session
-        self.slots = slots
+        self.slots = offer.slots
+        self.tags = list(offer.tags)
         self.draining = False
         self.peer: transport.Peer | None = None
         self.heard = monotonic()
@@ -52,7 +54,10 @@ class Host:
     def described(self) -> dict[str, Any]:
         """For ``taskrun status``."""
         state = "draining" if self.draining else "away" if self.peer is None else "here"
-        return {"node": self.name, "slots": self.slots, "state": state, "runs": self.takes}
+        return {
+            "node": self.name, "slots": self.slots, "state": state, "runs": self.takes,
+            "tags": self.tags,
+        }  # fmt: skip
 
 
 class Hosts:
@@ -124,7 +129,7 @@ class Hosts:
         host = self._known(hello.session)
         if host is None:
             name = self._free_name(hello.offer.name)
-            host = self.hosts[name] = Host(name, os.urandom(16).hex(), hello.offer.slots)
+            host = self.hosts[name] = Host(name, os.urandom(16).hex(), hello.offer)
             self._say(f"node {name} joined with {plural(host.slots, 'slot')}")
             self._watch(host)
         self._attach(host, peer)
@@ -218,6 +223,12 @@ def relay(
         join(near, far)
 
     transport.dial(path, key, reactor, role, on_open, lambda error: (refuse or near.close)())
+
+
+def turn_away(run: str, peer: transport.Peer) -> None:
+    """Tell a node that was away when the run ended."""
+    peer.send(answer_frame(Refused(f"{run} has ended", False)))
+    peer.finish()
 
 
 def join(near: transport.Peer, far: transport.Peer) -> None:

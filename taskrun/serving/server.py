@@ -27,7 +27,7 @@ from taskrun.network.joining import check_versions
 from taskrun.reactor import Reactor
 from taskrun.roles import STATE_OF_RUN, STEER
 from taskrun.serving import talk
-from taskrun.serving.hosts import NODE, Hosts, relay, role_of
+from taskrun.serving.hosts import NODE, Hosts, relay, role_of, turn_away
 from taskrun.serving.kept import Follower
 from taskrun.serving.lent import LentPool
 from taskrun.serving.looking import Look, machines, running
@@ -153,11 +153,12 @@ class Server:
 
     def _on_run_end(self, run: ServedRun | LentPool) -> None:
         self._say(f"{run.name} {run.file} ended with status {run.status}")
-        del self._service.roles[role_of(run.name)]
+        self._service.roles[role_of(run.name)] = partial(turn_away, run.name)
         self._service.roles.pop(talk.line_of(run.name), None)
         ended = [run for run in self.runs.values() if run.state == ENDED]
         for old in ended[:-REMEMBERED]:
             del self.runs[old.name]
+            del self._service.roles[role_of(old.name)]
         self.deal()
 
     def lend(self, peer: transport.Peer, asked: dict[str, Any]) -> LentPool:
