@@ -97,7 +97,7 @@ class Family:
         self.places: dict[object, int] = {}  # axis key -> position in an index
         self.wires: tuple[Wire, ...] = ()
         self.after: list[Family] = []
-        self.sources: list[Family] = []  # those whose values the wires take
+        self.sources: list[Family] = []  # those whose values, or their items, it takes
         self.consumers: list[tuple[Family, bool]] = []  # and whether they take failures
         self.calls: list[Call] = []
         self.by_index: dict[Index, Call] = {}
@@ -305,8 +305,11 @@ class Graph:
             if isinstance(wire, CallWire | WholeWire):
                 tolerant = isinstance(wire, WholeWire) and wire.errors != "fail"
                 wire.source.consumers.append((family, tolerant))
-                wire.source.holds += 1
                 family.sources.append(wire.source)
+        # How many items an axis has is asked of its source, though no wire may lead there.
+        family.sources += [axis.source for axis in family.axes if axis.source is not None]
+        for needed in family.sources:
+            needed.holds += 1
         for other in family.after:
             other.consumers.append((family, False))
         return family

@@ -60,6 +60,8 @@ class Auditor:
         if self.scheduler.status == 3:
             return  # it gave up: calls stay open
         self._audit()
+        if not self.scheduler.stopping:
+            self._no_call_is_missing()
         for call in self.scheduler.calls:
             assert self.ended.get(call.id) == call.state, f"{call!r} is not at its end"
             if call.state == OK:
@@ -67,6 +69,16 @@ class Auditor:
                 assert ends == ["value"], f"{call!r} was completed by {ends}"
             if not self.scheduler.status:
                 _nobody_lacks_it(call)
+
+    def _no_call_is_missing(self) -> None:
+        """Families with the same axes have advanced together."""
+        sizes: dict[frozenset[object], int] = {}
+        for family in self.scheduler.graph.families.values():
+            if any(call.placeholder for call in family.calls):
+                continue
+            axes = frozenset(axis.key for axis in family.axes)
+            size = sizes.setdefault(axes, len(family.calls))
+            assert len(family.calls) == size, f"{family.name} has {len(family.calls)} calls"
 
     # -- one command ------------------------------------------------------------------
 

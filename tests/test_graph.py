@@ -158,6 +158,27 @@ def test_the_items_of_one_single_call_advance_together() -> None:
     assert [sim.got("both[0]"), sim.got("both[1]")] == [("a", "fetch[0]"), ("b", "fetch[1]")]
 
 
+def test_items_are_known_to_a_product_that_unfolds_when_they_have_been_used() -> None:
+    items_, slow = a_task("items"), a_task("slow")
+    square = a_task("square", {"x": each(items_)})
+    pair = a_task("pair", {"s": each(slow), "q": each(square)})
+    does = {"items": items(1, 2, 3), "slow": (Run(1.0), Value(items="ab"))}
+    sim = run([pair], does)
+    assert sim.began("square[2]")[0] < 1.0
+    assert names(sim, "pair") == [f"pair[{s},{q}]" for s in range(2) for q in range(3)]
+
+
+def test_items_are_known_to_those_who_come_after_others_that_are_all_skipped() -> None:
+    rows, columns = a_task("rows"), a_task("columns")
+    cell = a_task("cell", {"row": each(rows), "column": each(columns)})
+    shown = a_task("shown", {"cell": each(cell)})
+    total = a_task("total", {"all": result(shown)})
+    sim = run([total], {"rows": (Run(1.0), Value(items="ab")), "columns": FAILS})
+    assert names(sim, "cell") == ["cell[0,*]", "cell[1,*]"]
+    assert names(sim, "shown") == ["shown[0,*]", "shown[1,*]"]
+    assert sim.states("total") == ["skipped"]
+
+
 def test_a_product_and_one_of_its_factors_share_that_factor() -> None:
     row = a_task("row", {"r": each(["a", "b"])})
     cell = a_task("cell", {"row": each(row), "c": each([1, 2])})
