@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import signal
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,8 +22,10 @@ from workshop import Workshop, alive, cancelled, gone, interrupt, task_file
 from taskrun import errors
 from taskrun import messages as m
 from taskrun.engines.pool import PoolEngine
+from taskrun.model import Options, Task
 from taskrun.values import decode
 from taskrun.workers.lanes.control import LaneControl
+from taskrun.workers.recipes import Known
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -556,6 +562,31 @@ def test_an_idle_worker_uses_no_cpu(open_in: Open, lane: str) -> None:
     after = process.cpu_times(), process.num_ctx_switches()
     assert after[0].user + after[0].system == before[0].user + before[0].system
     assert after[1].voluntary - before[1].voluntary <= 1
+
+
+def test_a_task_is_known_whole_to_every_thread_whichever_looks_it_up_first() -> None:
+    looking, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __call__(self, x: int) -> int:
+            return x
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            looking.set()
+            assert go_on.wait(20)
+            return inspect.signature(lambda x: x)
+
+    slow = Task(Slow(), Options("slow"), {})
+    home: Any = SimpleNamespace(find=lambda reference, blob: slow)
+    known = Known((m.TASK, 1, "slow", b"", b"", ("x",), {}, 0), home)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(lambda: known.task)
+        assert looking.wait(20)
+        second = threads.submit(lambda: known.task and known.arguments((5,), lambda make: None))
+        wait([second], 0.1)  # it is done at once where it does not wait for the first
+        go_on.set()
+        assert first.result(20) is slow and second.result(20) == ([5], {})
 
 
 # -- generators -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from taskrun.failures import guarded
 from taskrun.messages import SAY_BEGAN
 from taskrun.model import Each, Options, PerWorker, Result, Task
 from taskrun.values import decode, encode_failure, loads_arguments
+from taskrun.workers import native
 from taskrun.workers.settings import Preloaded
 
 PLAIN: Final = "plain"
@@ -37,6 +38,7 @@ class Known:
         self._constants: dict[str, Any] = constants
         self._home = home
         self._task: Task | None = None
+        self._finding = native.RLock()
         self.found = False
         self.quick = False  # its only argument, and nothing else, is passed by position
         self.style = PLAIN
@@ -47,13 +49,16 @@ class Known:
         return self._task or self.find()
 
     def find(self) -> Task:
-        """Look the task up."""
-        task = self._task = self._home.find(self.reference, self._blob)
-        self.function = task.function
-        self.found = True
-        self.style = _style(task)
-        self._learn_parameters(task)
-        return task
+        """Look the task up, once, whichever of the worker's threads needs it first."""
+        with self._finding:
+            if self._task is not None:
+                return self._task
+            task = self._home.find(self.reference, self._blob)
+            self.function = task.function
+            self.style = _style(task)
+            self._learn_parameters(task)
+            self._task, self.found = task, True  # the last, since other threads go by them
+            return task
 
     def _learn_parameters(self, task: Task) -> None:
         parameters = inspect.signature(task.function).parameters
