@@ -241,7 +241,8 @@ def _positive(option: str, value: Any) -> float:
 
 
 def _exceptions(option: str, value: Any) -> tuple[type[BaseException], ...]:
-    classes = tuple(value) if isinstance(value, Iterable) else (value,)
+    classes = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
+    classes = tuple(classes)
     for one in classes:
         if not (isinstance(one, type) and issubclass(one, BaseException)):
             raise TypeError(f"{option} takes exception classes, not {one!r}")

@@ -16,9 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, Protocol
+
+from taskrun.errors import CallSkipped, Skip
 
 _PENDING: Any = object()
 
@@ -265,7 +267,14 @@ class Standalone:
     def submit(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         future = Future(task.name)
         try:
-            future.resolve(run_plainly(task, resolved(args), resolved(kwargs)))
+            args, kwargs = resolved(args), resolved(kwargs)
+        except Exception as error:
+            future.fail(_skipped(f"{task.name} was skipped, because a call failed", error))
+            return future
+        try:
+            future.resolve(run_plainly(task, args, kwargs))
+        except Skip as error:
+            future.fail(_skipped(str(error), error))
         except Exception as error:
             future.fail(error)
         return future
@@ -300,6 +309,12 @@ class Standalone:
 
     def beneath(self) -> list[tuple[int, int]]:
         return []
+
+
+def _skipped(why: str, error: Exception) -> CallSkipped:
+    skipped = CallSkipped(why)
+    skipped.__cause__ = error
+    return skipped
 
 
 def left_until(deadline: float | None) -> float | None:
@@ -339,7 +354,12 @@ async def _collect(generator: Any) -> list[Any]:
 def _run(coroutine: Any) -> Any:
     import asyncio  # heavy; only async tasks pay for it
 
-    return asyncio.run(coroutine)
+    if asyncio._get_running_loop() is None:
+        return asyncio.run(coroutine)
+    from concurrent.futures import ThreadPoolExecutor  # where no loop runs
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(copy_context().run, asyncio.run, coroutine).result()
 
 
 _elsewhere: Context = Standalone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import subprocess
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 import taskrun
-from taskrun import current, each, per_worker, result, task
+from taskrun import Skip, current, each, per_worker, result, task
 from taskrun.api import collecting
+from taskrun.errors import CallSkipped
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result
 
 
@@ -98,6 +100,38 @@ def test_tasks_are_collected_while_somebody_asks_for_it() -> None:
     assert outer == [first, third] and inner == [second]
 
 
+def test_outside_a_run_a_coroutine_awaits_what_it_submits() -> None:
+    @task
+    async def child(x: int) -> int:
+        await asyncio.sleep(0)
+        return x + 1
+
+    @task
+    async def parent(x: int) -> int:
+        total: int = await child.submit(await child.submit(x))
+        return total
+
+    assert asyncio.run(parent(1)) == 3
+    assert parent.submit(1).result() == 3
+
+
+def test_outside_a_run_a_call_is_skipped_as_in_one() -> None:
+    @task
+    def skips() -> None:
+        raise Skip("nothing to do")
+
+    @task
+    def fails() -> None:
+        raise ValueError("bad")
+
+    @task
+    def needs(x: object) -> None: ...
+
+    assert repr(skips.submit().exception()) == "CallSkipped('nothing to do')"
+    for lacking in (skips.submit(), [{"x": fails.submit()}]):
+        assert isinstance(needs.submit(lacking).exception(), CallSkipped)
+
+
 def test_outside_a_run_current_is_a_stand_in() -> None:
     assert current().call == "" and current().attempt == 1
 
@@ -114,6 +148,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backoff": -1}, ValueError, "backoff is in seconds and must be 0 or more"),
     ({"priority": "high"}, TypeError, "priority must be a number"),
     ({"retry_on": 3}, TypeError, "retry_on takes exception classes, not 3"),
+    ({"retry_on": "OSError"}, TypeError, "retry_on takes exception classes, not 'OSError'"),
     ({"retry_on": ["OSError"]}, TypeError, "retry_on takes exception classes, not 'OSError'"),
     ({"lane": "proces"}, ValueError, "no lane 'proces'; did you mean 'process'?"),
     ({"lane": 3}, ValueError, "no lane 3; lanes are process, thread, async, green"),
