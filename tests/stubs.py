@@ -119,7 +119,7 @@ class Stub:
     def end(self, worker: int, how: str) -> None:
         """A worker has ended."""
         if self._generations.pop(worker, None) is not None:
-            self.talk.send(ch.of_worker(worker), ch.ENDED, pickle.dumps((how, 0, None)))
+            self.talk.send(ch.of_worker(worker), ch.ENDED, pickle.dumps((how, 0, None, False)))
 
 
 def dialler(address: str, key: bytes, reactor: Reactor) -> Dial:

@@ -135,13 +135,24 @@ JUNK: list[Any] = [
 
 
 @pytest.mark.parametrize(
-    "end", [b"", b"junk", pickle.dumps(5), pickle.dumps(("x", "y", "z")), pickle.dumps((1, 2, 3))]
+    "end",
+    [b"", b"junk", *map(pickle.dumps, (5, ("x", "y", "z"), ("x", "y", "z", True), (1, 2, 3, 4)))],
 )
 def test_a_garbled_end_of_a_worker_is_an_end(grid: Grid, end: bytes) -> None:
     bad, worker, _ = mute_with_a_call(grid)
     bad.talk.send(ch.of_worker(worker), ch.ENDED, end)
     assert "which was garbled" in grid.lost(worker).reason
     goes_on(grid)
+
+
+def test_a_worker_that_a_machine_denies_does_not_end_a_run_that_has_others(grid: Grid) -> None:
+    bad, worker, _ = mute_with_a_call(grid)
+    (node,) = grid.nodes.nodes.values()
+    grid.shop.engine.perform(m.StartWorkers(1))
+    (denied,) = set(node.links) - {worker}
+    bad.talk.send(ch.of_worker(denied), ch.ENDED, pickle.dumps(("not started: no", 0, None, True)))
+    assert grid.lost(denied).reason == "not started: no"
+    assert grid.shop.all(m.NoMoreWorkers) == [m.NoMoreWorkers("process", 1)]
 
 
 FAILURE = Failure("error", "E", "said")
@@ -167,7 +178,7 @@ def test_what_a_node_says_of_calls_that_it_does_not_have_is_ignored(grid: Grid) 
     liar = stub(grid)
     (worker,) = grid.shop.workers()
     liar.say(worker, report(10**9, "value", None), report(-1, "value", None))
-    liar.talk.send(ch.of_worker(honest_worker), ch.ENDED, pickle.dumps(("lied", 0, None)))
+    liar.talk.send(ch.of_worker(honest_worker), ch.ENDED, pickle.dumps(("lied", 0, None, False)))
     liar.talk.send(ch.of_worker(honest_worker), ch.CALLS, b"lied")
     assert grid.shop.do(worker, "same", 3) == 3
     assert not grid.shop.all(m.WorkerLost)

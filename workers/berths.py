@@ -111,7 +111,7 @@ class Berth(PipeLink):
             self.rejected = f"stopped, because what it sent was garbled: {error}"
         ledger = self.wires.ledger
         self.wires.outputs.read_the_last(ledger.executing)
-        last = (self.rejected or how, ledger.moment, ledger.copy())
+        last = (self.rejected or how, ledger.moment, ledger.copy(), self.denied)
         self.say(ch.ENDED, pickle.dumps(last, pickle.HIGHEST_PROTOCOL))
 
     def is_in(self, call: int, attempt: int) -> bool:
@@ -282,7 +282,7 @@ class Berths:
         *,
         denied: bool = False,
     ) -> None:
-        last = pickle.dumps((reason, 0, None))
+        last = pickle.dumps((reason, 0, None, denied))
         self._conversation.send(ch.of_worker(worker), ch.ENDED, last)
 
     def output(self, call: Any, stream: str, data: bytes, worker: str) -> None:

@@ -105,10 +105,10 @@ class RemoteLink(Link):
 
     def hear_the_last(self, data: Data) -> str:
         """Take the message that the worker has ended; gives how.  Raises WireError."""
-        how, moment, copied = pickle.loads(data)
+        how, moment, copied, denied = pickle.loads(data)
         if type(moment) is not int or not (copied is None or _is_copy(copied)):
             raise WireError("a worker's end is told in no known form")
-        self._moment, self._copy = moment, copied
+        self._moment, self._copy, self.denied = moment, copied, denied is True
         return str(how)
 
     @property
