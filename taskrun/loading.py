@@ -107,7 +107,7 @@ def where(task: Task) -> str:
 def find_file(start: str | os.PathLike[str] | None = None, meant: str = "") -> str:
     """The nearest ``tasks.py``, from the folder ``start`` (here) upwards; else UsageError,
     with the file whose name is near to ``meant``."""
-    first = folder = os.path.abspath(start or os.curdir)
+    first = folder = _absolute(start or os.curdir)
     while True:
         candidate = os.path.join(folder, DEFAULT_FILE)
         if os.path.isfile(candidate):
@@ -123,7 +123,7 @@ def find_file(start: str | os.PathLike[str] | None = None, meant: str = "") -> s
 def check_file(path: str | os.PathLike[str]) -> str:
     """The absolute path of a Python file; raises UsageError where ``path`` is none."""
     name = os.fspath(path)
-    file = os.path.abspath(name)
+    file = _absolute(name)
     if os.path.isdir(file):
         raise UsageError(f"{name} is a folder: name a file in it{_file_hint(file, DEFAULT_FILE)}")
     if os.path.islink(file) and not os.path.exists(file):
@@ -136,6 +136,15 @@ def check_file(path: str | os.PathLike[str]) -> str:
     if not os.path.isfile(file):
         raise UsageError(f"{name} is a device or a pipe: name a Python file")
     return file
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise UsageError(
+            "the folder that you are in was deleted: go to another one, or name the whole path"
+        ) from None
 
 
 def _file_hint(folder: str, name: str) -> str:

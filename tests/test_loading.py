@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,18 @@ def test_a_file_may_have_no_tasks_where_that_is_allowed(folder: Path) -> None:
 
 
 # -- finding --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("find", [find_file, lambda: load("tasks.py")])
+def test_in_a_folder_that_was_deleted_no_file_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, find: Any
+) -> None:
+    deleted = tmp_path / "deleted"
+    deleted.mkdir()
+    monkeypatch.chdir(deleted)
+    deleted.rmdir()
+    with pytest.raises(UsageError, match="was deleted"):
+        find()
 
 
 def test_the_nearest_tasks_file_upwards_is_found(folder: Path) -> None:
