@@ -98,6 +98,18 @@ def test_a_deep_copy_of_a_proxy_is_plain_and_a_list_can_be_repeated(live: Live) 
     assert items * 2 == 2 * items == [1, 2, 1, 2]
 
 
+def test_what_is_changed_by_an_operator_stays_the_shared_object(live: Live) -> None:
+    ours, run = live.connect(), stock(live)
+    items, pages = run.state_list("l"), run.state_dict("d")
+    items += [1]
+    items *= 3
+    assert ours.list("l") == [1, 1, 1]
+    # From Python 3.14 on, DictProxy does so for |= and |.
+    pages._callmethod("__ior__", ({"a": 1},))
+    assert ours.dict("d") == {"a": 1}
+    assert pages._callmethod("__or__", ({"b": 2},)) == {"a": 1, "b": 2}
+
+
 def test_a_lock_is_one_for_both_kinds_of_clients(live: Live) -> None:
     ours, run = live.connect().lock("l"), stock(live)
     lock = run.state_lock("l")

@@ -92,14 +92,14 @@ class Set(_Sent, containers.Set):
 
 
 _LIST = (
-    "__add__", "__contains__", "__delitem__", "__getitem__", "__iadd__", "__iter__", "__len__",
-    "__mul__", "__reversed__", "__rmul__", "__setitem__", "append", "clear", "copy", "count",
-    "extend", "index", "insert", "pop", "remove", "reverse", "sort",
+    "__add__", "__contains__", "__delitem__", "__getitem__", "__iadd__", "__imul__", "__iter__",
+    "__len__", "__mul__", "__reversed__", "__rmul__", "__setitem__", "append", "clear", "copy",
+    "count", "extend", "index", "insert", "pop", "remove", "reverse", "sort",
 )  # fmt: skip
 _DICT = (
-    "__contains__", "__delitem__", "__getitem__", "__iter__", "__len__", "__setitem__", "clear",
-    "copy", "delete_many", "get", "get_many", "items", "keys", "pop", "popitem", "replace",
-    "setdefault", "update", "values",
+    "__contains__", "__delitem__", "__getitem__", "__ior__", "__iter__", "__len__", "__or__",
+    "__ror__", "__setitem__", "clear", "copy", "delete_many", "get", "get_many", "items", "keys",
+    "pop", "popitem", "replace", "setdefault", "update", "values",
 )  # fmt: skip
 _SET = (
     "__contains__", "__iter__", "__len__", "add", "add_many", "clear", "copy", "discard",
