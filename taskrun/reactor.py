@@ -17,6 +17,7 @@ import selectors
 import socket
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -95,6 +96,7 @@ class Reactor:
         self._ticket = 0
         self._inbox: deque[Callback] = deque()
         self._woken = self._closed = False
+        self.thread: int | None = None  # that is in the middle of a turn
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -216,18 +218,22 @@ class Reactor:
 
     def run_once(self, timeout: float | None = None) -> None:
         """One turn: wait at most ``timeout`` seconds, then call whatever is due."""
-        found = self._poller.poll(self._patience(timeout), _AT_ONCE)
+        before, self.thread = self.thread, get_ident()
         interests = self._interests
-        for interest, mask in [(interests[fd], mask) for fd, mask in found if fd in interests]:
-            # An error or the end of a connection is for whoever waits, reader or writer.
-            if mask & ~_WRITE and interest.reader is not None:
-                interest.reader()
-            if mask & ~_READ and interest.writer is not None:
-                interest.writer()
-        if self._timers:
-            self._call_due()
-        if self._inbox:
-            self._call_posted()
+        try:
+            found = self._poller.poll(self._patience(timeout), _AT_ONCE)
+            for interest, mask in [(interests[fd], mask) for fd, mask in found if fd in interests]:
+                # An error or the end of a connection is for whoever waits, reader or writer.
+                if mask & ~_WRITE and interest.reader is not None:
+                    interest.reader()
+                if mask & ~_READ and interest.writer is not None:
+                    interest.writer()
+            if self._timers:
+                self._call_due()
+            if self._inbox:
+                self._call_posted()
+        finally:
+            self.thread = before
 
     def patience(self) -> float | None:
         """Seconds until something is due without any descriptor; None: nothing is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ from multiprocessing import managers
 from typing import Any
 
 import pytest
-from manager_support import KEY, Client, deadline, running
+from manager_support import KEY, Client, deadline, running, wait_for
 
 from taskrun.manager import SyncManager
 
@@ -139,6 +140,28 @@ def test_our_client_works_with_the_standard_librarys_server() -> None:
         with ours.Lock():
             shared["b"] = 2
         assert list(shared) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [managers.SyncManager, SyncManager])
+def test_a_proxy_that_the_servers_own_loop_collects_does_not_stop_it(kind: Any) -> None:
+    with running() as server:
+        client = server.client(kind)
+        kept = client.list()
+
+        def discard() -> None:
+            cycle: list[Any] = [client.dict()]
+            cycle.append(cycle)
+
+        gc.disable()
+        try:
+            discard()
+            assert len(server.server.objects.counted()) == 2
+            server.reactor.post(gc.collect)
+            wait_for(lambda: len(server.server.objects.counted()) == 1)
+        finally:
+            gc.enable()
+        kept.append(1)
+        assert kept[:] == [1]
 
 
 def test_get_server_serves_until_its_stop_event_is_set() -> None:

@@ -6,6 +6,8 @@
   in another process (gh-99595).
 - After os.fork() parent and child no longer talk over one connection (gh-101320), and the
   child counts its references.
+- A proxy may be collected at any moment, on any thread.  On the loop of a server in this very
+  process its reference is given back later: the loop must not wait for its own answer.
 - A call that is interrupted between request and reply (Ctrl-C) drops its connection: the
   next call must not get that reply.
 """
@@ -13,12 +15,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import partial
 from multiprocessing import managers, process
 from typing import Any
 
 from taskrun.manager import client
 from taskrun.manager.pickling import Loader
+from taskrun.manager.server import loop_here
 
 _keys: dict[Any, bytes] = {}  # address -> key
 
@@ -50,6 +54,29 @@ def _same_server(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return bool(one[1] == other[1])
     return bool(one == other)
+
+
+_decref = managers.BaseProxy._decref  # type: ignore[attr-defined]
+
+
+def _release(*reference: Any) -> None:
+    """What a proxy's finalizer calls, of the standard library's proxies too."""
+    loop = loop_here()
+    if loop is None:
+        _decref(*reference)
+    else:
+        # No thread is started here: this may have interrupted just that.
+        loop.post(lambda: _release_elsewhere(reference))
+
+
+def _release_elsewhere(reference: tuple[Any, ...]) -> None:
+    try:
+        threading.Thread(target=_decref, args=reference, daemon=True).start()
+    except RuntimeError:
+        pass  # the system gives us no more threads: it stays counted
+
+
+managers.BaseProxy._decref = staticmethod(_release)  # type: ignore[attr-defined]
 
 
 class Proxy(managers.BaseProxy):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
@@ -258,6 +259,12 @@ class Server:
 
 
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def loop_here() -> Reactor | None:
+    """The loop of a server, where this thread is in the middle of a turn of it."""
+    here = threading.get_ident()
+    return next((one.reactor for one in list(_servers) if one.reactor.thread == here), None)
 
 
 def _after_fork_in_child() -> None:
