@@ -207,3 +207,45 @@ def test_a_result_that_is_to_be_pickled_says_that_it_cannot(pool: Pool) -> None:
     for result in (pool.map_async(square, [3]), pool.imap(square, [3])):
         with pytest.raises(NotImplementedError, match="results of a pool cannot be passed"):
             pool.apply(repr, (result,))
+
+
+FRESH = """\
+import multiprocessing
+from taskrun import Pool
+def square(x):
+    return x * x
+def main():
+    with Pool(2, context=multiprocessing.get_context("spawn")) as pool:
+        print(pool.map(square, range(4)))
+"""
+
+
+@pytest.mark.parametrize("way", ["-c", "-", "package"])
+def test_functions_of_a_main_module_that_fresh_workers_cannot_import_go_along(
+    tmp_path: Path, way: str
+) -> None:
+    script = FRESH + "main()\n"
+    command, told = [way], ""
+    if way == "-c":
+        command += [script]
+    elif way == "-":
+        told = script
+    else:
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "__main__.py").write_text(script)
+        command = ["-m", "package"]
+    done = subprocess.run(
+        [sys.executable, *command], input=told, cwd=tmp_path, capture_output=True, text=True,
+        timeout=SECONDS * 2, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("[0, 1, 4, 9]\n", "")
+
+
+def test_a_script_without_a_main_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(FRESH + "main()\n")
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=SECONDS * 2, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and not done.stdout
+    assert "if __name__ == '__main__':" in done.stderr

@@ -117,7 +117,7 @@ class Worker:
             self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
         else:
             self._capture = Uncaptured((stdout, stderr))
-        home = Home(settings.module, preloaded)
+        self._home = home = Home(settings.module, preloaded)
         variables = frozenset(settings.environment)
         self.executor = Executor(
             self,
@@ -157,6 +157,7 @@ class Worker:
             from taskrun.pooling import remote
 
             remote.begin(self._settings.pool, self._birth.worker)
+            self._home.check = remote.check
         self._control.start()
         self.tell((READY, os.getpid()))
         queue, outbox, execute = self.queue, self.outbox, self.executor.execute

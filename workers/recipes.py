@@ -176,9 +176,12 @@ class Home:
     def __init__(self, module: str | None, preloaded: Preloaded) -> None:
         self._module = module
         self._failure = preloaded.failure
+        # Raises why no task can be executed in this worker, if that is so.
+        self.check: Callable[[], None] = lambda: None
 
     def find(self, reference: tuple[str, str] | bytes, blob: bytes | None) -> Task:
-        """The task of ``reference``.  Raises LoadError."""
+        """The task of ``reference``.  Raises LoadError, or what ``check`` raises."""
+        self.check()
         try:
             if isinstance(reference, bytes):
                 if self._module is None and self._failure is not None:

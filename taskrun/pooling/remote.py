@@ -136,7 +136,8 @@ def _Process(method: str, number: int) -> Any:
 # -- calls ----------------------------------------------------------------------------
 
 
-def _check() -> None:
+def check() -> None:
+    """Raises InitializerFailed where this worker cannot execute calls."""
     if _failure is not None:
         said = failures.guarded(_failure, str)
         raise InitializerFailed(f"{type(_failure).__name__}: {said}") from _failure
@@ -150,8 +151,6 @@ class Apply:
         self.__name__ = name_of(function)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if _failure is not None:
-            _check()
         value = self.function(*args, **kwargs)
         kind = type(value)
         if kind in PLAIN or (kind is int and -_INT_MAX < value < _INT_MAX):
@@ -163,8 +162,6 @@ class Submit(Apply):
     """For an Executor: a result that cannot be pickled raises what pickling it raised."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if _failure is not None:
-            _check()
         value = self.function(*args, **kwargs)
         kind = type(value)
         if kind in PLAIN or (kind is int and -_INT_MAX < value < _INT_MAX):
@@ -178,7 +175,6 @@ class ApplyAny:
     __name__ = "call"
 
     def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        _check()
         return _pickled(function(*args, **kwargs))
 
 
@@ -195,7 +191,6 @@ class Map:
         self.__name__ = name_of(function)
 
     def __call__(self, items: Sequence[Any]) -> Any:
-        _check()
         return _pickled(list(map(self.function, items)))
 
 
@@ -203,7 +198,6 @@ class SubmitAny(ApplyAny):
     """The same, for an Executor."""
 
     def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        _check()
         return dumps(function(*args, **kwargs))
 
 
@@ -216,7 +210,6 @@ class MapAny:
         self.star = star
 
     def __call__(self, function: Portable, items: Sequence[Any]) -> Any:
-        _check()
         found = blobs.loads(function)
         return _pickled([found(*item) if self.star else found(item) for item in items])
 
@@ -225,7 +218,6 @@ class Starmap(Map):
     """Calls a function once for each of some tuples of arguments."""
 
     def __call__(self, items: Sequence[Any]) -> Any:
-        _check()
         function = self.function
         return _pickled([function(*item) for item in items])
 

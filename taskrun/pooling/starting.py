@@ -207,6 +207,8 @@ class Starter:
         try:
             preparation = spawn.get_preparation_data(name)
             preparation.pop("name")
+            if not _main_is_imported():
+                preparation.pop("init_main_from_path", None)
             if preparation["start_method"] not in get_all_start_methods():
                 preparation["start_method"] = self.method
             buffer = io.BytesIO()
@@ -252,5 +254,16 @@ def known_names(method: str) -> Callable[[Any], bool]:
     if method == FORK:
         known = {name: id(value) for name, value in vars(main).items() if callable(value)}
         return lambda function: known.get(function.__qualname__) == id(function)
-    imported = getattr(main, "__file__", None) or getattr(main, "__spec__", None)
-    return lambda function: bool(imported) and vars(main).get(function.__qualname__) is function
+    imported = _main_is_imported()
+    return lambda function: imported and vars(main).get(function.__qualname__) is function
+
+
+def _main_is_imported() -> bool:
+    """Whether a fresh interpreter has our ``__main__``: not what was read from a terminal or a
+    pipe, and not the ``__main__`` of a package, which multiprocessing leaves alone."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return str(spec.name).rpartition(".")[2] != "__main__"
+    file = getattr(main, "__file__", None)
+    return file is not None and os.path.exists(file)
