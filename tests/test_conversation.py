@@ -32,6 +32,10 @@ class Side:
         """As a peer: to the other side, as long as the connection holds."""
         self.outgoing.append(b"".join(parts))
 
+    def send_first(self, frame: bytes) -> None:
+        """The same, before all that is under way."""
+        self.outgoing.appendleft(frame)
+
 
 class Line:
     """Two sides, and the connection between them; with a ``chance`` of what no connection

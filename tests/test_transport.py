@@ -95,6 +95,23 @@ def test_one_who_does_not_read_makes_us_keep_what_is_unsent_and_is_told_of_by_on
     assert drained == [0]
 
 
+def test_what_goes_first_overtakes_the_frames_that_wait(meeting: Meeting) -> None:
+    here, there = meeting.meet()
+    there.pause()
+    frames = [bytes([number]) * 250_000 for number in range(200)]
+    for frame in frames:
+        here.send(frame[:1], frame[1:])
+    meeting.until(lambda: here.unsent < sum(map(len, frames)))
+    here.send_first(b"beat")
+    here.send_first(b"beat again")
+    there.resume()
+    meeting.until(lambda: len(meeting.there.frames) == 202)
+    came = meeting.there.frames
+    first = came.index(b"beat")
+    assert first < 150 and came[first + 1] == b"beat again"
+    assert [*came[:first], *came[first + 2 :]] == frames
+
+
 # -- who is not let in ----------------------------------------------------------------
 
 

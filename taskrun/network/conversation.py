@@ -47,6 +47,8 @@ class Peer(Protocol):
 
     def send(self, *parts: Data) -> None: ...
 
+    def send_first(self, frame: bytes) -> None: ...
+
 
 class Conversation:
     """One side of it.
@@ -114,12 +116,14 @@ class Conversation:
 
     def leave(self, reason: str) -> None:
         """Say that the conversation is over."""
-        self._say(bytes([LEAVE]) + reason.encode())
+        if self._peer is not None:
+            self._peer.send(bytes([LEAVE]) + reason.encode())
 
     def _say(self, frame: bytes) -> None:
+        """Say what has no number: it need not wait for what has."""
         if self._peer is not None:
             self._told, self._untold_bytes = self.received, 0
-            self._peer.send(frame)
+            self._peer.send_first(frame)
 
     def _transmit(self, key: int, channel: int, more: int, data: Data) -> None:
         head = _HEAD.pack(_DATA, self._sent, key, channel, more)

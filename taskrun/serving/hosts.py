@@ -25,7 +25,7 @@ from taskrun.text import plural
 
 NODE: Final = b"node"
 JOINING: Final = 10.0  # seconds for a node to say hello
-FULL: Final = 4 * 1024 * 1024  # bytes that wait for one side; then the other one waits, too
+FULL: Final = 256 * 1024  # bytes that wait for one side; then the other one waits, too
 
 
 def role_of(run: str) -> bytes:

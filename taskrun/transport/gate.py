@@ -34,6 +34,7 @@ _OLD_GREETING: Final = 1.0  # seconds; an honest peer is through in milliseconds
 _QUIET: Final = 60.0  # seconds between two notices of the same kind
 _MOST_REASONS: Final = 100  # kinds of notices
 _READ: Final = 16 * 1024
+_UNSENT: Final = 256 * 1024  # bytes that the system takes before it can send them
 _CREDENTIALS: Final = struct.Struct("3i")
 _TLS_HANDSHAKE: Final = b"\x16"  # the first byte of the first record
 
@@ -372,6 +373,9 @@ def prepare(connection: socket.socket) -> None:
     connection.setblocking(False)
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What waits for a slow line waits with us, where heartbeats can overtake it.
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         # A machine that has lost its power says nothing; its connection ends all the same,
         # within a minute where the system lets us say so.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

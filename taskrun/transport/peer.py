@@ -47,6 +47,10 @@ class Peer:
         self._on_frame: OnFrame = _ignore
         self._on_end: OnEnd = _ignore
         self._queue: deque[memoryview] = deque()
+        self._sizes: deque[int] = deque()  # of the frames in it, with what they begin by
+        self._into = 0  # bytes of the first of them that are written
+        self._first: deque[memoryview] = deque()  # frames that go before those that wait
+        self._insists = False  # what was tried last has to be tried again
         self._scheduled = self._blocked = self._finishing = self._listening = False
         self.closed = False
         _peers.add(self)
@@ -121,7 +125,19 @@ class Peer:
         start = header(size)
         self._queue.append(memoryview(start))
         self._queue.extend(memoryview(part) for part in parts if part)
-        self.unsent += len(start) + size
+        self._sizes.append(len(start) + size)
+        self._wait(len(start) + size)
+
+    def send_first(self, frame: bytes) -> None:
+        """The same, before all frames that wait: what is short and belongs to no order."""
+        if self.closed or self._finishing:
+            return
+        whole = header(len(frame)) + frame
+        self._first.append(memoryview(whole))
+        self._wait(len(whole))
+
+    def _wait(self, size: int) -> None:
+        self.unsent += size
         if not self._scheduled and not self._blocked:
             self._scheduled = True
             self._reactor.call_soon(self._on_turn)
@@ -137,37 +153,61 @@ class Peer:
         except OSError as error:
             self._end(_reason(error))
             return
-        if self._queue and not self._blocked:
+        if self._waits and not self._blocked:
             self._blocked = True
             self._reactor.add_writer(self._socket.fileno(), self._flush)
-        elif self._blocked and not self._queue:
+        elif self._blocked and not self._waits:
             self._blocked = False
             self._reactor.remove_writer(self._socket.fileno())
             if self.on_drained is not None:
                 self.on_drained()
-        if self._finishing and not self._queue:
+        if self._finishing and not self._waits:
             self._say_goodbye()
+
+    @property
+    def _waits(self) -> bool:
+        """Whether anything is to be written."""
+        return bool(self._queue or self._first)
 
     def _write(self) -> None:
         """Write until there is no room, or enough is written for this turn."""
         written = 0
-        while self._queue and written < _AT_ONCE:
+        while written < _AT_ONCE:
+            if self._first and not self._into and not self._insists:
+                self._let_first_go()
+            if not self._queue:
+                return
             chunk = self._next_chunk()
             try:
                 sent = self._socket.send(chunk)
             except (BlockingIOError, InterruptedError):
                 # The same bytes have to come first next time: TLS insists.
+                self._insists = True
                 self._queue.appendleft(chunk)
                 return
+            self._insists = False
             written += sent
-            self.unsent -= sent
+            self._count(sent)
             if sent < len(chunk):
                 self._queue.appendleft(chunk[sent:])
 
+    def _let_first_go(self) -> None:
+        self._sizes.extendleft(len(frame) for frame in reversed(self._first))
+        self._queue.extendleft(reversed(self._first))
+        self._first.clear()
+
+    def _count(self, sent: int) -> None:
+        """So many bytes more are written."""
+        self.unsent -= sent
+        self._into += sent
+        while self._sizes and self._into >= self._sizes[0]:
+            self._into -= self._sizes.popleft()
+
     def _next_chunk(self) -> memoryview:
-        """The first buffer of the queue, joined with those after it while it is short."""
+        """The first buffer of the queue, joined with those after it while it is short, and
+        nothing waits for the end of a frame."""
         first = self._queue.popleft()
-        if not self._queue or len(first) + len(self._queue[0]) > _CHUNK:
+        if self._first or not self._queue or len(first) + len(self._queue[0]) > _CHUNK:
             return first
         pieces, size = [first], len(first)
         while self._queue and size + len(self._queue[0]) <= _CHUNK:
@@ -186,7 +226,7 @@ class Peer:
         self._on_end = _ignore
         self._reactor.call_at(monotonic() + _PATIENCE, self.close)
         self.resume()
-        if not self._queue:
+        if not self._waits:
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
@@ -209,6 +249,7 @@ class Peer:
         self._reactor.remove_reader(self._socket.fileno())
         self._reactor.remove_writer(self._socket.fileno())
         self._queue.clear()
+        self._first.clear()
         self.unsent = 0
         self._socket.close()
 
