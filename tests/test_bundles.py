@@ -131,6 +131,18 @@ def test_a_bundle_is_kept_for_this_user_alone_and_found_again(tmp_path: Path) ->
     assert os.access(tmp_path / "there" / "run.sh", os.X_OK)
 
 
+def test_what_is_no_bundle_is_a_value_error_whatever_is_wrong_with_it(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py")
+    whole = make_bundle(str(tmp_path / "tasks.py")).data
+    for number, data in enumerate(
+        (b"", b"junk", whole[:-30], whole.replace(b"tasks", b"tusks", 1))
+    ):
+        path = tmp_path / f"{number}.zip"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="that is no bundle"):
+            unpack(str(path), str(tmp_path / str(number)))
+
+
 def test_a_bundle_that_was_damaged_or_is_another_one_is_not_used(tmp_path: Path) -> None:
     write(tmp_path, "tasks.py")
     bundle = make_bundle(str(tmp_path / "tasks.py"))

@@ -14,6 +14,11 @@ import pytest
 from harness import Ended, Running, Runs, started, wait_until
 
 import taskrun
+from taskrun.addresses import parse
+from taskrun.network.bundles import digest_of, make_bundle
+from taskrun.serving import talk
+from taskrun.serving.client import submission
+from taskrun.transport import dial_blocking
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -382,8 +387,6 @@ def test_what_is_written_beyond_what_is_kept_is_counted(site: Site) -> None:
 
 
 def test_a_request_that_means_nothing_is_refused_and_the_server_goes_on(site: Site) -> None:
-    from taskrun.transport import dial_blocking
-
     site.serve()
     host, port = site.address.split(":")
     where = (host, int(port))
@@ -401,3 +404,20 @@ def test_a_request_that_means_nothing_is_refused_and_the_server_goes_on(site: Si
         wire.send(b"\x03no archive")
         assert b"error" in bytes(wire.recv(10))
     assert site.status()["runs"] == []
+
+
+def test_a_submission_that_cannot_be_begun_ends_nothing_but_itself(site: Site) -> None:
+    site.serve()
+    where = parse(site.address)
+    bundle = make_bundle(site.write(LONG))
+    broken = bundle._replace(data=b"junk", digest=digest_of(b"junk"))
+    with dial_blocking(where, KEY.encode(), talk.SUBMIT) as wire:
+        for frame in submission(broken, [], None):
+            wire.send(frame)
+        assert b"that is no bundle" in bytes(wire.recv(10))
+    with dial_blocking(where, KEY.encode(), talk.SUBMIT) as wire:
+        for frame in submission(bundle, ["no\0word"], None):
+            wire.send(frame)
+        said = [bytes(wire.recv(10)) for _ in range(3)]
+    assert b"cannot be started: embedded null byte" in said[1] and b'"ended": 3' in said[2]
+    assert [run["state"] for run in site.status()["runs"]] == ["ended"]

@@ -189,13 +189,19 @@ class Cache:
 
 
 def unpack(path: str, folder: str) -> None:
-    """Put the files of a bundle into ``folder``."""
+    """Put the files of a bundle into ``folder``.  Raises OSError where there is no room,
+    ValueError where it is no bundle."""
     import zipfile
 
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            made = archive.extract(entry, folder)
-            os.chmod(made, entry.external_attr >> 16 & 0o777)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                made = archive.extract(entry, folder)
+                os.chmod(made, entry.external_attr >> 16 & 0o777)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever a broken archive is to those who read it
+        raise ValueError(f"that is no bundle: {error}") from None
 
 
 def holds(folder: str, path: str) -> bool:

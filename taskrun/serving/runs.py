@@ -130,8 +130,11 @@ class ServedRun:
                 command, cwd=self._files, env=self._environment(), stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
-        except OSError as error:
-            self._end(LOST, f"the process of {self.name} cannot be started: {error.strerror}")
+        except (OSError, ValueError) as error:  # no room, or words that no command can have
+            reason = getattr(error, "strerror", None) or error
+            why = f"the process of {self.name} cannot be started: {reason}"
+            self.state = RUNNING
+            self._reactor.call_soon(lambda: self._end(LOST, why))  # others are being started
             return
         self.state = RUNNING
         assert made.stdout is not None and made.stderr is not None

@@ -36,6 +36,7 @@ from taskrun.serving.shares import Wish, deal
 from taskrun.serving.states import States
 from taskrun.signals import Signals
 from taskrun.state.service import Service
+from taskrun.text import one_line
 
 REMEMBERED: Final = 20  # runs that have ended, with their output
 GOODBYE: Final = 1.0  # seconds that those who follow have to take the last words
@@ -383,4 +384,4 @@ def _json(**what: Any) -> bytes:
 
 def tell(text: str) -> None:
     """Write a line for people."""
-    print(f"taskrun: {text}", file=sys.stderr, flush=True)
+    print(f"taskrun: {one_line(text)}", file=sys.stderr, flush=True)
