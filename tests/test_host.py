@@ -1,4 +1,4 @@
-"""A node of a server, and what servers may do to it: a server by hand, on the same reactor."""
+"""Nodes, and what servers and coordinators may do to them: these by hand, on the same reactor."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import pytest
 from transport_support import KEY
 
 from taskrun import transport
+from taskrun.errors import UsageError
+from taskrun.network import channels as ch
 from taskrun.network.channels import Offer
-from taskrun.network.joining import Hosting, answer_frame
+from taskrun.network.conversation import JOIN, Conversation
+from taskrun.network.joining import Hosting, Refused, Welcome, answer_frame
 from taskrun.reactor import Reactor
 from taskrun.workers import host as module
 from taskrun.workers.host import Host
-from taskrun.workers.node import ROLE
+from taskrun.workers.node import ROLE, Node
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -104,3 +107,36 @@ def test_a_server_that_says_what_no_server_says_is_dialled_again(rubbish: bytes)
 def test_what_answers_as_no_server_does_is_not_one_any_more() -> None:
     status, came = serve(hang_up, lambda peer: peer.send(b"rubbish"))
     assert status is None and len(came) == 2
+
+
+@pytest.mark.parametrize(("channel", "data"), [(ch.JOB, b"junk"), (ch.START, b""), (99, b"")])
+def test_a_coordinator_that_says_what_none_says_is_left_and_dialled_again(
+    channel: int, data: bytes
+) -> None:
+    reactor = Reactor()
+    came: list[Any] = []
+
+    def on_connection(peer: Any) -> None:
+        came.append(peer)
+        peer.listen(partial(answer, peer, [len(came)]), lambda reason: None)
+
+    def answer(peer: Any, first: list[int], frame: memoryview) -> None:
+        if first and first.pop() == 1:
+            peer.send(answer_frame(Welcome("a session", False, 0, 9.0, "lab")))
+            talk = Conversation(lambda key, channel, data: None)
+            talk.attach(peer, 0)
+            talk.send(ch.NODE, channel, data)
+        elif frame[0] == JOIN:
+            peer.send(answer_frame(Refused("it is enough", False)))
+
+    listener = transport.listen(("127.0.0.1", 0), KEY, reactor, on_connection)
+    dial = partial(transport.dial, listener.address, KEY, reactor, ROLE)
+    said: list[str] = []
+    node = Node(reactor, Offer("lab", 1, {}), dial, say=said.append)
+    try:
+        with pytest.raises(UsageError, match="it is enough"):
+            node.run()
+    finally:
+        listener.close()
+        reactor.close()
+    assert len(came) == 2 and any("said what cannot be" in text for text in said)

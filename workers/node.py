@@ -289,7 +289,8 @@ class Session:
             return
         try:
             self.talk.take(frame)
-        except WireError as error:
+        except Exception as error:
+            # Whatever it is, it says what no coordinator says.
             self._end(f"the coordinator said what cannot be: {error}", 0.0)
 
     def _on_end(self, peer: Any, reason: str) -> None:
