@@ -155,6 +155,8 @@ class Scheduler(Bunches):
         capacity = self.resources.capacity
         capacity["cpu"] = max(capacity["cpu"], event.slots)
         self._claims.set_nodes(event.nodes)
+        for home in self._homes.values():
+            home.offered = event.lanes.get(home.lane, 0)
 
     def on_no_more_workers(self, event: m.NoMoreWorkers) -> None:
         home = self._homes[event.lane]

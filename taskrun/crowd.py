@@ -19,6 +19,7 @@ class Crowd:
     """The workers of one lane, the ready calls of it, and who gets what."""
 
     begins_at_once = True
+    offered = 0
 
     def __init__(
         self,
@@ -28,7 +29,8 @@ class Crowd:
         everyone: dict[int, Worker],
         out: list[m.Command],
     ) -> None:
-        """``most_workers``: how many may be asked for; 0 where they come by themselves."""
+        """``most_workers``: how many may be asked for, beside those that are ``offered``; 0 where
+        they come by themselves."""
         self.lane = lane
         self.ready = ReadyCalls()
         self.workers: dict[int, Worker] = {}
@@ -112,6 +114,7 @@ class Crowd:
 
     def schedule(self, now: float) -> None:
         """Assign what there is room for.  Raises claims.Impossible."""
+        unmet = self.ready.count - sum(not each.running for each in self._room.values())
         passed_over: list[Queue] = []
         awaited: set[str] = set()  # what better calls wait for: lesser ones leave it alone
         while self._room and (queue := self.ready.best(passed_over)) is not None:
@@ -133,8 +136,8 @@ class Crowd:
             if not queue.recipe.limits or self._claims.admit(call, now):
                 self._claims.take(call, needs, place)
                 self._assign(place, [call])
-        if self.ready.count:
-            self._want_workers()
+        if unmet > 0:
+            self._want_workers(unmet)
 
     def _by_load(self) -> list[Worker]:
         """Those with room, the least busy last."""
@@ -165,10 +168,13 @@ class Crowd:
             del self._room[worker.id]
         self._out.append(m.Assign(worker.id, calls))
 
-    def _want_workers(self) -> None:
-        most = self._most_workers if self._few is None else min(self._most_workers, self._few)
+    def _want_workers(self, wanted: int) -> None:
+        """So many calls found no worker that had nothing to do."""
+        most = self._most_workers + self.offered
+        if self._few is not None:
+            most = min(most, self._few)
         have = sum(not worker.retiring for worker in self.workers.values()) + self._starting
-        more = min(self.ready.count - self._starting, most - have)
+        more = min(wanted - self._starting, most - have)
         if more > 0:
             self._starting += more
             self._out.append(m.StartWorkers(more, self.lane))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 
 from taskrun.errors import UsageError
-from taskrun.model import Task, nearest
+from taskrun.model import LANES, Task, nearest
 from taskrun.settings import LANE_JOBS
 
 GREEN = "green"
@@ -32,6 +32,17 @@ def check_green(name: str) -> None:
         raise UsageError(
             f"{name} is in lane 'green', which needs gevent: pip install 'taskrun[gevent]'"
         )
+
+
+def lanes_here(lane: str | None) -> tuple[str, ...]:
+    """The lanes of this machine's workers: ``lane`` alone where there is one, else all that are
+    to be had.  Raises UsageError where ``lane`` is not."""
+    has_gevent = find_spec("gevent") is not None
+    if lane == GREEN and not has_gevent:
+        raise UsageError("--lane green needs gevent: pip install 'taskrun[gevent]'")
+    if lane is not None:
+        return (lane,)
+    return tuple(each for each in LANES if each != GREEN or has_gevent)
 
 
 def check_lane_jobs(jobs: Mapping[str, int], said: str) -> dict[str, int]:

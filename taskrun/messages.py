@@ -151,10 +151,12 @@ class Retiring:
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """So many slots there are from now on, on all nodes together.  ``nodes``: what the other
-    machines have of resources."""
+    machines have of resources.  ``lanes``: how many workers of a lane machines have that are
+    there for it alone."""
 
     slots: int
     nodes: dict[str, dict[str, float]] = field(default_factory=dict)
+    lanes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Placement:
 
     lane = "process"
     begins_at_once = False
+    offered = 0
 
     def __init__(
         self,

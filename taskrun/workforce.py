@@ -24,11 +24,12 @@ class Home(Protocol):
     """Who gives a worker its calls: ``placement`` or ``crowd``.
 
     ``lane``: how they execute them.  ``begins_at_once``: whether a worker begins every call
-    when it gets it.
+    when it gets it.  ``offered``: how many workers nodes have that are for its lane alone.
     """
 
     lane: str
     begins_at_once: bool
+    offered: int
     ready: ReadyCalls
     workers: dict[int, Worker]
 

@@ -116,6 +116,23 @@ def test_more_capacity_means_more_workers() -> None:
     assert sim.now < 3.5
 
 
+def test_machines_that_are_there_for_a_lane_alone_mean_more_workers_of_it() -> None:
+    sim = Simulation([waiting(9)], {"t": SLOW}, slots=1, lanes=ASYNC)
+    sim.at(0.5, lambda: sim.post(m.Capacity(1, lanes={"async": 2, "thread": 1})))
+    assert sim.run() == 0
+    assert 1.5 <= sim.now < 1.7  # three at a time, in three workers
+
+
+def test_a_lane_has_all_its_workers_as_soon_as_the_first_is_not_idle() -> None:
+    first, long = a_task("first"), a_task("long", lane="async")
+    after = a_task("after", {"x": each(range(2))}, lane="async", after=[first])
+    does = {"first": (Run(0.5), Value()), "long": (Run(3.0), Value())}
+    sim = Simulation([first, long, after], does, slots=1, lanes={"async": 2})
+    assert sim.run() == 0
+    started = sum(each.count for each in sim.of(m.StartWorkers) if each.lane == "async")
+    assert started == 2
+
+
 # -- streams --------------------------------------------------------------------------
 
 STREAM: Script = (Yield("ab"), Run(1.0), Yield("c"), Run(1.0), Value(items=("d",)))

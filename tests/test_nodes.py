@@ -39,6 +39,17 @@ def test_calls_are_executed_on_a_node_and_their_values_come_back(grid: Grid) -> 
     assert grid.shop.do(second, "pid") == grid.shop.pid(second)
 
 
+def test_a_node_of_one_lane_executes_that_and_nothing_else(grid: Grid) -> None:
+    grid.node(2, "--lane", "thread")
+    last = grid.shop.all(m.Capacity)[-1]
+    assert (last.slots, last.nodes["lab1"]["cpu"], last.lanes) == (0, 0, {"thread": 2})
+    grid.shop.until(lambda: any("of the lane thread" in it for it in grid.shop.watcher.notices))
+    grid.node(1)
+    threads, (process,) = grid.shop.workers(2, "thread"), grid.shop.workers()
+    for worker, node in [*((worker, "lab1") for worker in threads), (process, "lab2")]:
+        assert grid.shop.do(worker, "where") == (node, f"w{worker}")
+
+
 def test_many_calls_travel_in_few_messages_and_end_in_order(grid: Grid) -> None:
     grid.node(1)
     (worker,) = grid.shop.workers()

@@ -12,6 +12,7 @@ import click
 
 from taskrun.cli.options import CONTEXT, check_jobs, check_resources, tls_options
 from taskrun.errors import UsageError
+from taskrun.model import LANES
 
 if TYPE_CHECKING:
     from taskrun.network.channels import Offer
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--lane",
-    type=click.Choice(["process"]),
-    default="process",
+    type=click.Choice(LANES),
     metavar="LANE",
-    help="The lane of its workers: process.",
+    help="Their lane, and no other: async, say. [default: what is wanted]",
 )
 @click.option(
     "--resource",
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 def worker(
     address: str | None,
     jobs: int,
-    lane: str,
+    lane: str | None,
     resources: dict[str, float],
     tags: tuple[str, ...],
     name: str | None,
@@ -76,6 +76,7 @@ def worker(
 
     from taskrun import addresses
     from taskrun.authkey import authkey
+    from taskrun.lanes import lanes_here
     from taskrun.network.channels import Offer
     from taskrun.settings import memory_here
     from taskrun.transport.tls import Certificates
@@ -84,7 +85,8 @@ def worker(
     key = authkey(authkey_file)
     files = Certificates(tls["tls_cert"], tls["tls_key"], tls["tls_ca"])
     resources = {"memory": memory_here(), **resources}
-    offer = Offer(name or socket.gethostname(), jobs, resources, tags, lane)
+    lanes = lanes_here(lane)
+    offer = Offer(name or socket.gethostname(), jobs, resources, tags, lanes)
     server = Coordinator(given, parsed, key, files, insecure_plain)
     return _serve(server, offer, idle_exit)
 

@@ -409,6 +409,8 @@ class Node:
         self._parcels = Parcels(self.conversation, bytes(data).decode(), self._is_in_use)
         self.prepared = True
         slots = f"{self.slots} slot{'s' * (self.slots != 1)}"
+        if not self.offer.processes:
+            slots += f" of the lane {', '.join(self.offer.lanes)}"
         self._nodes.crew.worker_changed(self.name, f"joined, {slots}")
         self._notice(f"joined with {slots}")
         self._nodes.changed()

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import count
@@ -230,7 +231,12 @@ class PoolEngine:
         theirs, where least is going on."""
         nodes, local = self.nodes, self._local
         assert nodes is not None and local is not None
-        places: list[tuple[Local | Node, int]] = [(node, node.slots) for node in nodes.takers()]
+        able = [node for node in nodes.takers() if lane in node.offer.lanes]
+        for node in able:
+            if not node.offer.processes and node.load < node.slots:
+                node.start([worker], lane)
+                return
+        places: list[tuple[Local | Node, int]] = [(node, node.slots) for node in able]
         if self._slots:
             places.insert(0, (local, self._slots))
         if self._slots and local.load < self._slots:
@@ -247,8 +253,13 @@ class PoolEngine:
     def _on_capacity(self) -> None:
         """There are more slots, or fewer."""
         takers = self.nodes.takers() if self.nodes is not None else []
-        offers = {node.name: {**node.offer.resources, "cpu": node.slots} for node in takers}
-        self._post(m.Capacity(self._slots + sum(node.slots for node in takers), offers))
+        cpus = {node.name: node.slots * node.offer.processes for node in takers}
+        offers = {node.name: {**node.offer.resources, "cpu": cpus[node.name]} for node in takers}
+        lanes: Counter[str] = Counter()
+        for node in takers:
+            if not node.offer.processes:
+                lanes.update(dict.fromkeys(node.offer.lanes, node.slots))
+        self._post(m.Capacity(self._slots + sum(cpus.values()), offers, lanes))
         unplaced, self._unplaced = self._unplaced, []
         for worker, lane in unplaced:
             self._start_somewhere(worker, lane)

@@ -10,8 +10,10 @@ import math
 import struct
 from typing import Any, Final, NamedTuple
 
+from taskrun.model import LANES
 from taskrun.workers.settings import Settings
 
+PROCESS: Final = "process"
 VERSION: Final = 1
 """Of all that goes over the wire, this module's and that of the Pipes; both sides must agree."""
 
@@ -121,13 +123,22 @@ class Job(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """What a node has to offer; ``slots`` is its ``-j``."""
+    """What a node has to offer.
+
+    ``slots`` is its ``-j``: so many calls at a time in the lane ``process``.  ``lanes``: how its
+    workers may execute calls; without ``process``, its slots are workers of these.
+    """
 
     name: str
     slots: int
     resources: dict[str, float]
     tags: tuple[str, ...] = ()
-    lane: str = "process"
+    lanes: tuple[str, ...] = LANES
+
+    @property
+    def processes(self) -> bool:
+        """Whether its slots are for the lane ``process``."""
+        return PROCESS in self.lanes
 
 
 def offer_from(said: Any) -> Offer:
@@ -135,11 +146,13 @@ def offer_from(said: Any) -> Offer:
     try:
         name, slots = str(said["name"]), int(said["slots"])
         resources = {str(key): float(value) for key, value in said["resources"].items()}
-        offer = Offer(name, slots, resources, tuple(map(str, said["tags"])), str(said["lane"]))
+        tags, lanes = (tuple(map(str, said[each])) for each in ("tags", "lanes"))
+        offer = Offer(name, slots, resources, tags, lanes)
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a node says what no node says: {error!r}") from None
     sound = all(0 <= value < math.inf for value in offer.resources.values())
-    if not (0 < offer.slots <= 100_000 and sound):
+    known = bool(lanes) and set(lanes) <= set(LANES)
+    if not (0 < offer.slots <= 100_000 and sound and known):
         raise ValueError("a node offers what no node can have")
     if not (offer.name.isprintable() and 0 < len(name) < 200):
         raise ValueError("a node's name is printable, and has 1 to 199 characters")

@@ -126,6 +126,10 @@ class Hosts:
             peer.finish()
             self._say(f"the node at {peer.name} cannot take part: {error}")
             return
+        if not hello.offer.processes:
+            peer.send(answer_frame(Refused("a server's nodes take calls of every lane", False)))
+            peer.finish()
+            return
         host = self._known(hello.session)
         if host is None:
             name = self._free_name(hello.offer.name)
