@@ -521,7 +521,8 @@ class PoolEngine:
             if how == "exited with status 0":
                 reason = f"{how} in the middle of the call"
         elif link.is_shared and link.assigned:
-            reason = f"{reason}, with {len(link.assigned)} calls in it"
+            if len(link.assigned) > 1:
+                reason = f"{reason}, with {len(link.assigned)} calls in it"
             for call in link.assigned.values():
                 self._observer.output_ended(call)
         last_output = link.last_output

@@ -70,6 +70,7 @@ class LaneControl:
         self._fd = fd
         self._main = native.get_ident()
         self._asked: float | None = None  # when the other thread was asked for what it owes
+        self._told: float | None = None  # ... and people what keeps it from answering
         self._seen: tuple[LaneRunning | None, StackSummary] | None = None
         self._looking = False
         self._handlers: dict[str, Callable[..., None]] = {
@@ -111,7 +112,7 @@ class LaneControl:
         asked = self._asked  # the home thread may answer at any moment
         if asked is not None:
             worker.outbox.flush()
-            if monotonic() - asked > BLOCKED:
+            if monotonic() - asked > BLOCKED and self._told != asked:
                 self._tell_who_blocks(asked)
             return
         self._asked = monotonic()
@@ -153,6 +154,7 @@ class LaneControl:
         if self._asked is not asked or running is not before:
             return  # it went on meanwhile
         if shown := text(stack):
+            self._told = asked
             self._worker.warn_that_it_blocks(running, monotonic() - asked, shown)
 
     def _look(self, asked: float) -> tuple[LaneRunning | None, StackSummary]:
