@@ -140,7 +140,10 @@ def _first_fit(text: str, union: Any) -> Any:
 
 
 def _list(text: str, kind: Any) -> list[Any]:
-    return [convert(part.strip(), kind) for part in text.split(",")] if text else []
+    try:
+        return [convert(part.strip(), kind) for part in text.split(",")] if text else []
+    except Misfit:
+        raise Misfit(describe_kind(list[kind])) from None  # type: ignore[valid-type]
 
 
 def _chosen(text: str, choices: dict[str, Any], kind: Any) -> Any:

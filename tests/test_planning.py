@@ -256,7 +256,7 @@ MISFITS: list[tuple[str, Any, str]] = [
     ("x", bool, "true, false, yes, no, on, off, 1 or 0"),
     ("c", Literal["a", "b", 3], "'a', 'b' or '3'"),
     ("green", Colour, "'RED' or 'BLUE'"),
-    ("1,x", list[int], "int"),
+    ("1,x", list[int], "a comma separated list of int"),
     ("x", int | None, "int or none"),
 ]
 
