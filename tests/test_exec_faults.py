@@ -506,8 +506,11 @@ def test_a_coordinator_that_is_killed_leaves_no_process(
     running.end()
 
 
-def test_a_coordinator_that_is_killed_leaves_no_socket(runs: Runs, socket_folder: Path) -> None:
-    running = runs.start_exec(PHASES["shell"], env={"XDG_RUNTIME_DIR": str(socket_folder)})
+@pytest.mark.parametrize("phase", ["importing", "shell"])
+def test_a_coordinator_that_is_killed_leaves_no_socket(
+    runs: Runs, socket_folder: Path, phase: str
+) -> None:
+    running = runs.start_exec(PHASES[phase], env={"XDG_RUNTIME_DIR": str(socket_folder)})
     running.await_file(runs.folder / "begun")
     (socket,) = (socket_folder / "taskrun").iterdir()
     running.signal(signal.SIGKILL)

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from taskrun import places, sessions
+from taskrun import addresses, places, sessions
 from taskrun.ledger import shared_file
 from taskrun.wire import Decoder, send_frame
 from taskrun.workers import main
@@ -112,7 +112,7 @@ class Template:
     def _preload(self) -> None:
         if self._settings.start_method != FORKSERVER:
             return
-        watch = _Watch(self._sock, lambda: self._end(0.0))
+        watch = _Watch(self._sock, self._give_up)
         self._preloaded = preload(self._settings)
         watch.stop()
         for stream in (sys.stdout, sys.stderr):
@@ -121,6 +121,10 @@ class Template:
         # What exists now is never garbage: no worker need look at it, and so copy it.
         gc.collect()
         gc.freeze()
+
+    def _give_up(self) -> None:
+        self._end(0.0)
+        self._tidy_up()
 
     def _listen_to_signals(self) -> None:
         # After the import, which may have had ideas of its own.
@@ -176,8 +180,8 @@ class Template:
 
     def _tidy_up(self) -> None:
         """Do what the coordinator cannot any more: remove its large data, and its socket."""
-        from taskrun import addresses  # few templates need it
-
+        if self._parent_fd is None:
+            self._parent_fd = _watch_process(self._settings.coordinator)
         if self._parent_fd is not None:  # it may still be on its way out
             select.select([self._parent_fd], [], [], _PATIENCE)
         places.sweep_around(self._settings.blobs)
