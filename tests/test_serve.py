@@ -16,6 +16,7 @@ from harness import Ended, Running, Runs, started, wait_until
 import taskrun
 from taskrun.addresses import parse
 from taskrun.network.bundles import digest_of, make_bundle
+from taskrun.network.joining import versions
 from taskrun.serving import talk
 from taskrun.serving.client import submission
 from taskrun.transport import dial_blocking
@@ -421,3 +422,12 @@ def test_a_submission_that_cannot_be_begun_ends_nothing_but_itself(site: Site) -
         said = [bytes(wire.recv(10)) for _ in range(3)]
     assert b"cannot be started: embedded null byte" in said[1] and b'"ended": 3' in said[2]
     assert [run["state"] for run in site.status()["runs"]] == ["ended"]
+
+
+def test_a_pool_that_says_what_no_pool_says_gives_its_slots_back(site: Site) -> None:
+    site.serve()
+    with dial_blocking(parse(site.address), KEY.encode(), talk.SUBMIT) as wire:
+        wire.send(talk.said(do="lend", who="somebody", jobs=None, **versions()))
+        assert b'"run": "p1"' in bytes(wire.recv(10))
+        wire.send(b"rubbish")
+        wait_until(lambda: site.run("p1")["state"] == "ended")

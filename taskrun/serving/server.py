@@ -369,6 +369,7 @@ class Client:
     def _refuse(self, reason: str) -> None:
         self.peer.send(talk.said(error=reason))
         self.peer.finish()
+        self.on_end(reason)  # of one that is finished nothing more is heard
 
     def on_end(self, reason: str) -> None:
         """It is gone, which changes nothing for a run; a Pool is gone with it."""
