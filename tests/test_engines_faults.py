@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import Runs, started, wait_until
+from harness import Running, Runs, started, wait_until
 
 from taskrun import errors
 from taskrun.engines.choosing import check
@@ -575,6 +575,58 @@ def test_a_killed_dask_worker_costs_the_call_an_attempt_that_is_counted(
     )  # fmt: skip
     assert ended.failure("die")["type"] == "WorkerLost"
     assert (runs.folder / "attempts").read_text() == "x"
+
+
+LONG = """
+@task(cancellable={cancellable})
+def long():
+    mark({name!r} + "began")
+    try: doze()
+    finally: mark({name!r} + "tidied")
+"""
+
+
+def start_long(runs: Runs, cluster: Cluster, name: str, *, cancellable: bool = True) -> Running:
+    """Start a run on ``cluster``, and wait until its call marks that it is at work."""
+    source = LONG.format(name=f"{runs.folder}/{name}", cancellable=cancellable)
+    running = runs.start_exec(source, "--engine", f"dask://{cluster.address}")
+    wait_until((runs.folder / f"{name}began").exists, 40)
+    return running
+
+
+@with_dask
+def test_a_call_that_a_cluster_goes_on_with_is_named_as_still_running(
+    runs: Runs, cluster: Cluster
+) -> None:
+    running = start_long(runs, cluster, "", cancellable=False)
+    running.signal(signal.SIGINT)
+    ended = running.end(20)
+    assert ended.status == 130
+    assert f"long is still running on dask://{cluster.address}" in ended.err
+    assert not (runs.folder / "tidied").exists()
+
+
+@with_dask
+def test_what_ends_a_run_on_a_cluster_leaves_the_calls_of_others_alone(
+    runs: Runs, cluster: Cluster
+) -> None:
+    one, other = (start_long(runs, cluster, name) for name in ("one-", "other-"))
+    one.signal(signal.SIGINT)
+    assert one.end(20).status == 130
+    assert (runs.folder / "one-tidied").exists()
+    assert not (runs.folder / "other-tidied").exists()
+    other.signal(signal.SIGINT)
+    assert other.end(20).status == 130
+    assert (runs.folder / "other-tidied").exists()
+
+
+@with_dask
+def test_cancellable_calls_on_a_cluster_end_when_their_coordinator_is_killed(
+    runs: Runs, cluster: Cluster
+) -> None:
+    running = start_long(runs, cluster, "")
+    running.process.kill()
+    wait_until((runs.folder / "tidied").exists)
 
 
 @with_dask

@@ -30,6 +30,9 @@ from taskrun.workers.settings import python_command
 GRACE: Final = 2.0  # seconds between interrupt, TERM and KILL
 STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 
+Attempt = tuple[bytes, int, int]
+"""The run (its brief), the call, and which attempt of it."""
+
 Answer = tuple[bytes, dict[Any, Any]]
 
 
@@ -102,30 +105,40 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
-_working: dict[tuple[int, int], Child] = {}
+_choosing = threading.Lock()
+_working: dict[Attempt, Child] = {}
 _children: set[Child] = set()
 
 
-def interrupt(call: int, attempt: int) -> bool:
+def interrupt(brief: bytes, call: int, attempt: int) -> bool:
     """End a call that a child of this process executes; False where there is none."""
-    child = _working.get((call, attempt))
+    child = _working.get((brief, call, attempt))
     if child is None:
         return False
     child.signal(signal.SIGINT)
-    killer = threading.Timer(GRACE, _kill_if_at_work, [(call, attempt), child])
+    killer = threading.Timer(GRACE, _kill_if_at_work, [(brief, call, attempt), child])
     killer.daemon = True
     killer.start()
     return True
 
 
+def interrupt_all(brief: bytes) -> None:
+    """End all calls of a run: nobody waits for them any more."""
+    for attempt in list(_working):
+        if attempt[0] == brief:
+            interrupt(*attempt)
+
+
 def leave() -> None:
     """End the children that execute nothing."""
-    for child in _children.difference(_working.values()):
-        _children.discard(child)
+    with _choosing:
+        idle = _children.difference(_working.values())
+        _children.difference_update(idle)
+    for child in idle:
         child.end()
 
 
-def _kill_if_at_work(attempt: tuple[int, int], child: Child) -> None:
+def _kill_if_at_work(attempt: Attempt, child: Child) -> None:
     if _working.get(attempt) is child:
         child.signal(signal.SIGKILL)
 
@@ -134,9 +147,10 @@ def execute(brief: bytes, work: Chunk, inputs: Sequence[Any]) -> Answer:
     """Have the one call of a chunk executed in this thread's child."""
     assert work.apart is not None
     (record,) = work.calls
-    child = _child()
+    attempt = brief, record[1], record[2]
     began = time()
-    _working[record[1:3]] = child
+    with _choosing:
+        child = _working[attempt] = _child()
     try:
         child.send((_for_child(brief), work, list(inputs)))
         answer, late = _await(child, work.apart)
@@ -152,7 +166,7 @@ def execute(brief: bytes, work: Chunk, inputs: Sequence[Any]) -> Answer:
         _drop(child)
         raise
     finally:
-        _working.pop(record[1:3], None)
+        _working.pop(attempt, None)
     if late:
         said = _noted(brief, work.id) if answer is None else _without_end(answer[0])
         return said + _time_is_up(record, work.apart, began), {}

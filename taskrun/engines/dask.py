@@ -244,15 +244,25 @@ class DaskHost:
 
     def cancel(self, handle: Any) -> None:
         """See ``hosts.Host``; what is being executed goes on."""
-        self._cancelled.add(handle.key)
-        handle.cancel(reason="the call was cancelled")
+        self._client.loop.add_callback(self._withdraw, handle)
 
-    def interrupt(self, call: int, attempt: int) -> bool:
+    async def _withdraw(self, handle: Any) -> None:
+        """Cancel a chunk unless it is being executed: Dask cannot end that, and its worker would
+        be at work though the call had ended."""
+        try:
+            executing = await self._client.scheduler.call_stack(keys=[handle.key])
+        except (OSError, KeyError):
+            return  # it has ended, or Dask has
+        if not executing:
+            self._cancelled.add(handle.key)
+            await self._client._cancel([handle])
+
+    def interrupt(self, brief: bytes, call: int, attempt: int) -> bool:
         """See ``hosts.Host``."""
         if self._client.status != "running":
             return False
         self._client.loop.add_callback(
-            self._client._run, there.interrupt, call, attempt, on_error="ignore"
+            self._client._run, there.interrupt, brief, call, attempt, on_error="ignore"
         )
         return True
 

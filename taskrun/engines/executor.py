@@ -90,7 +90,7 @@ class ExecutorHost:
         if handle is not None:
             handle.cancel()
 
-    def interrupt(self, call: int, attempt: int) -> bool:
+    def interrupt(self, brief: bytes, call: int, attempt: int) -> bool:
         """See ``hosts.Host``: its process is signalled."""
         return False
 

@@ -62,7 +62,7 @@ class FakeHost:
     def cancel(self, handle: Any) -> None:
         """See ``hosts.Host``; what is on its way is executed."""
 
-    def interrupt(self, call: int, attempt: int) -> bool:
+    def interrupt(self, brief: bytes, call: int, attempt: int) -> bool:
         """See ``hosts.Host``."""
         return False
 

@@ -416,7 +416,9 @@ class ForeignEngine:
             if not sent.calls:
                 return  # it has ended just now
             (call,) = sent.calls.values()
-            if self._signal(sent, signal.SIGINT) or self._host.interrupt(call.id, call.attempt):
+            if self._signal(sent, signal.SIGINT):
+                return
+            if self._host.interrupt(self._brief or b"", call.id, call.attempt):
                 return
         self._host.cancel(sent.handle)
 

@@ -87,9 +87,9 @@ class Host(Protocol):
     def cancel(self, handle: Any) -> None:
         """End a chunk, where that can be done; it is then ``Withdrawn`` or ``Lost``."""
 
-    def interrupt(self, call: int, attempt: int) -> bool:
-        """Tell the worker that executes a call in a kept child to end it; False where it
-        cannot be told."""
+    def interrupt(self, brief: bytes, call: int, attempt: int) -> bool:
+        """Tell the worker that executes a call of this run in a kept child to end it; False
+        where it cannot be told."""
 
     def fetch(self, place: Any) -> Mapping[Any, Any]:
         """The values at a place, by part.  Raises LookupError where they are lost."""

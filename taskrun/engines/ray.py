@@ -226,7 +226,7 @@ class RayHost:
         if handle is not None and ray.is_initialized():
             ray.cancel(handle, force=True, recursive=False)
 
-    def interrupt(self, call: int, attempt: int) -> bool:
+    def interrupt(self, brief: bytes, call: int, attempt: int) -> bool:
         """See ``hosts.Host``: Ray itself ends the call."""
         return False
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed import SchedulerPlugin, get_worker
+from distributed.protocol.pickle import dumps
 from distributed.utils import sync
 
 from taskrun.workers import chunks, luggage
@@ -13,6 +14,9 @@ from taskrun.workers.briefs import size_of
 
 Values = tuple[str, str]
 """The key for the values of a chunk, and the client that wants them."""
+
+_briefs: dict[str, bytes] = {}
+"""The runs that this process executes calls of: client -> brief."""
 
 Files = tuple[str, str]
 """The digest of a run's files, and what to ask the scheduler for."""
@@ -29,6 +33,7 @@ def execute(
     """Execute a chunk; gives its records, and the key of its values if there are any."""
     if files is not None:
         _fetch(*files)
+    _briefs[values[1]] = brief
     records, kept = chunks.execute(version, brief, chunk, inputs)
     if not kept:
         return records, None
@@ -59,11 +64,20 @@ def leave(brief: bytes) -> None:
     chunks.leave(brief)
 
 
-def interrupt(call: int, attempt: int) -> bool:
+def interrupt(brief: bytes, call: int, attempt: int) -> bool:
     """End a call that runs in a kept child of this worker."""
     from taskrun.workers import apart
 
-    return apart.interrupt(call, attempt)
+    return apart.interrupt(brief, call, attempt)
+
+
+def abandon(client: str) -> None:
+    """The run's coordinator is gone, whether it has said so or not."""
+    from taskrun.workers import apart
+
+    brief = _briefs.pop(client, None)
+    if brief is not None:
+        apart.interrupt_all(brief)
 
 
 class Part(SchedulerPlugin):  # type: ignore[misc]
@@ -102,7 +116,9 @@ class Part(SchedulerPlugin):  # type: ignore[misc]
             self._scheduler.tasks[key].run_spec = None
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        """The run is over, however it ended."""
+        """The run is over, however it ended: what can be ended of its calls does not run on."""
         if client == self._client:
+            told = {"op": "run", "function": dumps(abandon), "args": dumps((client,))}
+            scheduler.loop.add_callback(scheduler.broadcast, msg=told, on_error="ignore")
             scheduler.handlers.pop(self.name, None)
             scheduler.plugins.pop(self.name, None)
