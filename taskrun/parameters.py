@@ -143,7 +143,7 @@ def _list(text: str, kind: Any) -> list[Any]:
     try:
         return [convert(part.strip(), kind) for part in text.split(",")] if text else []
     except Misfit:
-        raise Misfit(describe_kind(list[kind])) from None  # type: ignore[valid-type]
+        raise Misfit(describe_kind(list[kind])) from None
 
 
 def _chosen(text: str, choices: dict[str, Any], kind: Any) -> Any:
