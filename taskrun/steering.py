@@ -291,7 +291,15 @@ class Steering:
                 titled = call
         if titled is not None:
             return titled
-        names = [call.name for call in self._core.calls[:10_000]]
-        near = nearest(name, names)
-        hint = f"did you mean {near!r}?" if near else "taskrun status shows what runs"
-        raise UsageError(f"there is no call {name!r} in this run; {hint}")
+        raise UsageError(f"there is no call {name!r} in this run; {self._hint(name)}")
+
+    def _hint(self, name: str) -> str:
+        family = self._core.graph.families.get(name.partition("[")[0])
+        if family is not None and not family.calls:
+            needed = [axis.source for axis in family.axes if axis.source is not None]
+            open_ = [f"{source.name} ({source.open} open)" for source in needed if source.open]
+            return f"{family.name} has no calls" + (
+                f" yet: it waits for the items of {', '.join(open_)}" if open_ else ""
+            )
+        near = nearest(name, [call.name for call in self._core.calls[:10_000]])
+        return f"did you mean {near!r}?" if near else "taskrun status shows what runs"

@@ -81,6 +81,30 @@ def test_status_says_how_far_each_task_is_and_what_runs_where(runs: Runs, live: 
     assert live.end().status == 0
 
 
+def test_explain_says_why_a_task_has_no_calls_yet(runs: Runs) -> None:
+    live = runs.start_exec(
+        """
+        @task
+        def urls():
+            mark("begun")
+            while not os.path.exists("go on"): time.sleep(0.01)
+            return [1]
+
+        @task
+        def fetch(url=each(urls)): ...
+        """,
+        "-j1",
+    )
+    live.await_file(runs.folder / "begun")
+    for name in ("fetch", "fetch[0]"):
+        assert (
+            "fetch has no calls yet: it waits for the items of urls (1 open)"
+            in ask(runs, live, "explain", name).check(2).err
+        )
+    (runs.folder / "go on").touch()
+    live.end().check()
+
+
 def test_explain_says_why_a_call_does_not_run(runs: Runs, live: Running) -> None:
     assert "waits for work (6 open)" in ask(runs, live, "explain", "total").check().out
     assert "waits for a slot" in ask(runs, live, "explain", "work[5]").check().out
