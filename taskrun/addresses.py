@@ -157,7 +157,7 @@ def listen_for_run() -> socket.socket:
     """A listening Unix socket for a run of this process.  Raises UsageError."""
     folder = runtime_folder()
     make_private(folder)
-    remove_dead(folder)
+    _remove_dead(folder)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _bind(made, folder)
@@ -210,9 +210,15 @@ def live_runs() -> list[str]:
         return []
 
 
-def remove_dead(folder: str) -> None:
-    """Remove the sockets of runs in ``folder`` that were killed.  Raises OSError where there is
-    no such folder."""
+def remove_of(pid: int) -> None:
+    """Remove the sockets of a process that has ended.  Raises OSError where there is no folder
+    for them."""
+    for path in _sockets(runtime_folder()):
+        if _pid_in(path) == str(pid):
+            _is_live(path)
+
+
+def _remove_dead(folder: str) -> None:
     for path in _sockets(folder):
         if not _has_process(path):
             _is_live(path)
@@ -226,11 +232,14 @@ def _sockets(folder: str) -> list[str]:
     ]
 
 
+def _pid_in(path: str) -> str:
+    return os.path.basename(path).removeprefix(_PREFIX).removesuffix(_SUFFIX).partition("-")[0]
+
+
 def _has_process(path: str) -> bool:
     """Whether there is a process with the pid in the name; a quick look, not the truth."""
-    pid = os.path.basename(path).removeprefix(_PREFIX).removesuffix(_SUFFIX).partition("-")[0]
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(_pid_in(path)), 0)
     except (ProcessLookupError, ValueError):
         return False
     except PermissionError:

@@ -186,7 +186,7 @@ class Template:
             select.select([self._parent_fd], [], [], _PATIENCE)
         places.sweep_around(self._settings.blobs)
         try:
-            addresses.remove_dead(addresses.runtime_folder())
+            addresses.remove_of(self._settings.coordinator)
         except OSError:
             pass  # there is no such folder
 
