@@ -651,6 +651,14 @@ def test_a_killed_scheduler_is_a_clear_failure_within_ten_seconds(
 
 
 @with_dask
+def test_tls_without_certificates_says_which_settings_name_them(runs: Runs) -> None:
+    ended = runs.exec("@task\ndef one(): pass\n", "--engine", "tls://127.0.0.1:1", deadline=25)
+    assert ended.status == 3
+    assert "DASK_DISTRIBUTED__COMM__TLS__CA_FILE" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@with_dask
 def test_an_unreachable_scheduler_is_named_within_its_time(runs: Runs) -> None:
     port = free_port()
     ended = runs.exec(

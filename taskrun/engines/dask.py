@@ -92,6 +92,11 @@ class DaskHost:
                 set_as_default=False,
                 name="taskrun",
             )
+        except TypeError as error:  # what Dask raises where its settings name no certificates
+            raise RunError(
+                f"{self.name}: {_first_line(error)}; DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
+                "...__CLIENT__CERT and ...__CLIENT__KEY name the files"
+            ) from error
         except (OSError, TimeoutError, ValueError) as error:
             raise RunError(
                 f"the Dask scheduler at {self.name} cannot be reached within {CONNECT:g} s "
