@@ -21,17 +21,15 @@ from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.functions import TINY, Recipes, dumps_call, is_small, is_stateless
 from taskrun.pooling.inbox import Job
+from taskrun.pooling.iterators import IMapIterator, OrderedIterator, UnorderedIterator
 from taskrun.pooling.looping import Loop
 from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap
 from taskrun.pooling.results import (
     AsyncResult,
     Callback,
-    IMapIterator,
     MapResult,
-    OrderedIterator,
     Singles,
-    UnorderedIterator,
     exception_of,
 )
 from taskrun.pooling.starting import Starter, Supply

@@ -1,4 +1,4 @@
-"""What a Pool gives: results that come later, and iterators over them.
+"""What a Pool gives: results that come later (``iterators`` has those of imap).
 
 A job is told of its call's end by who runs the loop, keeps what came as it came, and wakes
 who waits.  It is decoded by who asks for it, so that a value which cannot be unpickled is
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import TimeoutError
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
@@ -29,7 +28,7 @@ from taskrun.values import decode_failure
 
 Callback = Callable[[Any], object] | None
 
-_STAYS: Final = (
+STAYS: Final = (
     "results of a pool cannot be passed between processes or pickled: only what they give"
 )
 _PLAIN: Final = frozenset((int, float, bool, type(None)))
@@ -177,7 +176,7 @@ class AsyncResult(Waitable):
         return [self]
 
     def __reduce__(self) -> Any:
-        raise NotImplementedError(_STAYS)
+        raise NotImplementedError(STAYS)
 
     # -- what came --------------------------------------------------------------------
 
@@ -370,184 +369,3 @@ def report(error: BaseException) -> None:
         threading.excepthook(args)
     except Exception:
         threading.__excepthook__(args)
-
-
-# -- iterators ------------------------------------------------------------------------
-
-
-class _Item:
-    """The job of one item, or one chunk of items, of an imap."""
-
-    __slots__ = ("call", "number", "owner")
-
-    def __init__(self, owner: IMapIterator, number: int) -> None:
-        self.owner = owner
-        self.number = number
-        self.call: int | None = None
-
-    def ended(self, call: Any, last: Any, pid: int | None) -> None:
-        self.owner.item_ended(self, raw_of(call))
-
-    def failed(self, error: BaseException) -> None:
-        self.owner.item_ended(self, (error, True))
-
-
-class IMapIterator(Waitable):
-    """What ``imap`` gives, in the order of the items; see ``multiprocessing.pool``.
-
-    ``window``: so many calls may be under way at a time.  ``buffered``: results that nobody
-    has taken count as well.
-    """
-
-    def __init__(
-        self, pool: Any, driver: Driver, *, chunked: bool, window: int, buffered: bool
-    ) -> None:
-        super().__init__()
-        self._pool = pool
-        self._driver = driver
-        self._chunked = chunked
-        self._buffered = buffered
-        self._window = window
-        self._taken = 0  # calls that were submitted
-        self._over = 0  # those that are not under way any more
-        self._room = threading.Event()
-        self._came: deque[Any] = deque()  # encoded values, and (error, True)
-        self._values: Iterator[Any] = iter(())  # the rest of a chunk
-        self._length: int | None = None
-        self._given = 0
-        self._ended = 0
-        self.held: Any = None  # what the calls need as long as there are any
-
-    # -- what users use ---------------------------------------------------------------
-
-    def __iter__(self) -> IMapIterator:
-        return self
-
-    def next(self, timeout: float | None = None) -> Any:
-        """The next value; raises what its call raised, StopIteration, or TimeoutError."""
-        for value in self._values:
-            return value
-        while True:
-            if not self._came:
-                if not self.settled() and not self._driver.loop.wait(self, timeout):
-                    raise TimeoutError
-                if not self._came:
-                    self._pool = None
-                    raise StopIteration
-            try:
-                raw = self._came.popleft()
-            except IndexError:  # another thread took it
-                continue
-            self._given += 1
-            if self._buffered:
-                self._make_room(1)
-            if type(raw) is int and not self._chunked:
-                return raw
-            success, value = decoded(raw if type(raw) is tuple else (raw, type(raw) is Failure))
-            del raw
-            if not success:
-                raise value
-            if not self._chunked:
-                return value
-            self._values = iter(value)
-            for item in self._values:
-                return item
-
-    __next__ = next
-
-    def __reduce__(self) -> Any:
-        raise NotImplementedError(_STAYS)
-
-    # -- what comes -------------------------------------------------------------------
-
-    def settled(self) -> bool:
-        """Whether there is something to take, or nothing more will come."""
-        return bool(self._came) or self._given == self._length
-
-    def item(self, number: int) -> _Item:
-        """The job of the next item."""
-        return _Item(self, number)
-
-    def item_ended(self, item: _Item, raw: Raw) -> None:
-        """One of the items has ended."""
-        self._have_ended([item.number], [raw])
-
-    def items_ended(self, tokens: Sequence[int], values: list[Any], row: Row) -> None:
-        """See ``driver.Owner``."""
-        self._have_ended(tokens, values)
-
-    def items_failed(self, tokens: Sequence[int], error: BaseException | Failure) -> None:
-        """See ``driver.Owner``."""
-        self._have_ended(tokens, [(error, True)] * len(tokens))
-
-    def is_withdrawn(self, token: int) -> bool:
-        """See ``driver.Owner``."""
-        return False
-
-    def _have_ended(self, numbers: Sequence[int], raws: list[Any]) -> None:
-        self._ended += len(numbers)
-        self._arrive(numbers, raws)
-        if not self._buffered:
-            self._make_room(len(numbers))
-        if self._ended == self._length:
-            self._pool = self.held = None
-        if self.event is not None:
-            self.event.set()
-
-    def _arrive(self, numbers: Sequence[int], raws: list[Any]) -> None:
-        """These came; the numbers follow each other."""
-        raise NotImplementedError
-
-    def _make_room(self, count: int) -> None:
-        self._over += count
-        if not self._room.is_set():
-            self._room.set()
-
-    def await_room(self) -> bool:
-        """In the feeding thread: wait until one more may be under way; False: no more may."""
-        while self._taken - self._over >= self._window:
-            self._room.clear()
-            if self._taken - self._over >= self._window:
-                self._room.wait(1.0)
-            if self._driver.loop.over:
-                return False
-        self._taken += 1
-        return not self._driver.loop.over
-
-    def fed(self, count: int, error: BaseException | None) -> None:
-        """On the loop: so many items were submitted, and then ``error`` was raised, if any."""
-        if error is not None:
-            self._ended += 1
-            self._arrive([count], [(error, True)])
-            count += 1
-        self._length = count
-        if self._ended == count:
-            self._pool = self.held = None
-        if self.event is not None:
-            self.event.set()
-
-
-class OrderedIterator(IMapIterator):
-    """In the order of the items."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._next = 0
-        self._early: dict[int, Any] = {}
-
-    def _arrive(self, numbers: Sequence[int], raws: list[Any]) -> None:
-        if numbers[0] != self._next:
-            self._early.update(zip(numbers, raws, strict=True))
-            return
-        self._came.extend(raws)
-        self._next += len(raws)
-        while self._early and self._next in self._early:
-            self._came.append(self._early.pop(self._next))
-            self._next += 1
-
-
-class UnorderedIterator(IMapIterator):
-    """As they come."""
-
-    def _arrive(self, numbers: Sequence[int], raws: list[Any]) -> None:
-        self._came.extend(raws)
