@@ -28,7 +28,7 @@ from typing import Any
 
 from taskrun import messages as m
 from taskrun.calls import OK, Call
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
 from taskrun.model import Each, Options, Plan, Recipe, Result, Task
 
 FANOUT = 50  # calls that each inner call of the tree submits

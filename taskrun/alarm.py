@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from taskrun import messages as m
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
 from taskrun.reactor import Reactor, Timer
 
 

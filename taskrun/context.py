@@ -393,8 +393,10 @@ channel_ends: Any = None
 without which there are neither tasks nor calls, sets it."""
 
 state_home: Callable[[], Any] | None = None
-state_address: tuple[Any, bytes] | None = None  # in a worker: where it is, and the key
 """Gives the client of shared state (``state.clients.Client``) where that is a run's."""
+
+state_address: tuple[Any, bytes] | None = None
+"""In a worker: where shared state is, and the key."""
 
 
 @contextmanager

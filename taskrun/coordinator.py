@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from taskrun import messages as m
 from taskrun.alarm import Alarm
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
+from taskrun.core.workforce import worker_name
 from taskrun.engines.base import Engine
 from taskrun.errors import RunError
 from taskrun.lanes import check_lanes
@@ -31,12 +32,11 @@ from taskrun.loading import Loaded
 from taskrun.model import Plan, Task
 from taskrun.observers import Observer, Observers
 from taskrun.reactor import Reactor
+from taskrun.reporting.terminal import Target
 from taskrun.roles import STEER
 from taskrun.settings import Settings, memory_here
 from taskrun.signals import Here, Signals
 from taskrun.state.service import Service
-from taskrun.terminal import Target
-from taskrun.workforce import worker_name
 
 if TYPE_CHECKING:
     from taskrun.engines.nodes import Nodes  # only where others may join
@@ -55,7 +55,7 @@ def execute(
     Raises UsageError where the job log cannot be written or a task's lane is not to be had,
     RunError (after all workers have ended) where the run could not go on.
     """
-    from taskrun.display import Display  # its parts come only with a run
+    from taskrun.reporting.display import Display  # its parts come only with a run
 
     reactor = Reactor()
     display = Display(settings, reactor, stdout)
@@ -396,8 +396,8 @@ def execute_map(
     ``stdout``: as in :func:`execute`.  ``lines`` is read as far ahead as the workers need, in
     a thread of its own.
     """
-    from taskrun.display import Display
     from taskrun.feed import Feed, Results
+    from taskrun.reporting.display import Display
 
     reactor = Reactor()
     display = Display(settings, reactor, stdout, results=True)

@@ -113,7 +113,7 @@ class _Failures(Observer):
 
 
 def _values_of(plan: Plan, settings: Settings, single: bool) -> Any:
-    from taskrun.display import Display
+    from taskrun.reporting.display import Display
 
     reactor = Reactor()
     display = Display(settings, reactor)

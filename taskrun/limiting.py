@@ -19,7 +19,7 @@ from taskrun.values import decode, loads_arguments
 
 if TYPE_CHECKING:  # a task file that has a limit needs no scheduler
     from taskrun.calls import Call
-    from taskrun.limits import Keys
+    from taskrun.core.limits import Keys
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

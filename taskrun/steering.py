@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call
+from taskrun.core.explain import explain
 from taskrun.errors import MALFORMED, StateError, UsageError
-from taskrun.explain import explain
 from taskrun.model import nearest
 
 if TYPE_CHECKING:
-    from taskrun.core import Scheduler
+    from taskrun.core.scheduler import Scheduler
+    from taskrun.core.workforce import Worker
     from taskrun.model import Plan
     from taskrun.observers import Observers
     from taskrun.reactor import Reactor
     from taskrun.transport import Peer
-    from taskrun.workforce import Worker
 
 STACK_SECONDS: Final = 5.0  # that a worker has to say where it is
 MOST_SHOWN: Final = 1000  # running calls that a status lists

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from taskrun.core import Scheduler
+    from taskrun.core.scheduler import Scheduler
     from taskrun.reactor import Reactor
     from taskrun.transport import Peer
 

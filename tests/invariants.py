@@ -6,9 +6,9 @@ from typing import Any
 
 from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, OK, READY, RUNNING, WAITING, Call
-from taskrun.core import Scheduler
-from taskrun.graph import CallWire, WholeWire
-from taskrun.workforce import Worker
+from taskrun.core.graph import CallWire, WholeWire
+from taskrun.core.scheduler import Scheduler
+from taskrun.core.workforce import Worker
 
 ROUNDING = 1e-6
 

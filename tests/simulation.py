@@ -39,8 +39,8 @@ from scripts import (
 
 from taskrun import messages as m
 from taskrun.calls import Call
-from taskrun.core import Scheduler
-from taskrun.explain import explain
+from taskrun.core.explain import explain
+from taskrun.core.scheduler import Scheduler
 from taskrun.messages import SAY_BEGAN
 from taskrun.model import Failure, Plan, Recipe, Task
 from taskrun.planning import in_order

@@ -24,7 +24,7 @@ from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
 from taskrun.model import Plan
 from taskrun.recipes import make_recipe
 

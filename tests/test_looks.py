@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskrun import text
 from taskrun.cli.looks import fitted, lines
+from taskrun.reporting import text
 
 
 def status(**more: Any) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from watched import Call, Pages, Screen, attempt, end, error, read_until_closed
 
-from taskrun import output as output_module
-from taskrun import text
 from taskrun.model import Failure
 from taskrun.observers import Observers
-from taskrun.output import CUT, LONGEST_LINE, MODES, SPOOL, TAIL, Lines, make_output
-from taskrun.terminal import Terminal
+from taskrun.reporting import output as output_module
+from taskrun.reporting import text
+from taskrun.reporting.output import CUT, LONGEST_LINE, MODES, SPOOL, TAIL, Lines, make_output
+from taskrun.reporting.terminal import Terminal
 
 
 def show(mode: str, *writes: tuple[Call, str, bytes]) -> Pages:

@@ -11,10 +11,10 @@ from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
-from taskrun.placement import BATCH_CALLS
-from taskrun.ready import Queue
+from taskrun.core.placement import BATCH_CALLS
+from taskrun.core.ready import Queue
+from taskrun.core.resources import Resources
 from taskrun.recipes import make_recipe
-from taskrun.resources import Resources
 
 QUICK: Script = (Run(0.0001), Value())
 SLOW: Script = (Run(1.0), Value())

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from watched import Call, Pages, Screen, attempt, end, read_until_closed
 
-from taskrun.output import make_output
-from taskrun.progress import Progress, Snapshot, render_bar, render_line
-from taskrun.terminal import Terminal
+from taskrun.reporting.output import make_output
+from taskrun.reporting.progress import Progress, Snapshot, render_bar, render_line
+from taskrun.reporting.terminal import Terminal
 
 HALF = Snapshot(4000, 10000, 2, 8, 1200.0, ("train[2] 40% 12 s", "fetch[17] 3 s"))
 

@@ -16,7 +16,7 @@ from watched import Call, Pages, attempt, end, error, run_of
 
 from taskrun.errors import UsageError
 from taskrun.model import Failure
-from taskrun.records import CALLS_PER_EVENT, COLUMNS, Events, JobLog
+from taskrun.reporting.records import CALLS_PER_EVENT, COLUMNS, Events, JobLog
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "events.md").read_text()
 
@@ -154,7 +154,7 @@ def test_a_log_is_valid_after_kill_9(tmp_path: Path) -> None:
     script = (
         "import os, sys; sys.path.insert(0, sys.argv[2])\n"
         "from watched import Call, attempt\n"
-        "from taskrun.records import JobLog\n"
+        "from taskrun.reporting.records import JobLog\n"
         "log = JobLog(sys.argv[1], print)\n"
         "for number in range(1000):\n"
         "    log.attempt_ended(attempt(Call(number, f'a[{number}]')), 'w1')\n"

@@ -8,7 +8,7 @@ from typing import Any
 from scripts import a_task
 
 from taskrun import messages as m
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
 from taskrun.model import Plan
 
 

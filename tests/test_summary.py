@@ -8,10 +8,10 @@ import sys
 import pytest
 from watched import Call, Pages, attempt, end, error, run_of
 
-from taskrun import text
 from taskrun.model import Failure
-from taskrun.summary import KEPT, KEPT_BYTES, Account, Failed, Summary, Tally, render
-from taskrun.text import Captured, Paint
+from taskrun.reporting import text
+from taskrun.reporting.summary import KEPT, KEPT_BYTES, Account, Failed, Summary, Tally, render
+from taskrun.reporting.text import Captured, Paint
 
 PLAIN = Paint(False)
 

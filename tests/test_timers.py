@@ -8,7 +8,7 @@ from scripts import Run, Value, a_task
 from simulation import Simulation
 
 from taskrun.api import each
-from taskrun.timers import Timers
+from taskrun.core.timers import Timers
 
 
 def do_all(timers: Timers, now: float) -> None:

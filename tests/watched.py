@@ -10,7 +10,7 @@ from typing import Any
 
 from taskrun.messages import AttemptEnded
 from taskrun.model import Failure
-from taskrun.terminal import Terminal
+from taskrun.reporting.terminal import Terminal
 
 
 @dataclass

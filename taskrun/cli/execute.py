@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from taskrun import text
 from taskrun.cli.options import (
     CONTEXT,
     load_words,
@@ -19,6 +18,7 @@ from taskrun.errors import UsageError
 from taskrun.lanes import check_lanes
 from taskrun.model import Plan
 from taskrun.planning import estimate, make_plan
+from taskrun.reporting import text
 
 
 @click.command("exec", context_settings=CONTEXT)

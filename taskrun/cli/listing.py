@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from taskrun import text
 from taskrun.cli.options import CONTEXT, load_words, words_argument
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded
 from taskrun.model import Parameter, Task, describe
 from taskrun.planning import choose, left_out, with_needs
+from taskrun.reporting import text
 
 
 @click.command("list", context_settings=CONTEXT)

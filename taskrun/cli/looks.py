@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from taskrun import text
+from taskrun.reporting import text
 
 SHOWN = 20  # running calls that people are shown
 LOCAL = "local"

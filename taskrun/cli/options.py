@@ -211,7 +211,7 @@ def stdout_for_events(context: click.Context, options: dict[str, Any]) -> int | 
     can write there; else None."""
     if not options["json"]:
         return None
-    from taskrun.terminal import reserved_stdout
+    from taskrun.reporting.terminal import reserved_stdout
 
     return context.with_resource(reserved_stdout())
 

@@ -11,7 +11,7 @@ import click
 from taskrun.cli.options import CONTEXT, tls_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
-from taskrun.text import columns, one_line, padded
+from taskrun.reporting.text import columns, one_line, padded
 
 if TYPE_CHECKING:
     from taskrun.state.connecting import Connected

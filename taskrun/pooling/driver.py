@@ -20,7 +20,7 @@ from taskrun import messages as m
 from taskrun.alarm import Alarm
 from taskrun.blobs import Portable
 from taskrun.bunch import Bunch
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
 from taskrun.engines.links import Link
 from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Failure, Plan, Recipe

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from taskrun import messages as m
 from taskrun.bunch import Bunch
-from taskrun.core import Scheduler
+from taskrun.core.scheduler import Scheduler
 from taskrun.engines.links import PipeLink
 from taskrun.errors import WireError
 from taskrun.model import Recipe

@@ -20,8 +20,8 @@ from taskrun.errors import UsageError
 from taskrun.network.channels import Offer
 from taskrun.network.joining import Hosting, Refused, answer_frame, read_hello
 from taskrun.reactor import Reactor
+from taskrun.reporting.text import plural
 from taskrun.serving.shares import Shares
-from taskrun.text import plural
 
 NODE: Final = b"node"
 JOINING: Final = 10.0  # seconds for a node to say hello

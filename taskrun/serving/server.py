@@ -25,6 +25,7 @@ from taskrun.model import nearest
 from taskrun.network.bundles import digest_of
 from taskrun.network.joining import check_versions
 from taskrun.reactor import Reactor
+from taskrun.reporting.text import one_line
 from taskrun.roles import STATE_OF_RUN, STEER
 from taskrun.serving import talk
 from taskrun.serving.hosts import NODE, Hosts, relay, role_of, turn_away
@@ -36,7 +37,6 @@ from taskrun.serving.shares import Wish, deal
 from taskrun.serving.states import States
 from taskrun.signals import Signals
 from taskrun.state.service import Service
-from taskrun.text import one_line
 
 REMEMBERED: Final = 20  # runs that have ended, with their output
 GOODBYE: Final = 1.0  # seconds that those who follow have to take the last words

@@ -8,7 +8,7 @@ from taskrun import bunch
 from taskrun.calls import FINAL, HELD, Call
 
 if TYPE_CHECKING:
-    from taskrun.ready import ReadyCalls
+    from taskrun.core.ready import ReadyCalls
 
 DEFAULT_CPU = 1.0
 

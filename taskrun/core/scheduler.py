@@ -18,7 +18,6 @@ from typing import Any
 
 from taskrun import messages as m
 from taskrun.bunch import Bunch
-from taskrun.bunches import Bunches, has_begun
 from taskrun.calls import (
     CANCELLED,
     FAILED,
@@ -31,12 +30,13 @@ from taskrun.calls import (
     WAITING,
     Call,
 )
-from taskrun.children import note_refused
-from taskrun.claims import Impossible
+from taskrun.core.bunches import Bunches, has_begun
+from taskrun.core.children import note_refused
+from taskrun.core.claims import Impossible
+from taskrun.core.workforce import Worker
 from taskrun.errors import RunError
 from taskrun.failures import encode_failure, guarded
 from taskrun.model import Failure
-from taskrun.workforce import Worker
 
 RESTARTS = 10  # idle workers that may die, beside one a slot ...
 RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up

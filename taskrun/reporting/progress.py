@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from taskrun import text
 from taskrun.messages import AttemptEnded, Succeeded
 from taskrun.observers import Observer
-from taskrun.terminal import Terminal
+from taskrun.reporting import text
+from taskrun.reporting.terminal import Terminal
 
 FIRST_BAR = 0.3  # seconds: a run that is shorter shows no bar
 FIRST_LINE = 2.0  # seconds: a run that is shorter shows no milestones

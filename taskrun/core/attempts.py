@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from taskrun import messages as m
-from taskrun.books import Books
 from taskrun.calls import CANCELLED, FAILED, OK, READY, RUNNING, SKIPPED, SLEEPING, Call
+from taskrun.core.books import Books
+from taskrun.core.workforce import Worker
 from taskrun.model import Encoded, Failure
-from taskrun.workforce import Worker
 
 
 class Attempts(Books):

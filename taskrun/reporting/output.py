@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Iterator
 from typing import IO, Any
 
-from taskrun import text
 from taskrun.messages import AttemptEnded, Succeeded
 from taskrun.model import Failure
 from taskrun.observers import Observer
-from taskrun.terminal import Terminal
+from taskrun.reporting import text
+from taskrun.reporting.terminal import Terminal
 
 __all__ = ["MODES", "Lines", "Output", "Terminal", "make_output"]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Reversible
 
 from taskrun.calls import Call
-from taskrun.limits import Limits
-from taskrun.resources import Resources
-from taskrun.workforce import Worker, waits_for
+from taskrun.core.limits import Limits
+from taskrun.core.resources import Resources
+from taskrun.core.workforce import Worker, waits_for
 
 
 class Impossible(Exception):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from taskrun import messages as m
 from taskrun.bunch import Bunch
 from taskrun.calls import CANCELLED, FINAL, OK, READY, RUNNING, Call
-from taskrun.children import Children
+from taskrun.core.children import Children
+from taskrun.core.workforce import Worker
 from taskrun.model import Recipe
-from taskrun.workforce import Worker
 
 
 class Bunches(Children):

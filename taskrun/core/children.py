@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from taskrun import messages as m
-from taskrun.attempts import Attempts
 from taskrun.calls import CANCELLED, FAILED, FINAL, HELD, OK, RUNNING, WAITING, Call
+from taskrun.core.attempts import Attempts
+from taskrun.core.workforce import Wait, Worker
 from taskrun.model import Encoded, Failure, Recipe
-from taskrun.workforce import Wait, Worker
 
 
 class Children(Attempts):

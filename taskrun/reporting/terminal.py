@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, TypeAlias
 
-from taskrun.text import Paint, encode
+from taskrun.reporting.text import Paint, encode
 
 Target: TypeAlias = int | IO[Any] | None
 CLEAR = b"\r\x1b[K"

@@ -15,15 +15,15 @@ from typing import Any
 
 from taskrun import messages as m
 from taskrun.calls import RUNNING, Call
-from taskrun.claims import Claims
-from taskrun.crowd import Crowd
-from taskrun.graph import Graph
-from taskrun.limits import Keys, Limits
+from taskrun.core.claims import Claims
+from taskrun.core.crowd import Crowd
+from taskrun.core.graph import Graph
+from taskrun.core.limits import Keys, Limits
+from taskrun.core.placement import Placement
+from taskrun.core.resources import Resources
+from taskrun.core.timers import Timer, Timers
+from taskrun.core.workforce import Home, Wait, Worker
 from taskrun.model import LANES, Plan, Recipe
-from taskrun.placement import Placement
-from taskrun.resources import Resources
-from taskrun.timers import Timer, Timers
-from taskrun.workforce import Home, Wait, Worker
 
 PROCESS = "process"
 SPARE_FACTOR = 4  # workers a slot, when calls lend theirs

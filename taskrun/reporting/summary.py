@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from taskrun import text
 from taskrun.messages import AttemptEnded, Succeeded
 from taskrun.model import Failure
 from taskrun.observers import Observer
-from taskrun.output import captured_text
-from taskrun.terminal import Terminal
-from taskrun.text import Captured, Paint
+from taskrun.reporting import text
+from taskrun.reporting.output import captured_text
+from taskrun.reporting.terminal import Terminal
+from taskrun.reporting.text import Captured, Paint
 
 ROWS = 40  # tasks in the table
 SLOWEST = 5  # calls in the list of the slowest

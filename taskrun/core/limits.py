@@ -12,8 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 
 from taskrun.calls import Call
+from taskrun.core.timers import Timers
 from taskrun.model import Bound
-from taskrun.timers import Timers
 
 MANY = 1000  # gates after which those that nobody needs are looked for
 

@@ -20,11 +20,11 @@ from collections.abc import Iterable
 from taskrun import bunch
 from taskrun import messages as m
 from taskrun.calls import HELD, READY, RUNNING, WAITING, Call
-from taskrun.claims import Claims
+from taskrun.core.claims import Claims
+from taskrun.core.ready import Queue, ReadyCalls
+from taskrun.core.timers import Timers
+from taskrun.core.workforce import DEFAULT_CPU, Wait, Worker
 from taskrun.model import Recipe
-from taskrun.ready import Queue, ReadyCalls
-from taskrun.timers import Timers
-from taskrun.workforce import DEFAULT_CPU, Wait, Worker
 
 BATCH_SECONDS = 0.004  # how much work a worker is given in advance
 BATCH_CALLS = 256

@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 from taskrun.observers import Observer
-from taskrun.output import make_output
-from taskrun.progress import Progress
 from taskrun.reactor import Reactor
+from taskrun.reporting.output import make_output
+from taskrun.reporting.progress import Progress
+from taskrun.reporting.summary import Summary
+from taskrun.reporting.terminal import Target, Terminal
 from taskrun.settings import Settings
-from taskrun.summary import Summary
-from taskrun.terminal import Target, Terminal
 
 
 class Display(Observer):
@@ -49,12 +49,12 @@ class Display(Observer):
             self._add_events()
 
     def _add_job_log(self, path: str, output: Observer) -> None:
-        from taskrun.records import JobLog
+        from taskrun.reporting.records import JobLog
 
         self.observers.append(JobLog(path, output.notice, self._reactor.call_soon))
 
     def _add_events(self) -> None:
-        from taskrun.records import Events
+        from taskrun.reporting.records import Events
 
         self._events = Events(self.terminal, self._reactor.call_soon)
         self.observers.append(self._events)

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from taskrun import text
 from taskrun.errors import UsageError
 from taskrun.messages import AttemptEnded
 from taskrun.model import Failure
 from taskrun.observers import Observer
-from taskrun.output import Lines
-from taskrun.terminal import Terminal
+from taskrun.reporting import text
+from taskrun.reporting.output import Lines
+from taskrun.reporting.terminal import Terminal
 
 Soon: TypeAlias = Callable[[Callable[[], None]], object]
 

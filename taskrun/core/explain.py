@@ -15,8 +15,8 @@ from taskrun.calls import (
     WAITING,
     Call,
 )
-from taskrun.core import Scheduler
-from taskrun.graph import CallWire, WholeWire
+from taskrun.core.graph import CallWire, WholeWire
+from taskrun.core.scheduler import Scheduler
 
 
 def explain(scheduler: Scheduler, call: Call) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from taskrun import messages as m
 from taskrun.calls import RUNNING, Call
-from taskrun.claims import Claims
-from taskrun.ready import Queue, ReadyCalls
-from taskrun.workforce import Wait, Worker
+from taskrun.core.claims import Claims
+from taskrun.core.ready import Queue, ReadyCalls
+from taskrun.core.workforce import Wait, Worker
 
 
 class Crowd:
