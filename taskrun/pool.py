@@ -278,6 +278,8 @@ class Pool:
         progress: bool = False,
     ) -> MapResult:
         self._check_running()
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         sized: Any = iterable if hasattr(iterable, "__len__") else list(iterable)
         size = len(sized)
         if chunksize is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from taskrun import Pool
-from taskrun.errors import CallCancelled
+from taskrun.errors import CallCancelled, CallTimeout
 
 SECONDS = 20.0
 
@@ -249,3 +250,25 @@ def test_a_script_without_a_main_guard_is_told_what_it_lacks(tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 1 and not done.stdout
     assert "if __name__ == '__main__':" in done.stderr
+
+
+def hold_the_gil() -> None:
+    re.match("(a+)+$", "a" * 60 + "b")
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("stuck", [hold_the_gil, stop_itself])
+def test_a_timeout_ends_a_call_whose_worker_cannot_answer(pool: Pool, stuck: Any) -> None:
+    with pytest.raises(CallTimeout):
+        pool.apply_async(stuck, timeout=0.2).get(SECONDS)
+    assert pool.map_async(square, range(4)).get(SECONDS) == [0, 1, 4, 9]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_chunksize_below_one_is_refused_by_every_method(pool: Pool, size: int) -> None:
+    for method in (pool.map, pool.starmap, pool.map_async, pool.imap, pool.imap_unordered):
+        with pytest.raises(ValueError, match=f"Chunksize must be 1\\+, not {size}"):
+            method(square, [1, 2], chunksize=size)

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from taskrun import places
 from taskrun.blobs import Draft, Portable, Seen, Shared
+from taskrun.messages import SAY_BEGAN
 from taskrun.model import Recipe
 from taskrun.places import Place
 from taskrun.pooling import remote
@@ -98,6 +99,7 @@ class Recipes:
             blob=blob,
             retries=retries,
             timeout=timeout,
+            flags=0 if timeout is None else SAY_BEGAN,
         )
 
     def _learn(self, key: Any, recipe: Recipe) -> Recipe:
