@@ -116,14 +116,14 @@ def test_a_forked_child_that_returns_ends_and_reports_nothing(make: Make) -> Non
     call = shop.start(worker, "fork_and_return", 1)
     assert shop.value(call) == "parent"
     assert shop.written(call) == b"the child returns\n"
-    assert shop.do(worker, "fork_and_raise", SystemExit(7)) == 7
+    assert shop.do(worker, "fork_and_exit", 7) == 7
     assert shop.do(worker, "through_multiprocessing", 3) == [3, 3]
 
 
 def test_a_forked_child_that_raises_says_why_as_any_script_does(make: Make) -> None:
     shop = make(FORKING)
     (worker,) = shop.workers()
-    exits = shop.start(worker, "fork_and_raise", SystemExit("bye"))
+    exits = shop.start(worker, "fork_and_exit", "bye")
     assert (shop.value(exits), shop.written(exits, "stderr")) == (1, b"bye\n")
     raises = shop.start(worker, "fork_and_raise", ValueError("no"))
     assert shop.value(raises) == 1

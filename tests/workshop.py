@@ -135,6 +135,12 @@ def fork_and_raise(x):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 @task
+def fork_and_exit(x):
+    pid = os.fork()
+    if pid == 0: sys.exit(x)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+@task
 def outlive(x):
     pid = os.fork()
     if pid == 0:
