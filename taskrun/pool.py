@@ -52,6 +52,15 @@ _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler 
 _FOREIGN = "this Pool belongs to the process that this one was forked from"
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+_forks = 0  # how many there are between this process and the one that imported this
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 
 class WorkerProcess(NamedTuple):
@@ -130,7 +139,7 @@ class Pool:
             supply = Borrower(address, authkey, processes, setup, most)
         self._kinds: tuple[type[Apply], type[ApplyAny]] = Apply, ApplyAny
         self._driver = Driver(processes or 1, supply, maxtasksperchild, _initializer_failed)
-        self._pid = os.getpid()
+        self._forks = _forks
         self._singles = Singles(self._driver)
         self._recipes = Recipes(self._driver.recipe_ids, supply.in_main)
         weakref.finalize(self, self._driver.abandon).atexit = False
@@ -174,7 +183,7 @@ class Pool:
         retries: int = 0,
     ) -> AsyncResult:
         """The same, without waiting for it."""
-        if self._state is not RUN or os.getpid() != self._pid:
+        if self._state is not RUN or self._forks != _forks:
             self._check_running()
         driver = self._driver
         result = AsyncResult(self, driver, callback, error_callback)

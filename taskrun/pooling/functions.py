@@ -125,7 +125,8 @@ def is_small(function: Any, args: Any, keywords: Any, timeout: float | None, ret
         type(function) is FunctionType
         and type(args) is tuple
         and not (keywords or retries or timeout is not None)
-        and TINY.issuperset(map(type, args))
+        # One argument is the usual case, and to look at it alone takes a quarter of the time.
+        and (type(args[0]) in TINY if len(args) == 1 else TINY.issuperset(map(type, args)))
     )
 
 

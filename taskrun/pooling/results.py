@@ -249,7 +249,10 @@ class Singles:
         waiting = []
         for place, result in enumerate(tokens):
             value = values[place]
-            result._raw = (value, type(value) is Failure)
+            if type(value) in _PLAIN:
+                result._found = True, value  # nothing is to be decoded
+            else:
+                result._raw = value, type(value) is Failure
             result._row = row
             result._place = place
             if result._callback is None and result._error_callback is None:
@@ -271,14 +274,12 @@ class Singles:
 
 def _call_back_each(results: list[AsyncResult]) -> None:
     for result in results:
-        callback, raw = result._callback, result._raw
-        if callback is None or raw is None or type(raw[0]) not in _PLAIN:
+        callback, found = result._callback, result._found
+        if callback is None or found is None:
             result._call_back()
             continue
-        value = raw[0]  # nothing is to be decoded
-        result._found = True, value
         try:
-            callback(value)
+            callback(found[1])
         except BaseException as error:
             result._found = False, error
             report(error)
