@@ -96,7 +96,7 @@ def test_a_ready_call_leaves_alone_what_a_better_one_waits_for() -> None:
 
 def test_a_running_call_runs_in_a_worker() -> None:
     sim = at_one_second(leaf, does={"leaf": SLOW})
-    assert sim.explain("leaf") == "leaf runs in worker 1, attempt 1"
+    assert sim.explain("leaf") == "leaf runs in worker w1, attempt 1"
 
 
 def test_a_running_call_waits_for_calls_that_it_made() -> None:
@@ -122,7 +122,7 @@ def test_a_call_that_is_tried_again_says_why() -> None:
     does = {"work": tries((Dies(),), SLOW)}
     sim = at_one_second(a_task("work", retries=1), does=does)
     assert sim.explain("work") == (
-        "work runs in worker 2, attempt 2; attempt 1 ended with WorkerLost: the worker that "
+        "work runs in worker w2, attempt 2; attempt 1 ended with WorkerLost: the worker that "
         "executed work (attempt 1) was killed by SIGKILL"
     )
 

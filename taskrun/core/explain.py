@@ -17,6 +17,7 @@ from taskrun.calls import (
 )
 from taskrun.core.graph import CallWire, WholeWire
 from taskrun.core.scheduler import Scheduler
+from taskrun.core.workforce import worker_name
 
 
 def explain(scheduler: Scheduler, call: Call) -> str:
@@ -62,7 +63,9 @@ def _what_runs(scheduler: Scheduler, call: Call) -> str:
     wait = scheduler.wait_of(call)
     if wait is not None and wait.pending:
         return f"runs and waits for {_names(wait.pending.values())}"
-    return f"runs in worker {call.worker}, attempt {call.attempt}"
+    worker = scheduler.worker(call.worker) if call.worker is not None else None
+    name = worker_name(call.worker, worker.node if worker is not None else "")
+    return f"runs in worker {name}, attempt {call.attempt}"
 
 
 def _why_ended(scheduler: Scheduler, call: Call) -> str:
