@@ -216,7 +216,8 @@ class RayHost:
                 return Broken(str(cause))
             if isinstance(cause, KeyboardInterrupt):
                 return Withdrawn()
-            return Refused(f"{self.name}: {_first_line(error)}")
+            # Its own first line says where it was, and not what.
+            return Refused(f"{self.name}: {type(cause).__name__}: {_first_line(cause)}")
         except Exception as error:
             return Refused(f"{self.name}: {type(error).__name__}: {_first_line(error)}")
         return Returned(told, values if kept else None)
