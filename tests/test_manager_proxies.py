@@ -9,8 +9,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing import managers
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,19 +144,19 @@ def test_our_client_works_with_the_standard_librarys_server() -> None:
         assert list(shared) == ["a", "b"]
 
 
+def discard_in_a_cycle(value: Any) -> None:
+    cycle: list[Any] = [value]
+    cycle.append(cycle)
+
+
 @pytest.mark.parametrize("kind", [managers.SyncManager, SyncManager])
 def test_a_proxy_that_the_servers_own_loop_collects_does_not_stop_it(kind: Any) -> None:
     with running() as server:
         client = server.client(kind)
         kept = client.list()
-
-        def discard() -> None:
-            cycle: list[Any] = [client.dict()]
-            cycle.append(cycle)
-
         gc.disable()
         try:
-            discard()
+            discard_in_a_cycle(client.dict())
             assert len(server.server.objects.counted()) == 2
             server.reactor.post(gc.collect)
             wait_for(lambda: len(server.server.objects.counted()) == 1)
@@ -162,6 +164,32 @@ def test_a_proxy_that_the_servers_own_loop_collects_does_not_stop_it(kind: Any) 
             gc.enable()
         kept.append(1)
         assert kept[:] == [1]
+
+
+@pytest.mark.parametrize("kind", [managers.SyncManager, SyncManager])
+def test_a_proxy_that_a_clients_thread_collects_amid_its_work_does_not_stop_the_server(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def collect(size: int) -> str:
+        threads.append(threading.current_thread().name)
+        gc.collect()
+        return os.urandom(size).hex()
+
+    with running() as server:
+        client = server.client(kind)
+        gc.disable()
+        try:
+            discard_in_a_cycle(client.dict())
+            # In here the thread holds what the loop needs to count references.
+            monkeypatch.setattr("taskrun.manager.objects.secrets.token_hex", collect)
+            kept = client.list([Path("somewhere")])
+            assert threads == ["manager client"]
+            wait_for(lambda: len(server.server.objects.counted()) == 1)
+        finally:
+            gc.enable()
+        assert kept[:] == [Path("somewhere")]
 
 
 def test_get_server_serves_until_its_stop_event_is_set() -> None:

@@ -7,9 +7,17 @@ is made anew; which calls were lost is known from the notes.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+)
 from importlib import import_module
+from time import monotonic
 from typing import Any
 
 from taskrun.engines.hosts import Done, Lost, Refused, Result, Returned, Terms, Withdrawn
@@ -108,9 +116,18 @@ class ExecutorHost:
 
     def close(self, brief: bytes | None, deadline: float) -> None:
         """See ``hosts.Host``."""
-        if self._executor is not None:
-            shutdown: Callable[..., object] = self._executor.shutdown
-            shutdown(wait=False, **_accepted(shutdown, cancel_futures=True, kill_workers=True))
+        if self._executor is None:
+            return
+        shutdown: Callable[..., object] = self._executor.shutdown
+        accepted = _accepted(shutdown, cancel_futures=True, kill_workers=True)
+        if isinstance(self._executor, ProcessPoolExecutor):
+            # Where its own thread ends while the interpreter does, CPython 3.11 prints a
+            # traceback.  The calls have ended, so it does soon.
+            waiting = threading.Thread(target=shutdown, kwargs=accepted, daemon=True)
+            waiting.start()
+            waiting.join(max(0.0, deadline - monotonic()))
+        else:
+            shutdown(wait=False, **accepted)
 
 
 def executor_host(text: str, jobs: int) -> ExecutorHost:

@@ -6,8 +6,9 @@
   in another process (gh-99595).
 - After os.fork() parent and child no longer talk over one connection (gh-101320), and the
   child counts its references.
-- A proxy may be collected at any moment, on any thread.  On the loop of a server in this very
-  process its reference is given back later: the loop must not wait for its own answer.
+- A proxy may be collected at any moment, on any thread.  On one of a server in this very
+  process its reference is given back later: the loop must not wait for its own answer, nor
+  for a lock that a thread holds which waits for the loop.
 - A call that is interrupted between request and reply (Ctrl-C) drops its connection: the
   next call must not get that reply.
 """

@@ -26,7 +26,7 @@ from taskrun.manager.hosting import Handover
 from taskrun.manager.listening import Address, Listener
 from taskrun.manager.objects import Objects, Registry
 from taskrun.manager.peer import Peer
-from taskrun.manager.promoted import Promoted
+from taskrun.manager.promoted import Promoted, server_here
 from taskrun.reactor import Reactor
 from taskrun.transport.gate import HANDSHAKE_TIMEOUT, MOST_GREETING, Admitted, Gate
 from taskrun.transport.listening import Roles, open_door, peer_of
@@ -262,9 +262,11 @@ _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def loop_here() -> Reactor | None:
-    """The loop of a server, where this thread is in the middle of a turn of it."""
-    here = threading.get_ident()
-    return next((one.reactor for one in list(_servers) if one.reactor.thread == here), None)
+    """The loop of a server, where this thread is in the middle of a turn of it, or serves a
+    client: it may hold what that loop waits for."""
+    here, mine = threading.get_ident(), server_here()
+    servers = (one for one in list(_servers) if one is mine or one.reactor.thread == here)
+    return next((server.reactor for server in servers), None)
 
 
 def _after_fork_in_child() -> None:
