@@ -9,6 +9,7 @@ import struct
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -228,7 +229,7 @@ def test_two_nodes_share_the_work_and_have_names_of_their_own(grid: Grid) -> Non
 def test_workers_start_here_first_then_on_nodes(tmp_path: Path) -> None:
     with grid_in(tmp_path, slots=1) as grid:
         grid.node(1)
-        workers = grid.shop.workers(2)
+        workers = sorted(grid.shop.workers(2))  # who is ready first is another question
         assert [grid.shop.do(worker, "where")[0] for worker in workers] == ["local", "lab1"]
         spare = grid.shop.workers(6)
         nodes = [grid.shop.do(worker, "where")[0] for worker in spare]
@@ -297,6 +298,14 @@ def test_a_node_that_sends_rubbish_after_joining_is_no_node_any_more(
     stranger.peer.send(rubbish)
     grid.shop.until(lambda: not grid.nodes.nodes)
     grid.node(1)  # the coordinator goes on
+
+
+def test_a_run_that_ends_as_a_node_joins_does_not_wait_for_it(tmp_path: Path) -> None:
+    with grid_in(tmp_path) as grid:
+        node = grid.node(1)  # its workers are not up yet
+        began = monotonic()
+    assert monotonic() - began < 3
+    assert "the run has ended" in "".join(node.err)
 
 
 class Stranger:

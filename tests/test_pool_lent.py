@@ -154,6 +154,7 @@ def test_calls_reach_the_state_of_the_process_that_has_the_pool(shared: Site) ->
     assert counter.get() == 5
 
 
+@pytest.mark.timeout(30)  # a server that stops passing on is noticed after ten seconds a time
 def test_a_large_argument_and_a_large_result_cross(shared: Site) -> None:
     with lent(shared) as pool:
         assert pool.apply(len, (bytes(3_000_000),)) == 3_000_000

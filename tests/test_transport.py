@@ -95,6 +95,16 @@ def test_one_who_does_not_read_makes_us_keep_what_is_unsent_and_is_told_of_by_on
     assert drained == [0]
 
 
+def test_on_drained_is_called_too_where_the_other_end_takes_all_at_once(meeting: Meeting) -> None:
+    # Who stopped its own source when much waited has to hear of it.
+    here, _ = meeting.meet()
+    drained: list[int] = []
+    here.on_drained = lambda: drained.append(here.unsent)
+    here.send(b"all at once")
+    meeting.until(lambda: drained)
+    assert drained == [0]
+
+
 def test_what_goes_first_overtakes_the_frames_that_wait(meeting: Meeting) -> None:
     here, there = meeting.meet()
     there.pause()

@@ -124,7 +124,10 @@ class Template:
 
     def _give_up(self) -> None:
         self._end(0.0)
-        self._tidy_up()
+        while self._receive():
+            pass  # the last of what the coordinator had to say
+        if not any(request[0] == QUIT for request in self._requests):
+            self._tidy_up()
 
     def _listen_to_signals(self) -> None:
         # After the import, which may have had ideas of its own.
@@ -221,6 +224,7 @@ class Template:
             self._until = request[1]
         elif kind == QUIT:
             self._grace = request[1]
+            self._orphaned = False  # it hung up afterwards
 
     # -- workers ----------------------------------------------------------------------
 

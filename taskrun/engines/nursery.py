@@ -99,12 +99,14 @@ class Nursery:
     def abandon(self, deadline: float) -> bool:
         """End a template that is not up yet, if it is not, by ``deadline``.
 
-        It ends what the task file may have started, since it finds its socket closed.
+        It ends what the task file may have started, since it finds its socket closed; what
+        the coordinator has made it leaves alone, since it is told so.
         """
         self._wanted.clear()
         if self._is_up or self.pid is None:
             return False
-        self._sock.shutdown(socket.SHUT_RDWR)
+        self.quit(0.0)
+        self._sock.shutdown(socket.SHUT_WR)
         while time.monotonic() < deadline:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break

@@ -39,7 +39,7 @@ class Peer:
         self.hello = hello
         self.unsent = 0  # bytes that wait
         self.on_drained: Callable[[], object] | None = None
-        """Called whenever everything is written of what had to wait for the other end."""
+        """Called whenever everything is written, whether or not the other end made it wait."""
         self._reactor = reactor
         self._socket = connection
         self._decoder = Decoder()
@@ -159,8 +159,8 @@ class Peer:
         elif self._blocked and not self._waits:
             self._blocked = False
             self._reactor.remove_writer(self._socket.fileno())
-            if self.on_drained is not None:
-                self.on_drained()
+        if not self._waits and self.on_drained is not None:
+            self.on_drained()
         if self._finishing and not self._waits:
             self._say_goodbye()
 
