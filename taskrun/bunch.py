@@ -8,13 +8,16 @@ that it was in; what it has not begun can be cut off, to go elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+TINY: Final = frozenset((int, float, bool, type(None)))  # types of what travels as it is
 
 
 class Bunch:
     """The items of one call, in order; in a call it stands in place of its arguments.
 
-    ``items``: of each its arguments, as a tuple of plain values or as pickled (args, kwargs).
+    ``items``: of each its arguments: the only one, if that is TINY, a tuple of such, or pickled
+    (args, kwargs).
     ``tokens``: what ``owner`` knows each by.  ``done``: so many have ended, the first ones;
     ``base``: so many had when it was sent.  ``unwanted``: the tokens of those that are to be
     cancelled.

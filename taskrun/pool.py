@@ -17,9 +17,10 @@ from pickle import HIGHEST_PROTOCOL, dumps
 from typing import Any, Final, NamedTuple
 
 from taskrun.blobs import THRESHOLD, Portable, Seen
+from taskrun.bunch import TINY
 from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver
-from taskrun.pooling.functions import TINY, Recipes, dumps_call, is_small, is_stateless
+from taskrun.pooling.functions import Recipes, dumps_call, is_small, is_stateless
 from taskrun.pooling.inbox import Job
 from taskrun.pooling.iterators import IMapIterator, OrderedIterator, UnorderedIterator
 from taskrun.pooling.looping import Loop
@@ -141,6 +142,7 @@ class Pool:
         self._driver = Driver(processes or 1, supply, maxtasksperchild, _initializer_failed)
         self._forks = _forks
         self._singles = Singles(self._driver)
+        self._driver.own_singles(self._singles)
         self._recipes = Recipes(self._driver.recipe_ids, supply.in_main)
         weakref.finalize(self, self._driver.abandon).atexit = False
         _drivers.add(self._driver)
@@ -191,7 +193,10 @@ class Pool:
         if small and (recipe := self._recipes.by_name.get(func)) is not None:
             direct = callback is None and error_callback is None
             if not (direct and driver.submit_direct(recipe, args, self._singles, result)):
-                driver.submit_small(recipe, args, self._singles, result)
+                result._recipe = recipe
+                plain: Any = args
+                result._args = plain[0] if len(plain) == 1 else plain
+                driver.submit_single(result)
         else:
             self._apply(result, func, args, kwds, timeout, retries)
         return result
@@ -368,9 +373,11 @@ class Pool:
         window = buffersize or max(WINDOW, PER_WORKER * self._processes)
         if chunksize > 1:
             window = max(2 * self._processes, window // chunksize)
+        many = buffersize is None and window >= PER_WORKER * self._processes
         made = kind(
             self, self._driver, chunked=chunksize > 1, window=window,
-            buffered=buffersize is not None,
+            # Who feeds is not to be woken for each call that ends.
+            buffered=buffersize is not None, low=window // 2 if many else window - 1,
         )  # fmt: skip
         items: Iterable[tuple[Any, ...]]
         try:
@@ -499,7 +506,7 @@ def _feed(
                 break
             kind = type(args[0])
             if small and kind in TINY:
-                driver.submit_small(recipe, args, made, count)
+                driver.submit_small(recipe, args[0], made, count)
             else:
                 blob = _dumps_scalar(args) if kind in _SCALARS else dumps_call((args, {}))
                 driver.submit(recipe, blob, made.item(count))

@@ -45,3 +45,30 @@ def test_where_every_tenth_is_long_few_travel_together() -> None:
 def test_calls_that_become_long_soon_travel_alone() -> None:
     tiny, long = [[TINY] * 9] * 5, [[LONG]] * 3
     assert _sizes(*tiny, *long) == [1] * 4
+
+
+class _Token:
+    def __init__(self, recipe: Recipe, args: Any) -> None:
+        self._recipe, self._args = recipe, args
+
+
+def test_calls_of_all_kinds_are_taken_in_the_order_in_which_they_came() -> None:
+    inbox, singles, owner = Inbox(bunches=True), _Owner(), _Owner()
+    inbox.singles = singles
+    double, other = Recipe(1, "double", b""), Recipe(2, "other", b"")
+    for recipe in (double, other):
+        inbox.learn(recipe, [TINY] * 9)
+    inbox.entries.extend(_Token(double, number) for number in range(3))
+    inbox.entries.append(_Token(other, 3))
+    inbox.entries.extend((double, number, owner, number) for number in (4, 5))
+    inbox.entries.append(_Token(double, 6))
+    taken = []
+    while inbox:
+        recipe, whose = inbox.first()
+        assert whose is not None
+        (bunch,) = inbox.next_bunches(recipe, whose, 1, workers=1)
+        taken.append((recipe.name, bunch.owner, list(bunch.items)))
+    assert taken == [
+        ("double", singles, [0, 1, 2]), ("other", singles, [3]), ("double", owner, [4, 5]),
+        ("double", singles, [6]),
+    ]  # fmt: skip

@@ -21,6 +21,7 @@ from time import perf_counter, time
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
+from taskrun.bunch import TINY
 from taskrun.context import Future
 from taskrun.errors import (
     ArgumentError,
@@ -210,8 +211,10 @@ class Executor:
         try:
             running.enter_user()
             known = running.known
-            if type(item) is tuple:
-                value = (known.function if known.found else known.task.function)(*item)
+            alone = type(item) in TINY
+            if alone or type(item) is tuple:
+                function = known.function if known.found else known.task.function
+                value = function(item) if alone else function(*item)
             else:
                 known.task  # noqa: B018 - as in _call()
                 positional, keywords = known.arguments((item, {}), self.per_worker)

@@ -25,7 +25,7 @@ from taskrun.engines.links import Link
 from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Failure, Plan, Recipe
 from taskrun.observers import Observer
-from taskrun.pooling.inbox import Inbox, Job, Owner, Row, withdrawn
+from taskrun.pooling.inbox import Inbox, Job, Owner, Row, Single, withdrawn
 from taskrun.pooling.looping import Loop, Waitable
 from taskrun.pooling.sharing import PoolState
 from taskrun.pooling.starting import PoolWorkers, Supply
@@ -124,25 +124,34 @@ class Driver:
 
     # -- from any thread --------------------------------------------------------------
 
+    def own_singles(self, owner: Owner) -> None:
+        """From now on ``owner`` hears of the calls of ``submit_single``."""
+        self._inbox.singles = owner
+
     def submit(self, recipe: Recipe, blob: Portable, job: Job, *, waits: bool = False) -> None:
         """Have a call executed: ``blob`` is its pickled (args, kwargs).
 
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
         """
         self._put((recipe, blob, None, job))
-        if not self._posted:
+        if waits and not self._posted:
             self._posted = True
-            if waits:
-                self._reactor.call_soon(self._take)
-            else:
-                self._to_loop(self._take)
-        if self._ended:
-            self._inbox.fail(self.why_over())
+            self._reactor.call_soon(self._take)
+        self._was_put()
 
     def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
-        """Have a call executed, with others in a bunch: ``args`` is a tuple of plain values, or
-        pickled (args, kwargs).  For recipes without timeout and retries."""
+        """Have a call executed, with others in a bunch; ``args``: see ``Bunch.items``.  For
+        recipes without timeout and retries."""
         self._put((recipe, args, owner, token))
+        self._was_put()
+
+    def submit_single(self, token: Single) -> None:
+        """The same, for a token that has its recipe and arguments with it."""
+        self._put(token)
+        if not self._posted or self._ended:
+            self._was_put()
+
+    def _was_put(self) -> None:
         if not self._posted:
             self._posted = True
             self._to_loop(self._take)
@@ -183,7 +192,7 @@ class Driver:
                     begun += 1
                 else:
                     waiting += job.tokens if isinstance(job, Bunch) else [job]
-            waiting += [job for _, _, _, job in list(self._inbox.entries)]  # others add to it
+            waiting += self._inbox.tokens()
             for job in waiting[max(0, self.processes - begun) :]:
                 self.loop.call_back(partial(cancel, job))
 
@@ -265,7 +274,7 @@ class Driver:
         self._low = 0
         inbox = self._inbox
         while inbox:
-            recipe, _, owner, _ = inbox.entries[0]
+            recipe, owner = inbox.first()
             window = WINDOW * (self.processes + 1)
             most = window if self._waits or owner is None else AHEAD * self.processes
             room = most - len(self._jobs)

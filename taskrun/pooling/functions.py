@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from taskrun import places
 from taskrun.blobs import Draft, Portable, Seen, Shared
+from taskrun.bunch import TINY
 from taskrun.messages import SAY_BEGAN
 from taskrun.model import Recipe
 from taskrun.places import Place
@@ -27,7 +28,6 @@ REMEMBERED: Final = 1024  # recipes
 
 Kind = type[Apply] | type[Map] | type[Starmap]
 
-TINY: Final = frozenset((int, float, bool, type(None)))  # what goes as it is with others
 _NAMED = (FunctionType, BuiltinFunctionType, type)
 
 

@@ -60,15 +60,28 @@ class Row(NamedTuple):
     seconds: list[float]
 
 
+class Single(Protocol):
+    """A token that has its recipe and arguments with it, and so needs no entry."""
+
+    _recipe: Any
+    _args: Any
+
+
+Entry = tuple[Recipe, Any, Owner | None, Any]
+"""The recipe of a call, its arguments, who owns it (None: a Job), and the job or the owner's
+token."""
+
+
 class Inbox:
     """The calls of one Pool that wait.
 
-    ``entries``: of each its recipe, its arguments, who owns it (None: a Job), and the job or
-    the owner's token.  ``bunches``: whether small calls are to be sent in bunches.
+    ``entries``: each as an Entry, or as a Single; ``singles`` is the owner of all Singles.
+    ``bunches``: whether small calls are to be sent in bunches.
     """
 
     def __init__(self, *, bunches: bool) -> None:
-        self.entries: deque[tuple[Recipe, Any, Owner | None, Any]] = deque()
+        self.entries: deque[Entry | Single] = deque()
+        self.singles: Owner | None = None
         self.bunches = bunches
         self._any_withdrawn = False
         self._untold: dict[int, Job] = {}  # by their id(): cancelled here, and not told yet
@@ -78,7 +91,21 @@ class Inbox:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def _parts(self, entry: Any) -> Entry:
+        if type(entry) is tuple:
+            return entry
+        return entry._recipe, entry._args, self.singles, entry
+
+    def tokens(self) -> list[Any]:
+        """The jobs and tokens of all that wait."""
+        return [self._parts(entry)[3] for entry in list(self.entries)]  # others add to it
+
     # -- what is next -----------------------------------------------------------------
+
+    def first(self) -> tuple[Recipe, Owner | None]:
+        """The recipe and the owner of the first call."""
+        recipe, _, owner, _ = self._parts(self.entries[0])
+        return recipe, owner
 
     def next_calls(self, recipe: Recipe, room: int) -> tuple[list[Portable], list[Job]]:
         """The first calls, as long as they are of this recipe and in no bunch: their arguments,
@@ -86,8 +113,8 @@ class Inbox:
         entries = self.entries
         blobs: list[Portable] = []
         jobs: list[Job] = []
-        while entries and entries[0][0] is recipe and entries[0][2] is None and len(blobs) < room:
-            _, blob, _, job = entries.popleft()
+        while entries and len(blobs) < room and _is_job(entries[0], recipe):
+            _, blob, _, job = self._parts(entries.popleft())
             if job.call is None:
                 blobs.append(blob)
                 jobs.append(job)
@@ -102,8 +129,8 @@ class Inbox:
         bunches: list[Bunch] = []
         popleft = self.entries.popleft
         while self.entries and len(bunches) < room:
-            entries = [popleft() for _ in range(min(size, len(self.entries)))]
-            alike = _how_many_alike(entries, recipe, owner)
+            entries: list[Any] = [popleft() for _ in range(min(size, len(self.entries)))]
+            alike = self._how_many_alike(entries, recipe, owner)
             if alike < len(entries):
                 self.entries.extendleft(reversed(entries[alike:]))
                 del entries[alike:]
@@ -111,10 +138,29 @@ class Inbox:
                 break
             if self._any_withdrawn:
                 entries = self._still_wanted(entries, owner)
-            if entries:
+            if not entries:
+                continue
+            if owner is self.singles:
+                bunches.append(Bunch(owner, entries, [entry._args for entry in entries]))
+            else:
                 _, items, _, tokens = zip(*entries, strict=True)
                 bunches.append(Bunch(owner, tokens, items))
         return bunches
+
+    def _how_many_alike(self, entries: list[Any], recipe: Recipe, owner: Owner) -> int:
+        """How many of these, the first ones, can be one bunch."""
+        count = 0
+        if owner is self.singles:
+            for entry in entries:
+                if type(entry) is tuple or entry._recipe is not recipe:
+                    break
+                count += 1
+        else:
+            for entry in entries:
+                if type(entry) is not tuple or entry[0] is not recipe or entry[2] is not owner:
+                    break
+                count += 1
+        return count
 
     def _bunch_size(self, recipe: Recipe, workers: int) -> int:
         """So many items as take a moment, and so few that all workers get some; one, as long as
@@ -144,14 +190,20 @@ class Inbox:
 
     def tell_withdrawn(self) -> None:
         """Tell those that wait here and were cancelled; not only when their turn comes."""
-        for recipe, _, owner, job in list(self.entries) if self._untold else ():
+        for entry in list(self.entries) if self._untold else ():
+            recipe, _, owner, job = self._parts(entry)
             self._drop(recipe, owner, job)
         self._untold.clear()
 
     def _still_wanted(self, entries: list[Any], owner: Owner) -> list[Any]:
-        for recipe, _, _, token in entries:
+        parts = [self._parts(entry) for entry in entries]
+        for recipe, _, _, token in parts:
             self._drop(recipe, owner, token)
-        return [entry for entry in entries if not owner.is_withdrawn(entry[3])]
+        return [
+            entry
+            for entry, (_, _, _, token) in zip(entries, parts, strict=True)
+            if not owner.is_withdrawn(token)
+        ]
 
     def _drop(self, recipe: Recipe, owner: Owner | None, job: Any) -> None:
         """It is not to be fed, if it was cancelled; it is told so once."""
@@ -162,7 +214,7 @@ class Inbox:
         """None of them will end."""
         while self.entries:
             try:
-                _, _, owner, job = self.entries.popleft()
+                _, _, owner, job = self._parts(self.entries.popleft())
             except IndexError:  # another thread took it
                 return
             _tell(owner, job, error)
@@ -180,11 +232,5 @@ def _tell(owner: Owner | None, job: Any, error: BaseException) -> None:
         owner.items_failed([job], error)
 
 
-def _how_many_alike(entries: list[Any], recipe: Recipe, owner: Owner) -> int:
-    """How many of these, the first ones, can be one bunch."""
-    count = 0
-    for found, _, who, _ in entries:
-        if found is not recipe or who is not owner:
-            break
-        count += 1
-    return count
+def _is_job(entry: Any, recipe: Recipe) -> bool:
+    return type(entry) is tuple and entry[0] is recipe and entry[2] is None

@@ -36,11 +36,19 @@ class IMapIterator(Waitable):
     """What ``imap`` gives, in the order of the items; see ``multiprocessing.pool``.
 
     ``window``: so many calls may be under way at a time.  ``buffered``: results that nobody
-    has taken count as well.
+    has taken count as well.  ``low``: once there is no more room, so few are to be under way
+    before more are submitted.
     """
 
     def __init__(
-        self, pool: Any, driver: Driver, *, chunked: bool, window: int, buffered: bool
+        self,
+        pool: Any,
+        driver: Driver,
+        *,
+        chunked: bool,
+        window: int,
+        buffered: bool,
+        low: int,
     ) -> None:
         super().__init__()
         self._pool = pool
@@ -48,6 +56,7 @@ class IMapIterator(Waitable):
         self._chunked = chunked
         self._buffered = buffered
         self._window = window
+        self._low = low
         self._taken = 0  # calls that were submitted
         self._over = 0  # those that are not under way any more
         self._room = threading.Event()
@@ -140,17 +149,15 @@ class IMapIterator(Waitable):
 
     def _make_room(self, count: int) -> None:
         self._over += count
-        if not self._room.is_set():
+        if self._taken - self._over <= self._low and not self._room.is_set():
             self._room.set()
 
     def await_room(self) -> bool:
         """In the feeding thread: wait until one more may be under way; False: no more may."""
-        while self._taken - self._over >= self._window:
+        if self._taken - self._over >= self._window:
             self._room.clear()
-            if self._taken - self._over >= self._window:
+            while self._taken - self._over > self._low and not self._driver.loop.over:
                 self._room.wait(1.0)
-            if self._driver.loop.over:
-                return False
         self._taken += 1
         return not self._driver.loop.over
 

@@ -17,10 +17,11 @@ from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any, Final, NamedTuple
 
 from taskrun import blobs
+from taskrun import messages as m
 from taskrun.blobs import Shared
 from taskrun.calls import OK
 from taskrun.errors import ResultError
-from taskrun.model import Failure
+from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.inbox import Job, Row
 from taskrun.pooling.looping import Waitable
@@ -44,13 +45,6 @@ class Outcome(NamedTuple):
     attempts: int
     began: float
     seconds: float
-
-
-def _outcome(last: Any, pid: int | None) -> Outcome | None:
-    if last is None:
-        return None
-    worker = "" if last.worker is None else f"w{last.worker}"
-    return Outcome(worker, pid, last.attempt, last.began, last.seconds)
 
 
 Raw = tuple[Any, bool]
@@ -104,23 +98,22 @@ def exception_of(failure: Failure) -> BaseException:
 class AsyncResult(Waitable):
     """What ``apply_async`` gives, as ``multiprocessing.pool.AsyncResult``."""
 
-    # Slots: see Waitable.  The dict is for attributes of users.
+    # Slots: see Waitable.  There may be very many results, and the collector looks at each of
+    # them, and of their attributes, again and again.  The dict is for attributes of users.
     __slots__ = (
-        "__dict__", "__weakref__", "_callback", "_driver", "_error_callback", "_found", "_last",
-        "_pid", "_place", "_pool", "_raw", "_ready", "_row", "call",
+        "__dict__", "__weakref__", "_args", "_callback", "_driver", "_error_callback", "_place",
+        "_pool", "_raw", "_recipe", "_success", "_value", "_where", "call",
     )  # fmt: skip
 
     def __init__(self, pool: Any, driver: Driver, callback: Callback, on_error: Callback) -> None:
         self.event = None
+        self._recipe: Recipe | None = None
+        self._args: Any = None
         self.call: int | None = None
-        self._ready = False
         self._raw: Raw | None = None
-        self._found: tuple[bool, Any] | None = None
-        self._last: Any = None
-        self._pid: int | None = None
-        self._row: Row | None = None
-        self._place = 0
-        self._pool = pool  # lives as long as somebody waits for it
+        self._success: bool | None = None  # once it is decoded, as ``_value`` then is
+        self._where: Row | m.AttemptEnded | None = None
+        self._pool = pool  # lives as long as somebody waits for it; None: the call has ended
         self._driver = driver
         self._callback = callback
         self._error_callback = on_error
@@ -129,22 +122,22 @@ class AsyncResult(Waitable):
 
     def ready(self) -> bool:
         """Whether the call has ended."""
-        return self._ready
+        return self._pool is None
 
     def successful(self) -> bool:
         """Whether it ended without an error.  Raises ValueError where it has not ended."""
-        if not self._ready:
+        if self._pool is not None:
             raise ValueError(f"{self!r} not ready")
         return self._decoded()[0]
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the call has ended, or ``timeout`` seconds are over."""
-        if not self._ready:
+        if self._pool is not None:
             self._driver.loop.wait(self, timeout)
 
     def get(self, timeout: float | None = None) -> Any:
         """The value; raises what the call raised, or TimeoutError."""
-        if not self._ready and not self._driver.loop.wait(self, timeout):
+        if self._pool is not None and not self._driver.loop.wait(self, timeout):
             raise TimeoutError
         success, value = self._decoded()
         if success:
@@ -157,7 +150,7 @@ class AsyncResult(Waitable):
     def cancel(self) -> bool:
         """End the call, also while it runs; ``get()`` raises CallCancelled then.  False
         where it has ended already."""
-        if self._ready:
+        if self._pool is None:
             return False
         self._driver.cancel(self._jobs)
         return True
@@ -165,12 +158,15 @@ class AsyncResult(Waitable):
     @property
     def outcome(self) -> Outcome | None:
         """Where and how the call was executed; None as long as it has not ended."""
-        row = self._row
-        if row is None:
-            return _outcome(self._last, self._pid)
-        seconds, place = row.seconds, self._place
-        began = row.wall + sum(seconds[:place])
-        return Outcome(f"w{row.worker}", row.pid, row.attempt, began, seconds[place])
+        where = self._where
+        if where is None:
+            return None
+        if not isinstance(where, Row):
+            worker = "" if where.worker is None else f"w{where.worker}"
+            return Outcome(worker, self._place, where.attempt, where.began, where.seconds)
+        seconds, place = where.seconds, self._place or 0
+        began = where.wall + sum(seconds[:place])
+        return Outcome(f"w{where.worker}", where.pid, where.attempt, began, seconds[place])
 
     def _jobs(self) -> list[Job]:
         return [self]
@@ -182,21 +178,22 @@ class AsyncResult(Waitable):
 
     def settled(self) -> bool:
         """See ``looping.Waitable``."""
-        return self._ready
+        return self._pool is None
 
     def ended(self, call: Any, last: Any, pid: int | None) -> None:
         """See ``driver.Job``."""
-        self._last = last
-        self._pid = pid
-        self._raw = raw_of(call)
-        if self._callback is None and self._error_callback is None:
-            self._settle()
-        else:
-            self._driver.loop.call_back(self._call_back)
+        self._was(last, pid)
+        self._set(raw_of(call))
 
     def failed(self, error: BaseException) -> None:
         """See ``driver.Job``."""
         self._set((error, True))
+
+    def _was(self, where: Row | m.AttemptEnded | None, place: int | None) -> None:
+        """It was executed there: as the item of a row that has that place, or alone in the
+        process with that pid."""
+        self._where = where
+        self._place = place
 
     def _set(self, raw: Raw) -> None:
         self._raw = raw
@@ -213,26 +210,25 @@ class AsyncResult(Waitable):
                 callback(value)
         except BaseException as error:
             # As in the standard library from 3.16 on; but somebody is to see it in any case.
-            self._found = (False, error)
+            self._value, self._success = error, False
             report(error)
         finally:
             self._settle()
 
     def _settle(self) -> None:
-        self._callback = self._error_callback = self._pool = None
-        self._ready = True
+        self._args = self._callback = self._error_callback = self._pool = None
         if self.event is not None:
             self.event.set()
 
     def _decoded(self) -> tuple[bool, Any]:
-        found = self._found
-        if found is None:
+        if self._success is None:
             raw = self._raw
             if raw is None:
                 return self._decoded()  # another thread has decoded it just now
-            found = self._found = self._decode(raw)
+            success, self._value = self._decode(raw)
+            self._success = success  # behind the value, for other threads
             self._raw = None
-        return found
+        return bool(self._success), self._value
 
     def _decode(self, raw: Raw) -> tuple[bool, Any]:
         return decoded(raw)
@@ -250,10 +246,11 @@ class Singles:
         for place, result in enumerate(tokens):
             value = values[place]
             if type(value) in _PLAIN:
-                result._found = True, value  # nothing is to be decoded
+                result._value = value  # nothing is to be decoded
+                result._success = True
             else:
                 result._raw = value, type(value) is Failure
-            result._row = row
+            result._where = row
             result._place = place
             if result._callback is None and result._error_callback is None:
                 result._settle()
@@ -274,14 +271,14 @@ class Singles:
 
 def _call_back_each(results: list[AsyncResult]) -> None:
     for result in results:
-        callback, found = result._callback, result._found
-        if callback is None or found is None:
+        callback = result._callback
+        if callback is None or result._success is None:
             result._call_back()
             continue
         try:
-            callback(found[1])
+            callback(result._value)
         except BaseException as error:
-            result._found = False, error
+            result._value, result._success = error, False
             report(error)
         finally:
             result._settle()
@@ -315,7 +312,7 @@ class MapResult(AsyncResult):
 
     def part_ended(self, chunk: _Chunk, raw: Raw) -> None:
         """One of the chunks has ended."""
-        if raw[1] and self._found is None and self._raw is None:
+        if raw[1] and self._success is None and self._raw is None:
             self._raw = raw  # the first error is the map's
         self._parts[chunk.number] = raw[0]
         self._left -= 1
@@ -354,7 +351,7 @@ class _Chunk:
         self.call: int | None = None
 
     def ended(self, call: Any, last: Any, pid: int | None) -> None:
-        self.result._last, self.result._pid = last, pid
+        self.result._was(last, pid)
         self.result.part_ended(self, raw_of(call))
 
     def failed(self, error: BaseException) -> None:
