@@ -23,7 +23,7 @@ from typing import IO
 
 import psutil
 
-JOBS = Path(__file__).parent / "jobs"
+JOBS = Path(__file__).resolve().parent / "jobs"
 PYTHON = sys.executable
 TASKRUN = str(Path(PYTHON).parent / "taskrun")
 DEADLINE = 120.0

@@ -21,6 +21,7 @@ import network_suite
 import servers
 import suite
 from measure import (
+    JOBS,
     BenchmarkError,
     OthersLoad,
     Unavailable,
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(f"{one.name:20} {one.what}, {target(one)}" for one in BENCHMARKS))
         return 0
     adopt_orphans()
+    # In the project's own folder Ray's workers would import taskrun/ from there, which is not
+    # the whole of what is installed.
+    os.chdir(JOBS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what runs, as Ctrl-C does
     chosen = [one for one in BENCHMARKS if not options.names or one.name in options.names]
     attempts = [attempt(one, options) for one in chosen]
