@@ -78,8 +78,8 @@ OUTSIDE_ALONE = b"\0"  # ... it may not: what comes must not wait for that call
 # constants   {parameter: Encoded}, the same for every call (set by -p)
 # index       int, or a tuple of them for a product: the call's place in its fan-out;
 #             None: a single call.  A submitted call's ordinal, shown as ``work#12``
-# args        a list: the items of a bunch (see ``taskrun.bunch``), each a tuple of plain
-#             values or pickled (args, kwargs); its function gives Encoded values
+# args        a list: the items of a bunch (see ``taskrun.bunch``), each a plain value, a tuple
+#             of such, or pickled (args, kwargs); its function gives Encoded values
 # units       what the call got of resources: {"gpu": [0, 1], "memory": 4e9}
 # key         identifies a call among its parent's children
 # facts       options of a submitted task, {field of Recipe: value}, and its blob

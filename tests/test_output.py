@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from watched import Call, Pages, Screen, attempt, end, error, read_until_closed
 
+from taskrun.messages import SAY_BEGAN
 from taskrun.model import Failure
 from taskrun.observers import Observers
 from taskrun.reporting import output as output_module
@@ -156,6 +157,22 @@ def test_eight_streams_in_random_chunks_leave_no_line_torn_lost_or_misattributed
 
 
 # -- the other modes ------------------------------------------------------------------
+
+
+def test_what_a_call_writes_waits_for_its_label_but_not_longer_than_for_its_end() -> None:
+    pages = Pages()
+    output = make_output("line", pages.terminal)
+    called, never = Call(0, "greet[0]", began=None), Call(1, "greet[1]", began=None)
+    for call in (called, never):
+        call.recipe.flags = SAY_BEGAN
+        output.output(call, "stdout", b"hello\n")
+    assert pages.out == ""
+    called.label, called.began = "greet Ann", 1.0
+    output.call_began(called, 1, "w1", 0.0)
+    output.output(called, "stdout", b"again\n")
+    assert pages.out == "greet Ann | hello\ngreet Ann | again\n"
+    end(output, never)
+    assert pages.out.endswith("again\ngreet[1] | hello\n")
 
 
 def test_group_shows_a_block_per_call_in_the_order_of_their_ends() -> None:

@@ -17,6 +17,7 @@ from taskrun.reporting.terminal import Terminal
 class Recipe:
     name: str
     retries: int | None = None
+    flags: int = 0
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Call:
     tolerated: bool = False
     attempt: int = 1
     label: str | None = None
+    began: float | None = 0.0
     retries: int | None = None
     recipe: Recipe = field(init=False)
 

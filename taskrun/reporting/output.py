@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import IO, Any
 
-from taskrun.messages import AttemptEnded, Succeeded
+from taskrun.messages import SAY_BEGAN, AttemptEnded, Succeeded
 from taskrun.model import Failure
 from taskrun.observers import Observer
 from taskrun.reporting import text
@@ -426,10 +426,48 @@ class QuietOutput(Output):
 
 
 class LineOutput(Output):
-    """Each line as it comes, after its call's name: ``fetch[3] | text``."""
+    """Each line as it comes, after its call's name: ``fetch[3] | text``.
+
+    A call's label comes another way than what it writes, and perhaps after that, which then
+    waits for it.
+    """
 
     def show(self, live: _Live, stream: str, block: bytes) -> None:
-        self._show_tagged(live, stream, block)
+        if not _awaits_its_label(live.call):
+            self._show_held(live)
+            self._show_tagged(live, stream, block)
+            return
+        try:
+            live.spool.add(stream, block)
+        except OSError:
+            self._show_held(live)  # nothing is lost, and the name will do
+
+    def _show_held(self, live: _Live) -> None:
+        if live.spool:
+            held, live.spool = live.spool, Spool()
+            for stream, block in held.blocks():
+                self._show_tagged(live, stream, block)
+
+    def call_began(self, call: Any, attempt: int, worker: str, wall: float) -> None:
+        if (live := self._live.get(call.id)) is not None:
+            self._show_held(live)
+
+    def output_ended(self, call: Any) -> None:
+        super().output_ended(call)
+        if (live := self._live.get(call.id)) is not None:
+            self._show_held(live)
+
+    def show_call(self, live: _Live, seconds: float | None) -> None:
+        self._show_held(live)
+
+
+def _awaits_its_label(call: Any | None) -> bool:
+    return (
+        call is not None
+        and call.label is None
+        and call.began is None
+        and bool(call.recipe.flags & SAY_BEGAN)
+    )
 
 
 class GroupOutput(Output):
