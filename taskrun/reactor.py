@@ -17,7 +17,7 @@ import selectors
 import socket
 from collections import deque
 from collections.abc import Callable
-from threading import get_ident
+from threading import get_ident, local
 from time import monotonic
 from typing import Any
 
@@ -84,6 +84,14 @@ def _events_of(mask: int) -> int:
 
 # Without the selectors module in between a turn takes half the time.
 _make_poller: Callable[[], Any] = getattr(select, "epoll", _Selector)
+
+
+_thread = local()  # .loop: that may wait for this thread
+
+
+def waiting_loop() -> Reactor | None:
+    """The loop that may wait for this thread: what is done here must not wait for it."""
+    return getattr(_thread, "loop", None)
 
 
 class Reactor:
@@ -173,8 +181,16 @@ class Reactor:
         """
         (self._inbox.appendleft if first else self._inbox.append)(callback)
         if not self._woken:
-            self._woken = True
-            self._wake()
+            try:
+                self._woken = True
+                self._wake()
+            except BaseException:  # of a signal handler: it is not known whether that was sent
+                self._woken = False
+                raise
+
+    def may_wait_for_this_thread(self) -> None:
+        """From now on this thread holds locks, now and then, that the loop takes as well."""
+        _thread.loop = self
 
     @property
     def wakeup_fd(self) -> int:
@@ -191,12 +207,14 @@ class Reactor:
                 raise
 
     def _on_wakeup(self) -> None:
-        # Unset before the inbox is emptied: what is posted from now on wakes again.
-        self._woken = False
         try:
             self._wake_reader.recv(4096)
         except BlockingIOError:
             pass  # a nested turn took it
+        # Unset before the inbox is emptied: what is posted from now on wakes again.  But not
+        # before the wake-ups were taken: one that comes in between would be taken with them,
+        # and, since it counts as on its way, be the last one.
+        self._woken = False
 
     # -- running ----------------------------------------------------------------------
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
+from interrupting import Broken, at_each_step, interrupted_at
 
 from taskrun.reactor import Reactor
 
@@ -167,3 +170,45 @@ def test_running_until_something_gives_up_at_the_deadline(reactor: Reactor) -> N
     start = time.monotonic()
     assert not reactor.run_until(lambda: False, start + 0.02)
     assert 0.02 <= time.monotonic() - start < 5
+
+
+def test_no_post_silences_those_that_follow_whenever_it_comes(reactor: Reactor) -> None:
+    came: list[int] = []
+
+    def post() -> None:
+        reactor.post(lambda: came.append(1))
+
+    def turn() -> None:
+        post()
+        while came or select.select([reactor], [], [], 0)[0]:
+            came.clear()
+            reactor.run_once(0)
+
+    def interrupt() -> None:
+        thread = threading.Thread(target=post)
+        thread.start()
+        thread.join()
+
+    def turn_and_look() -> None:
+        turn()
+        post()  # the loop may be asleep
+        assert select.select([reactor], [], [], 0)[0]
+
+    assert at_each_step(turn_and_look, interrupt) > 20
+
+
+def test_a_post_that_a_signal_handler_breaks_off_silences_none_that_follow(
+    reactor: Reactor,
+) -> None:
+    def break_off() -> None:
+        raise Broken
+
+    steps = 0
+    while interrupted_at(steps, partial(reactor.post, list), break_off):
+        steps += 1
+        for _ in range(3):
+            reactor.run_once(0)
+        reactor.post(list)
+        assert select.select([reactor], [], [], 0)[0]
+        reactor.run_once(0)
+    assert steps > 3
