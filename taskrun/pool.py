@@ -36,6 +36,7 @@ from taskrun.pooling.results import (
 from taskrun.pooling.starting import Starter, Supply
 from taskrun.settings import cores_here
 from taskrun.values import decode_failure
+from taskrun.weakly import living
 
 __all__ = ["AsyncResult", "IMapIterator", "MapResult", "Pool"]
 
@@ -541,7 +542,7 @@ def _bar(total: int) -> Callable[[int], None]:
 
 @atexit.register
 def _terminate_all() -> None:
-    for driver in list(_drivers):
+    for driver in living(_drivers):
         if driver.waits_at_exit and driver.loop.is_here:
             driver.close()
             driver.loop.finished.wait()

@@ -14,6 +14,7 @@ from itertools import takewhile
 from time import monotonic
 from typing import Any, Final
 
+from taskrun.flag import Flag
 from taskrun.messages import YIELDED
 from taskrun.workers import native
 from taskrun.workers.outbox import Port
@@ -94,7 +95,7 @@ class Flusher:
 
     def __init__(self) -> None:
         self._due: list[Callable[[], None]] = []
-        self._some = threading.Event()
+        self._some = Flag()
         self._started = False
 
     def later(self, callback: Callable[[], None]) -> None:

@@ -10,7 +10,6 @@ core, the engine and ``_jobs``.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from time import monotonic
@@ -72,14 +71,13 @@ class Driver:
         self._put = self._inbox.entries.append
         self._added: list[Job] = []
         self._posted = False
-        self._feeds = 0
+        self._feeds: list[None] = []  # one for each: to add and take is one step, without a lock
         self._low = 0  # calls at which more are taken, once there was no room for all
         self._waits = False
         # Whether small calls may go to an idle worker directly.
         self._direct = self._inbox.bunches and not starter.lent
         self.waits_at_exit = False  # for the calls that there are then
         self.closing = self._killing = self._ended = False
-        self._lock = threading.Lock()
         slots = 0 if starter.lent else processes  # how many there are just now
         self._core = Scheduler(
             Plan((), frozenset()),
@@ -200,25 +198,24 @@ class Driver:
 
     def open_feed(self) -> None:
         """More calls will come, after ``close`` as well."""
-        with self._lock:
-            self._feeds += 1
+        self._feeds.append(None)
 
     def close_feed(self) -> None:
         """They have come."""
-        with self._lock:
-            self._feeds -= 1
+        self._feeds.pop()
         self._to_loop(self._close_if_fed)
 
     def close(self) -> None:
         """End when the calls that were submitted have."""
         self.closing = True
-        self._to_loop(self._close_if_fed)
+        if self.loop.is_here:  # in a forked child, nobody may be there to leave its lock
+            self._to_loop(self._close_if_fed)
 
     def abandon(self) -> None:
         """End soon, and all calls and workers too; does not wait."""
         if self.loop.is_here:
             self._killing = True
-            self.loop.end_soon()
+            self.loop.end()
 
     def terminate(self) -> None:
         """End now."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import TimeoutError
 from typing import Any
 
+from taskrun.flag import Flag
 from taskrun.model import Failure
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.inbox import Row
@@ -59,7 +59,7 @@ class IMapIterator(Waitable):
         self._low = low
         self._taken = 0  # calls that were submitted
         self._over = 0  # those that are not under way any more
-        self._room = threading.Event()
+        self._room = Flag()
         self._came: deque[Any] = deque()  # encoded values, and (error, True)
         self._values: Iterator[Any] = iter(())  # the rest of a chunk
         self._length: int | None = None

@@ -28,6 +28,7 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, Final
 
+from taskrun.flag import Flag
 from taskrun.reactor import Reactor
 
 PARKED: Final = 0.003  # seconds that the thread leaves the loop alone after a guest
@@ -48,7 +49,7 @@ class Waitable:
     __slots__ = ("event",)
 
     def __init__(self) -> None:
-        self.event: threading.Event | None = None
+        self.event: Flag | None = None
 
     def settled(self) -> bool:
         """Whether the wait is over; never blocks."""
@@ -74,7 +75,7 @@ class Loop:
         # Called by who comes to run the loop: what it waits for, and at most how long.
         self.entered: Callable[[Waitable | None, float | None], None] = _nobody_cares
         self.broken: Callable[[BaseException], None] = lambda error: None
-        self.finished = threading.Event()
+        self.finished = Flag()
         self._pid = os.getpid()  # of the process that it runs in
         self._owner = threading.Lock()
         self._posting = threading.RLock()  # the collector may end a pool in the middle of it
@@ -86,7 +87,7 @@ class Loop:
         self._needed = False
         self._parked = False
         self._sleepers = 0
-        self._unpark = threading.Event()
+        self._unpark = Flag()
         self._callbacks: deque[Callable[[], None]] = deque()
         # By who runs the loop: the thread is to call a user's callback, and not to own the
         # loop meanwhile.
@@ -127,17 +128,13 @@ class Loop:
         self._unpark.set()
 
     def end(self) -> None:
-        """The thread is to call ``finish`` and to end."""
-        self.end_soon()
-        self._unpark.set()
-
-    def end_soon(self) -> None:
-        """The same, for the collector, which may call this in the middle of anything: even
-        of what an Event does, so that none is touched.  A parked thread looks by itself."""
+        """The thread is to call ``finish`` and to end.  The collector and signal handlers may
+        call this in the middle of anything."""
         self.over = True
         with self._posting:
             if not self._closed:
                 self.reactor.post(_nothing)
+        self._unpark.set()
 
     # -- waiting ----------------------------------------------------------------------
 
@@ -156,9 +153,7 @@ class Loop:
 
     def _sleep(self, waitable: Waitable, left: float | None) -> None:
         """Another guest runs the loop, or nobody any more."""
-        event = waitable.event
-        if event is None:
-            event = waitable.event = threading.Event()
+        event = waitable.event or _event_of(waitable)
         event.clear()
         if waitable.settled():
             event.set()
@@ -311,6 +306,17 @@ class Loop:
             callbacks.popleft()()
         if self._guest:
             self.post(_nothing)  # what it waits for may be there now
+
+
+_making = threading.RLock()
+
+
+def _event_of(waitable: Waitable) -> Flag:
+    """One for all who wait for it: several threads may be the first."""
+    with _making:
+        if waitable.event is None:
+            waitable.event = Flag()
+        return waitable.event
 
 
 def _nobody_cares(waitable: Waitable | None, timeout: float | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from taskrun import context
 from taskrun.errors import StateError
+from taskrun.flag import Flag
 from taskrun.state.clients import Changes, concluded, refuse_deadlock, settle
 from taskrun.state.store import Store
 from taskrun.state.waiting import Wait
@@ -30,7 +31,7 @@ class Caller:
         self.wait: Wait | None = None
         self.undo: Callable[[], object] | None = None
         self.answers: deque[Reply] = deque()
-        self._came = threading.Event()
+        self._came = Flag()
         self._wake = wake
         self._missed = 0
         self.alone = False

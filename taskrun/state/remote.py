@@ -37,6 +37,7 @@ from taskrun.state.wire import (
     Reply,
     Request,
 )
+from taskrun.weakly import living
 
 _READ: Final = 64 * 1024
 _READ_LONG: Final = 1024 * 1024
@@ -316,13 +317,13 @@ class RemoteClient:
     def close(self) -> None:
         """End all connections; what they hold is released, and who waits there is told."""
         self._closed = True
-        for connection in list(self._all):
+        for connection in living(self._all):
             connection.hang_up()
         self._begin()
 
     def leave_to_parent(self) -> None:
         """In a forked child: the connections are the parent's."""
-        for connection in list(self._all):
+        for connection in living(self._all):
             connection.close()
         self._begin()
 
@@ -459,7 +460,7 @@ _clients: weakref.WeakSet[RemoteClient] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    for client in list(_clients):
+    for client in living(_clients):
         client.leave_to_parent()
 
 
