@@ -47,6 +47,7 @@ class Feed:
         self._room.release()
 
     def _read_all(self) -> None:
+        self._run.reactor.may_wait_for_this_thread()  # in the semaphore
         try:
             for item in self._lines:
                 self._room.acquire()

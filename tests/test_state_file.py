@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
 import sqlite3
+import threading
 from collections.abc import Iterator
+from multiprocessing import managers
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Runs, lines_of, started, wait_until
 from state_support import FORK, Live, own_runtime
 
 from taskrun import connect
+from taskrun.manager import SyncManager
+from taskrun.state.file import _Tracked
 
 __all__ = ["own_runtime"]
 pytestmark = pytest.mark.timeout(120)
@@ -174,3 +180,33 @@ def test_a_run_whose_state_cannot_be_kept_ends_with_an_error(runs: Runs) -> None
     done = runs.exec(source, "--inline", "--state", "kept.db", "-p", "fails=yes").check(1)
     assert "the last changes of the state could not be written: kept.db" in done.err
     assert "Traceback" not in done.err.replace("Traceback (most recent call last):", "", 2)
+
+
+@pytest.mark.parametrize("kind", [managers.SyncManager, SyncManager])
+def test_a_proxy_that_is_collected_while_the_state_is_written_does_not_stop_the_run(
+    kind: Any, own_runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = Live(file=str(tmp_path / "kept.db"))
+    taken, threads = _Tracked.taken, set()
+
+    def collect(tracked: Any) -> Any:
+        threads.add(threading.current_thread().name)  # it has the store to itself
+        gc.collect()
+        return taken(tracked)
+
+    monkeypatch.setattr(_Tracked, "taken", collect)
+    gc.disable()
+    try:
+        client = kind(address=live.service.address, authkey=live.service.authkey)
+        client.connect()
+        cycle: list[Any] = [client.list()]
+        cycle.append(cycle)
+        del cycle
+        ours = live.connect()
+        ours.dict("d")["key"] = 1
+        wait_until(lambda: threads)
+        assert ours.dict("d")["key"] == 1
+    finally:
+        gc.enable()
+        live.close()
+    assert "state file" in threads

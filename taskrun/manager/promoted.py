@@ -17,14 +17,6 @@ from taskrun.manager import calls, pickling, protocol
 from taskrun.manager.blocking import Gone, Waiter
 from taskrun.manager.hosting import Handover, Host
 
-_serving = threading.local()  # .server: whose client this thread serves
-
-
-def server_here() -> Host | None:
-    """The server for which this thread serves a client."""
-    return getattr(_serving, "server", None)
-
-
 _READ = 64 * 1024
 _READ_LONG = 1024 * 1024
 _JOINED = 64 * 1024  # a shorter payload is sent in one piece with its length
@@ -49,7 +41,7 @@ class Promoted:
         threading.Thread(target=self.run, name="manager client", daemon=True).start()
 
     def run(self) -> None:
-        _serving.server = self.server
+        self.server.reactor.may_wait_for_this_thread()
         self._waiter.begin()
         try:
             self.socket.setblocking(True)

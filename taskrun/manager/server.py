@@ -26,10 +26,11 @@ from taskrun.manager.hosting import Handover
 from taskrun.manager.listening import Address, Listener
 from taskrun.manager.objects import Objects, Registry
 from taskrun.manager.peer import Peer
-from taskrun.manager.promoted import Promoted, server_here
-from taskrun.reactor import Reactor
+from taskrun.manager.promoted import Promoted
+from taskrun.reactor import Reactor, waiting_loop
 from taskrun.transport.gate import HANDSHAKE_TIMEOUT, MOST_GREETING, Admitted, Gate
 from taskrun.transport.listening import Roles, open_door, peer_of
+from taskrun.weakly import living
 
 if TYPE_CHECKING:
     from taskrun.transport.tls import Certificates
@@ -262,15 +263,15 @@ _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def loop_here() -> Reactor | None:
-    """The loop of a server, where this thread is in the middle of a turn of it, or serves a
-    client: it may hold what that loop waits for."""
-    here, mine = threading.get_ident(), server_here()
-    servers = (one for one in list(_servers) if one is mine or one.reactor.thread == here)
-    return next((server.reactor for server in servers), None)
+    """The loop of a server, where this thread is in the middle of a turn of it, or may hold
+    what that loop waits for."""
+    here, mine = threading.get_ident(), waiting_loop()
+    loops = (server.reactor for server in living(_servers))
+    return next((loop for loop in loops if loop is mine or loop.thread == here), None)
 
 
 def _after_fork_in_child() -> None:
-    for server in list(_servers):
+    for server in living(_servers):
         server._leave_to_parent()
     _servers.clear()
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 from taskrun.errors import RunError, StateError, UsageError
+from taskrun.reactor import Reactor
 from taskrun.state.kinds import CHANGED, CLEARED, DELETED, REMOVED, Hosted
 from taskrun.state.store import Store
 
@@ -102,9 +103,12 @@ class _Tracked:
 class StateFile:
     """The file of a store.  Raises UsageError for a file that cannot be one."""
 
-    def __init__(self, path: str, store: Store, notice: Callable[[str], object]) -> None:
+    def __init__(
+        self, path: str, store: Store, reactor: Reactor, notice: Callable[[str], object]
+    ) -> None:
         self._path = path
         self._store = store
+        self._reactor = reactor
         self._notice = notice
         self._tracked: dict[str, _Tracked] = {}
         self._changed: set[_Tracked] = set()
@@ -206,6 +210,7 @@ class StateFile:
         self._changed.add(tracked)
 
     def _run(self) -> None:
+        self._reactor.may_wait_for_this_thread()  # in the store
         while not self._stopping.wait(INTERVAL):
             self._write()
 

@@ -250,7 +250,10 @@ class Service:
         from taskrun.state.file import StateFile
 
         self._file = StateFile(
-            path, self.store, lambda text: self.reactor.post(lambda: self._notice(text))
+            path,
+            self.store,
+            self.reactor,
+            lambda text: self.reactor.post(lambda: self._notice(text)),
         )
         self._file.start()
 
