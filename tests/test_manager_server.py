@@ -22,6 +22,7 @@ import psutil
 import pytest
 from manager_support import (
     KEY,
+    SECONDS,
     Client,
     Running,
     deadline,
@@ -641,3 +642,28 @@ def test_the_server_alone_does_not_import_multiprocessing() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/"
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+class Slow(int):
+    """A number that takes its time to be added to another."""
+
+    asked, may_go_on = threading.Event(), threading.Event()
+
+    def __radd__(self, other: Any) -> Any:
+        self.asked.set()
+        assert self.may_go_on.wait(SECONDS)
+        return other + int(self)
+
+
+def test_a_number_that_takes_long_to_be_added_keeps_nobody_else_waiting() -> None:
+    with running() as server:
+        counter = server.client(SyncManager).Counter()
+        slowly = threading.Thread(target=lambda: counter.add(Slow(10)))
+        slowly.start()
+        assert Slow.asked.wait(SECONDS)
+        try:
+            assert counter.add(1) == 1
+        finally:
+            Slow.may_go_on.set()
+            slowly.join(SECONDS)
+        assert counter.get() == 11
