@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing.connection
 import os
 import socket
@@ -12,12 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from interrupting import at_each_step
 
 from taskrun import wire
 from taskrun.errors import WireError
 from taskrun.ledger import SIZE, Intake, Ledger, dumps, shared_file
 from taskrun.reactor import Reactor
 from taskrun.wire import Decoder, FrameReader, FrameWriter, header, send_frame
+from taskrun.workers.outbox import Outbox
 
 SIZES = (0, 1, 3, 100, 16 * 1024, 16 * 1024 + 1, 300_000, 1 << 20)
 
@@ -260,6 +263,43 @@ def test_a_record_that_does_not_fit_is_refused_and_can_be_sent_alone(both: Any) 
     worker.clear()
     worker.append(record("next"))
     assert intake.look(coordinator) == [("next",)]
+
+
+def test_a_task_may_say_something_in_the_middle_of_saying_something(both: Any) -> None:
+    # In a signal handler, or in a finalizer that the collector runs.
+    worker, _ = both
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.settimeout(20)
+        outbox = Outbox(worker, writer.fileno())
+        numbers = itertools.count()
+        large = b"x" * (SIZE + 1)
+
+        def say() -> None:
+            outbox.tell(("told", next(numbers)))
+            outbox.tell_item(1, 1, next(numbers), 0.0)
+            outbox.tell_item(1, 1, next(numbers), 0.0)
+            outbox.flush()
+
+        def say_much() -> None:
+            outbox.tell(("large", next(numbers), large))
+
+        intake, decoder, found = Intake(), Decoder(), set()
+
+        def receive() -> None:
+            while -1 not in found:
+                for frame in decoder.feed(reader.recv(1 << 20)):
+                    for said in intake.frame(memoryview(frame)):
+                        found.add(said[1] if type(said) is tuple and len(said) < 4 else said)
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        assert at_each_step(say, say) > 20
+        assert at_each_step(say_much, say) > 10
+        outbox.tell(("told", -1))
+        outbox.flush()
+        thread.join(20)
+        assert found >= set(range(next(numbers)))
 
 
 @pytest.mark.parametrize("garbage", [b"", b"1234567", b"\0" * 20, b"\0" * 8 + b"\xff" * 30])

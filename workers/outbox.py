@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter, time
 from typing import Any, Final, Protocol
 
@@ -32,7 +35,11 @@ class Port(Protocol):
 
 
 class Outbox:
-    """Records on their way to the coordinator; all of the worker's threads use it."""
+    """Records on their way to the coordinator; all of the worker's threads use it.
+
+    A finalizer or a signal handler of a task may have something to say while its thread is in
+    the middle of saying something else: that is ``late``, and comes after it.
+    """
 
     def __init__(self, ledger: Ledger, fd: int) -> None:
         self.lock = native.RLock()
@@ -40,6 +47,8 @@ class Outbox:
         self._fd = fd
         self._flushed = 0.0
         self._bunch: int | None = None  # the call whose items what is kept ends with
+        self._busy = False  # whoever has the lock is in the middle of it
+        self._late: deque[Callable[[], None]] = deque()
 
     def tell(self, record: tuple[Any, ...]) -> None:
         """Keep a record; send at once what is too large to be kept."""
@@ -49,12 +58,21 @@ class Outbox:
             self._send_alone(record)
             return
         with self.lock:
-            self._bunch = None
-            if self._ledger.append(data):
+            if self._busy:
+                self._late.append(partial(self.tell, record))
                 return
-            self.flush()
-            if not self._ledger.append(data):
-                self._send_alone(record)
+            self._busy = True
+            try:
+                self._bunch = None
+                if self._ledger.append(data):
+                    return
+                self._send()
+                if not self._ledger.append(data):
+                    self._send_one(record)
+            finally:
+                self._busy = False
+                if self._late:
+                    self._do_late()
 
     def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
         """An item of a bunch has ended just now; see ``messages.ITEMS``."""
@@ -63,8 +81,17 @@ class Outbox:
             short = kind is int and value in _INTS
             data = (_INT(74, value) if short else dumps(value)) + _FLOAT(71, seconds)
             with self.lock:
-                if self._bunch != call or not self._ledger.append(data):
-                    self._tell_first(call, attempt, data, seconds)
+                if self._busy:
+                    self._late.append(partial(self.tell_item, call, attempt, value, seconds))
+                    return
+                self._busy = True
+                try:
+                    if self._bunch != call or not self._ledger.append(data):
+                        self._tell_first(call, attempt, data, seconds)
+                finally:
+                    self._busy = False
+                    if self._late:
+                        self._do_late()
         else:
             self.tell((ITEM, call, attempt, value, time() - seconds, seconds))
         if self.is_due:
@@ -73,15 +100,9 @@ class Outbox:
     def _tell_first(self, call: int, attempt: int, data: bytes, seconds: float) -> None:
         data = dumps((ITEMS, call, attempt, time() - seconds)) + data
         if not self._ledger.append(data):
-            self.flush()
+            self._send()
             self._ledger.append(data)
         self._bunch = call
-
-    def _send_alone(self, record: tuple[Any, ...]) -> None:
-        with self.lock:
-            self.flush()
-            send_frame(self._fd, self._ledger.frame_of(record))
-            self._ledger.clear()
 
     @property
     def is_due(self) -> bool:
@@ -90,9 +111,38 @@ class Outbox:
 
     def flush(self) -> None:
         """Send what is kept.  Raises ConnectionError where the coordinator is gone."""
+        self._do(self._send)
+
+    def _send_alone(self, record: tuple[Any, ...]) -> None:
+        self._do(partial(self._send_one, record))
+
+    def _do(self, step: Callable[[], None]) -> None:
         with self.lock:
-            self._bunch = None
-            if self._ledger.used:
-                send_frame(self._fd, self._ledger.frame())
-                self._ledger.clear()
-            self._flushed = perf_counter()
+            if self._busy:
+                self._late.append(partial(self._do, step))
+                return
+            self._busy = True
+            try:
+                step()
+            finally:
+                self._busy = False
+                if self._late:
+                    self._do_late()
+
+    def _do_late(self) -> None:
+        while self._late:
+            self._late.popleft()()
+
+    # -- the lock is held, and nobody else is in the middle of it ---------------------
+
+    def _send(self) -> None:
+        self._bunch = None
+        if self._ledger.used:
+            send_frame(self._fd, self._ledger.frame())
+            self._ledger.clear()
+        self._flushed = perf_counter()
+
+    def _send_one(self, record: tuple[Any, ...]) -> None:
+        self._send()
+        send_frame(self._fd, self._ledger.frame_of(record))
+        self._ledger.clear()

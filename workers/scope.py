@@ -220,8 +220,9 @@ class WorkerContext:
 
     def _define(self, task: Task, reference: Reference, blob: bytes | None) -> None:
         if reference not in self._defined:
-            self._defined.add(reference)
+            # Noted after it: a signal handler of the task may submit in between.
             self._line.tell((DEFINE, reference, task.name, _facts(task, blob)))
+            self._defined.add(reference)
 
     # -- waiting ----------------------------------------------------------------------
 
