@@ -180,6 +180,16 @@ _groups: dict[int, object] = {}
 """Groups whose leader, a bash, runs or has not been reaped, and who started them."""
 
 
+def _after_fork_in_child() -> None:
+    """The commands are the parent's, and a thread that is not in this child may hold the lock."""
+    global _lock
+    _lock = threading.RLock()
+    _groups.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def _signal(group: int, number: int) -> bool:
     """Signal a group; whether there is anyone in it whom we may signal."""
     try:

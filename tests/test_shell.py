@@ -486,3 +486,37 @@ def test_it_works_where_the_end_of_a_process_cannot_be_waited_for(
     assert sh("echo x; sleep 0.05; exit 4", check=False).returncode == 4
     assert sh("exec >&- 2>&-; sleep 0.05; exit 5", check=False).returncode == 5
     assert sh("sleep 5 & echo $!; kill $!").returncode == 0
+
+
+def test_a_child_that_was_forked_amid_another_threads_command_can_run_one() -> None:
+    # In a process of its own: a process with threads had better not fork.
+    code = """
+import os, signal, threading
+from taskrun import shell
+
+waiting, others = os.waitpid, threading.Event()
+
+def waitpid(pid, options):
+    if threading.current_thread() is not threading.main_thread() and not others.is_set():
+        begun.set()
+        others.wait(20)  # as at any moment when the interpreter's lock is free
+    return waiting(pid, options)
+
+begun = threading.Event()
+os.waitpid = waitpid
+thread = threading.Thread(target=lambda: shell.sh("true"))
+thread.start()
+assert begun.wait(20)
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    shell.kill_groups()  # they are not the child's
+    print(shell.sh("echo $((6 * 7))").stdout, end="", flush=True)
+    os._exit(0)
+others.set()
+thread.join()
+assert waiting(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "42" in done.stdout
