@@ -262,7 +262,7 @@ class Standalone:
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
         self._generators: list[Iterator[Any]] = []
-        self._lock = threading.Lock()
+        self._making = threading.RLock()  # what is made may call tasks that need others
 
     def submit(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         future = Future(task.name)
@@ -292,7 +292,7 @@ class Standalone:
         return Current()
 
     def per_worker(self, make: Callable[[], Any]) -> Any:
-        with self._lock:
+        with self._making:
             if make not in self._made:
                 made = make()
                 if isinstance(made, Iterator):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -309,3 +310,22 @@ def test_the_package_lists_its_names_and_knows_no_others() -> None:
     assert set(taskrun.__all__) <= set(dir(taskrun))
     with pytest.raises(AttributeError, match="has no attribute 'tsk'"):
         taskrun.tsk  # noqa: B018
+
+
+def test_what_is_made_per_worker_may_be_made_by_a_task_that_needs_such_a_thing_itself() -> None:
+    def outer() -> str:
+        return inner_task() + " outside"
+
+    @task
+    def inner_task(name: str = per_worker(lambda: "inside")) -> str:
+        return name
+
+    @task
+    def outer_task(name: str = per_worker(outer)) -> str:
+        return name
+
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(outer_task()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == ["inside outside"]
