@@ -70,13 +70,13 @@ def own_file() -> str:
 def _read(path: str) -> bytes:
     """The key in a file; FileNotFoundError only for this user's own."""
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            # A file that somebody else gave us may be for a group that we are in.
-            own = status.st_uid == os.getuid()
-            if status.st_mode & (stat.S_IRWXO | (stat.S_IRWXG if own else 0)):
-                raise UsageError(f"the authkey file {path} can be read by others: chmod 600 {path}")
-            data = file.read(LONGEST + 1)
+        # Whoever opens a pipe waits for who writes to it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            _check_file(path, os.fstat(fd))
+            data = os.read(fd, LONGEST + 1)
+        finally:
+            os.close(fd)
         if len(data) > LONGEST:
             raise UsageError(
                 f"the authkey file {path} has more than {LONGEST} bytes: that is no key"
@@ -93,6 +93,17 @@ def _read(path: str) -> bytes:
         raise UsageError(f"the authkey file {path} cannot be read: {error.strerror}") from None
 
 
+def _check_file(path: str, status: os.stat_result) -> None:
+    """Raises UsageError where others could read the key, or put another in its place."""
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"the authkey file {path} is no regular file")
+    # A file that somebody else gave us may be for a group that we are in.
+    own = status.st_uid == os.getuid()
+    if status.st_mode & (stat.S_IRWXO | (stat.S_IRWXG if own else 0)):
+        raise UsageError(f"the authkey file {path} can be read by others: chmod 600 {path}")
+    _check_folder(os.path.dirname(path) or os.curdir)
+
+
 def check_length(key: bytes, what: str) -> None:
     """Raises UsageError for a key that could be guessed."""
     if not key:
@@ -107,10 +118,14 @@ def _checked(key: bytes, source: str) -> bytes:
 
 
 def _make_folder(folder: str) -> None:
-    """Raises UsageError where others could put another file in the place of the key's."""
     if not os.path.isdir(folder):
         os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
         os.makedirs(folder, mode=0o700, exist_ok=True)
+    _check_folder(folder)
+
+
+def _check_folder(folder: str) -> None:
+    """Raises UsageError where others could put another file in the place of the key's."""
     status = os.stat(folder)
     if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
         raise UsageError(

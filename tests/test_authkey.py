@@ -63,6 +63,32 @@ def test_a_key_is_not_made_where_others_could_replace_it(tmp_path: Path) -> None
     assert list(shared.iterdir()) == []
 
 
+@pytest.mark.parametrize("permissions", [0o770, 0o702])
+def test_a_key_is_not_taken_from_where_others_could_replace_it(
+    tmp_path: Path, permissions: int
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    path = shared / "key"
+    path.write_text(KEY)
+    path.chmod(0o600)
+    shared.chmod(permissions)
+    for take in (authkey.authkey, authkey.made_file):
+        with pytest.raises(UsageError, match=f"the folder {shared} .* chmod 700 {shared}"):
+            take(str(path))
+    shared.chmod(0o1777)  # as /tmp: nobody can replace what is another's
+    assert authkey.authkey(str(path)) == KEY.encode()
+
+
+def test_a_key_file_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    pipe, folder, device = tmp_path / "pipe", tmp_path / "folder", Path(os.devnull)
+    os.mkfifo(pipe, 0o600)
+    folder.mkdir()
+    for path in (pipe, folder, device):
+        with pytest.raises(UsageError, match=f"the authkey file {path} is no regular file"):
+            authkey.authkey(str(path))
+
+
 def test_whitespace_around_a_key_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text(f"\n {KEY} \n")
