@@ -153,6 +153,10 @@ def test_a_node_that_comes_back_within_its_lease_goes_on(grid: Grid) -> None:
     assert [grid.shop.value(call) for call in calls] == [0.2] * 5
     assert not grid.shop.all(m.WorkerLost)
     assert grid.joined == 1
+    node.await_line("is back at", err=True)
+    said = [notice for notice in grid.shop.watcher.notices if " is " in notice]
+    assert [" is away (" in notice for notice in said] == [True, False]
+    assert said[1].endswith(" is back")
 
 
 def test_results_that_came_while_it_was_away_are_not_lost(grid: Grid) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grid import Proxy
 from harness import Running, started, wait_until
 from test_serve import KEY, LONG, TASKS, Site
 
@@ -179,6 +180,25 @@ def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:
     site.go_on()
     assert "total | 28" in site.attach(run).end().check().out
     assert lab.end().status == 0
+    assert sum("leaves when it has ended" in line for line in lab.err) == 1
+
+
+def test_of_a_node_that_was_away_is_said_that_it_is_back(site: Site) -> None:
+    server = site.serve(1)
+    proxy = Proxy(int(site.address.rpartition(":")[2]))
+    try:
+        lab = site.runs.start(
+            "worker", proxy.address, "-j", "1", "--name", "lab", env=site.variables
+        )
+        lab.await_line("joined a server as lab", err=True)
+        proxy.cut(refuse=True)
+        server.await_line("node lab is away", err=True)
+        lab.await_line("lost the connection to the server", err=True)
+        proxy.mend()
+        lab.await_line("is back at the server", err=True)
+        server.await_line("node lab is back", err=True)
+    finally:
+        proxy.close()
 
 
 def test_a_node_that_is_killed_leaves_nothing_and_costs_its_calls_only(site: Site) -> None:

@@ -203,8 +203,11 @@ class Host:
             peer.close()
             self._over = True  # what is there now is no server
             return
-        if answer.session != self._hosting.session:
-            self._wanted.clear()  # another server: its runs are others
+        if answer.session == self._hosting.session:
+            self._say("is back at the server")
+        else:
+            self._say(f"joined a server as {answer.name}")
+            self._wanted.clear()  # its runs are others
             self._adjust()
         self._hosting = answer
         self._attach(peer)

@@ -76,6 +76,7 @@ class Node:
         self._session: Session | None = None
         self._greeted: Any = None  # a peer that has not answered yet
         self._leaving = False
+        self._is_away = False  # and that was said
         self._error: UsageError | None = None
 
     # -- the main flow ----------------------------------------------------------------
@@ -176,6 +177,9 @@ class Node:
             session = self._session = Session(self, self._reactor, welcome)
             self._busy_at = monotonic()
             self._say(f"joined {self._address} as {welcome.name}")
+        elif self._is_away:
+            self._say(f"is back at {self._address}")
+        self._is_away = False
         session.attach(peer, welcome.received, sent)
         if self._leaving:
             session.drain()
@@ -184,6 +188,7 @@ class Node:
 
     def connection_lost(self, reason: str) -> None:
         """The session goes on, and the coordinator is dialled again."""
+        self._is_away = True
         self._say(f"lost the connection to {self._address}: {reason}")
         self._connect_later()
 
@@ -226,7 +231,8 @@ class Node:
         if self._leaving or self._session is None:
             return
         self._leaving = True
-        self._say("leaves when it has ended the calls that it has; again to leave at once")
+        if not self._once:  # else its host says so
+            self._say("leaves when it has ended the calls that it has; again to leave at once")
         self._session.drain()
 
     def _tick(self) -> None:

@@ -258,6 +258,7 @@ class Node:
         self.prepared = self.draining = False
         self._nodes = nodes
         self._peer: Peer | None = None
+        self._is_away = False  # and that was said
         self._heard = monotonic()
         self._parcels: Parcels | None = None
         self.conversation = Conversation(self._on_message, on_room=self._on_room)
@@ -326,6 +327,9 @@ class Node:
         self._heard = monotonic()
         self._peer = peer
         self.conversation.attach(peer, received)
+        if self._is_away:
+            self._is_away = False
+            self._notice("is back")
 
     def _on_frame(self, peer: Peer, frame: memoryview) -> None:
         if peer is not self._peer:
@@ -356,6 +360,7 @@ class Node:
                 self._nodes.lose(self, f"lost with the node {self.name}: {reason}")
                 return
             left = max(0.0, self._heard + self._nodes.lease - monotonic())
+            self._is_away = True
             self._notice(f"is away ({reason}), and has {left:.0f} s to come back")
 
     def _look_at_lease(self) -> None:

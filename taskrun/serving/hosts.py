@@ -42,6 +42,7 @@ class Host:
         self.slots = offer.slots
         self.tags = list(offer.tags)
         self.draining = False
+        self.is_away = False  # and that was said
         self.peer: transport.Peer | None = None
         self.heard = monotonic()
         self.takes: dict[str, int] = {}  # run -> slots
@@ -149,6 +150,9 @@ class Hosts:
     def _attach(self, host: Host, peer: transport.Peer) -> None:
         if host.peer is not None:
             host.peer.close()
+        elif host.is_away:
+            host.is_away = False
+            self._say(f"node {host.name} is back")
         host.peer, host.heard = peer, monotonic()
         peer.send(answer_frame(Hosting(host.name, host.session, True)))
         peer.listen(partial(self._on_frame, host, peer), partial(self._on_end, host, peer))
@@ -182,6 +186,7 @@ class Hosts:
         if host.draining:
             self._lose(host, "has left")
         else:
+            host.is_away = True
             self._say(f"node {host.name} is away: {reason}")
 
     def _watch(self, host: Host) -> None:
