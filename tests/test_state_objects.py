@@ -98,6 +98,19 @@ def test_keys_are_plain_values_of_any_depth(made: Any) -> None:
     assert d[1] == "as in any dict"
 
 
+def test_numbers_of_numpy_are_keys_as_pythons_are(made: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    d, s = made.dict("d"), made.set("s")
+    d[numpy.int64(1)] = "one"
+    d.update({(numpy.int32(2), numpy.float32(0.5)): "pair", numpy.str_("s"): "text"})
+    assert d[1] == "one" and d[2, 0.5] == "pair" and d["s"] == "text"
+    assert numpy.int8(1) in d and d.get_many([numpy.uint16(1)]) == {1: "one"}
+    assert {type(key) for key in d} == {int, tuple, str}
+    assert s.add(numpy.int64(7)) and not s.add(7) and numpy.int64(7) in s
+    with pytest.raises(TypeError, match="datetime64 cannot be a key"):
+        d[numpy.datetime64("2024-02-29")] = 1
+
+
 def test_what_cannot_be_a_key_is_refused_with_a_reason(made: Any) -> None:
     with pytest.raises(TypeError, match="PosixPath cannot be a key of shared state"):
         made.dict("d")[Path("x")] = 1

@@ -11,6 +11,7 @@ is kept as it is, and has to be made of plain values.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Hashable
 from typing import Any, TypeAlias
 
@@ -77,14 +78,29 @@ def is_stored(value: object) -> bool:
 
 
 def check_key(key: Any) -> Hashable:
-    """``key`` itself.  Raises TypeError where it is not made of plain values."""
+    """``key`` itself, with numbers of numpy as Python's.  Raises TypeError where it is not made
+    of plain values."""
     if type(key) in _KEY_ATOMS or is_key(key):
         return key  # type: ignore[no-any-return]
+    plain = _without_numpy(key)
+    if is_key(plain):
+        return plain  # type: ignore[no-any-return]
     raise TypeError(
         f"{key!r} of type {type(key).__qualname__} cannot be a key of shared state: it is "
         "compared in another process; keys are str, bytes, numbers, None, dates, UUIDs, and "
         "tuples and frozensets of them"
     )
+
+
+def _without_numpy(key: Any) -> Any:
+    """Numbers and strings of numpy are equal to Python's, and have the same hash."""
+    if type(key) in (tuple, frozenset):
+        return type(key)(map(_without_numpy, key))
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return key
+    kinds = (numpy.integer, numpy.floating, numpy.complexfloating, numpy.bool_, numpy.character)
+    return key.item() if isinstance(key, kinds) else key
 
 
 def is_key(key: object) -> bool:
