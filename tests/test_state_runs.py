@@ -276,6 +276,7 @@ def test_taskrun_state_writes_json_that_is_json_and_a_name_in_a_line(runs: Runs)
         def work():
             state.counter("a\\nb").add(float("inf"))
             state.dict("d").update(x=float("nan"), y=[1.5])
+            state.dict("same").update({1: "number", "1": "text", (1,): [{2: "n", "2": "t"}]})
             print("filled", flush=True)
             state.queue("go").get(timeout=60)
         """
@@ -292,6 +293,8 @@ def test_taskrun_state_writes_json_that_is_json_and_a_name_in_a_line(runs: Runs)
         live.queue("go").put(1)
     run.end().check()
     assert (found["a\nb"], found["d"]) == ("inf", {"x": "nan", "y": [1.5]})
+    inner = [{"2 (int)": "n", "2": "t"}]
+    assert found["same"] == {"1 (int)": "number", "1": "text", "(1,)": inner}
     assert listed.splitlines()[0].split() == ["a\\nb", "counter"]
 
 

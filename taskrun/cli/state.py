@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -165,8 +165,8 @@ def _write(value: Any) -> None:
 def _plain(value: Any) -> Any:
     """``value`` as JSON can have it: what it has no form for becomes its ``repr``."""
     if isinstance(value, dict):
-        return {key if isinstance(key, str) else repr(key): _plain(one)
-                for key, one in value.items()}  # fmt: skip
+        names = _names(value)
+        return {names[key]: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, set | frozenset):
@@ -174,6 +174,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not isfinite(value):
         return repr(value)  # not in JSON, though Python's module would write it
     return value
+
+
+def _names(keys: Iterable[Any]) -> dict[Any, str]:
+    """A name for each key, as JSON needs it: none is another's, so that no item is lost."""
+    named = {key: key for key in keys if isinstance(key, str)}
+    taken = set(named)
+    for key in keys:
+        if not isinstance(key, str):
+            name = repr(key)
+            while name in taken:
+                name = f"{name} ({type(key).__name__})"
+            named[key] = name
+            taken.add(name)
+    return named
 
 
 _DO: dict[str, Callable[[Any, list[str], bool], None]] = {
