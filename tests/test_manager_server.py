@@ -8,7 +8,6 @@ import pickle
 import random
 import resource
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -615,7 +614,8 @@ def test_a_standard_client_connects_over_tcp_without_waiting_for_acknowledgement
             began = time.perf_counter()
             server.client()
             took.append(time.perf_counter() - began)
-        assert statistics.median(took) < 0.02  # with them it is 0.044
+        # The system waits for 0.04 s, every time; a machine that is busy, now and then.
+        assert min(took) < 0.03
 
 
 def test_many_clients_at_the_same_instant_are_all_answered() -> None:
