@@ -189,6 +189,17 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_two(
     assert executed == []
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "soon"])
+@pytest.mark.parametrize(
+    "command", [["exec", "--lease"], ["map", "--lease"], ["serve", "--lease"],
+                ["worker", "127.0.0.1:9", "--idle-exit"]], ids=" ".join,
+)  # fmt: skip
+def test_seconds_are_a_number_that_ends(
+    capsys: pytest.CaptureFixture[str], command: list[str], value: str
+) -> None:
+    assert f"invalid value for '{command[-1]}': " in error_of(capsys, *command, value)
+
+
 def test_a_file_or_folder_that_is_named_where_a_task_was_meant_is_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +25,20 @@ MOST_UNITS = 100_000
 
 
 # -- how a run is to go ---------------------------------------------------------------
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds.  A range alone lets nan pass, which is in none, and inf."""
+
+    name = "number of seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 def check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
@@ -158,7 +173,7 @@ _OPTIONS = (
         help="Where calls run instead: dask, ray, ...",
     ),
     click.option(
-        "--lease", type=click.FloatRange(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
+        "--lease", type=Seconds(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
         help="How long a node may be silent. [default: 15]",
     ),
     click.option(

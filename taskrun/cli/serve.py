@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, tls_options
+from taskrun.cli.options import CONTEXT, Seconds, tls_options
 from taskrun.errors import UsageError
 from taskrun.settings import cores_here
 
@@ -30,7 +30,7 @@ def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | 
     help="Load the state that all runs reach from file F, and keep it there.",
 )  # fmt: skip
 @click.option(
-    "--lease", type=click.FloatRange(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
+    "--lease", type=Seconds(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
     help="How long a node may be silent. [default: 15]",
 )  # fmt: skip
 @click.option("--authkey-file", metavar="F", help="Where the key of clients is.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from taskrun.cli.options import CONTEXT, check_jobs, check_resources, tls_options
+from taskrun.cli.options import CONTEXT, Seconds, check_jobs, check_resources, tls_options
 from taskrun.errors import UsageError
 from taskrun.model import LANES
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--name", metavar="NAME", help="What it is called. [default: the host's name]")
 @click.option("--authkey-file", metavar="F", help="Where the coordinator's key is.")
 @click.option(
-    "--idle-exit", type=click.FloatRange(min=0), metavar="SECONDS",
+    "--idle-exit", type=Seconds(min=0), metavar="SECONDS",
     help="Leave after so long without anything to do.",
 )  # fmt: skip
 @tls_options
