@@ -156,7 +156,7 @@ def read_params(
     every task that has the parameter, ``task.name`` in one, whatever their order; of equals
     the last counts."""
     settings = [(*_split(param), True) for param in params]
-    settings += [(*_place_of(place), value, False) for place, value in (given or {}).items()]
+    settings += [(*_place_given(place), value, False) for place, value in (given or {}).items()]
     values: Values = {}
     for task, name, value, is_text in sorted(settings, key=lambda one: bool(one[0])):
         for owner in _owners(loaded, task, name):
@@ -167,15 +167,23 @@ def read_params(
 
 def _split(param: str) -> tuple[str, str, Any]:
     left, equals, text = param.partition("=")
-    task, name = _place_of(left)
-    if not equals or not name:
+    place = _place_of(left)
+    if not equals or place is None:
         raise UsageError(f"-p takes name=value or task.name=value, not {param!r}")
-    return task, name, text
+    return *place, text
 
 
-def _place_of(place: str) -> tuple[str, str]:
-    task, _, name = place.rpartition(".")
-    return task, name
+def _place_of(place: str) -> tuple[str, str] | None:
+    """(task or "", name), or None where something is missing beside the dot."""
+    task, dot, name = place.rpartition(".")
+    return (task, name) if name and (task or not dot) else None
+
+
+def _place_given(place: str) -> tuple[str, str]:
+    found = _place_of(place)
+    if found is None:
+        raise UsageError(f"params takes 'name' or 'task.name', not {place!r}")
+    return found
 
 
 def _convert(owner: Task, name: str, text: str) -> Any:

@@ -148,6 +148,14 @@ WRONG_COMMANDS = [
     (["exec", "--keep-gonig"], "'--keep-going'"),
     (["exec", "-j", "x"], "'x' is not a valid integer"),
     (["exec", "-j", "0"], "-j 0 leaves nobody to do the work"),
+    (
+        ["exec", "-j", "0", "--inline", "--listen", "127.0.0.1:0"],
+        "-j 0 leaves the work to nodes, and with --inline there are none",
+    ),
+    (
+        ["map", "tasks.py:double", "-j", "0", "--engine", "fake", "--listen", "127.0.0.1:0"],
+        "and with --engine fake there are none; say -j 1 or more",
+    ),
     (["exec", "-j", "-2"], "-j is a number of workers, 1 or more, not -2"),
     (["exec", "-k", "--fail-fast"], "--keep-going and --fail-fast exclude each other"),
     (["exec", "--inline", "--engine", "dask"], "--inline and --engine exclude each other"),
@@ -166,9 +174,14 @@ WRONG_COMMANDS = [
     (["exec", "./"], "./ is a folder: name a file in it; did you mean tasks.py?"),
     (["exec", "-p", "dpth=3"], "did you mean 'depth'?"),
     (["exec", "-p", "depth=x"], "urls: depth='x' does not fit; expected int"),
+    (["exec", "-p", ".depth=3"], "-p takes name=value or task.name=value, not '.depth=3'"),
+    (["exec", "-p", "depth.=3"], "-p takes name=value or task.name=value, not 'depth.=3'"),
+    (["exec", "-p", "=3"], "-p takes name=value or task.name=value, not '=3'"),
+    (["exec", "-p", "depth"], "-p takes name=value or task.name=value, not 'depth'"),
     (["exec", "work"], "work (named on the command line) needs a value for x: -p x=..."),
     (["list", "total"], "list takes a FILE (.py) only, not total"),
     (["graph", "totl"], "did you mean 'total'?"),
+    (["graph", "--dot", "--mermaid"], "--dot and --mermaid exclude each other"),
     (["map"], "missing argument 'FILE:FUNC'"),
     (["map", "double", "1"], "map takes FILE:FUNC such as tasks.py:fetch, not 'double'"),
     (["map", "tasks.py:duble", "1"], "no function 'duble' in tasks.py; did you mean 'double'?"),
@@ -187,6 +200,59 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_two(
 ) -> None:
     assert says in error_of(capsys, *args)
     assert executed == []
+
+
+IDLE_OPTIONS = [
+    (["exec", "--tls-cert", "c.pem"], "--tls-cert does nothing without --listen or --address"),
+    (["exec", "--tls-key", "k.pem"], "--tls-key does nothing without --listen or --address"),
+    (["exec", "--tls-ca", "ca.pem"], "--tls-ca does nothing without --listen or --address"),
+    (["exec", "--insecure-plain"], "--insecure-plain does nothing without --listen or --address"),
+    (["exec", "--lease", "3"], "--lease does nothing without --listen or --address"),
+    (["exec", "--bundle", "*"], "--bundle does nothing without --listen, --address or --engine"),
+    (["map", "tasks.py:double", "--bundle", "*"], "does nothing without --listen or --engine"),
+    (["serve", "--tls-cert", "c.pem"], "--tls-cert does nothing without --listen: say that too"),
+    (
+        ["exec", "--listen", "127.0.0.1:0", "--tls-ca", "ca.pem"],
+        "--tls-ca is for TLS, and at 127.0.0.1:0 there is none: say tls://127.0.0.1:0",
+    ),
+    (
+        ["exec", "--address", "127.0.0.1:9", "--tls-cert", "c.pem"],
+        "--tls-cert is for TLS, and at 127.0.0.1:9 there is none: say tls://127.0.0.1:9",
+    ),
+    (
+        ["serve", "--listen", "0.0.0.0:0", "--insecure-plain", "--tls-ca", "ca.pem"],
+        "--tls-ca is for TLS, and at 0.0.0.0:0 there is none: leave out --insecure-plain",
+    ),
+    (
+        ["worker", "unix:/no/where", "--tls-ca", "ca.pem"],
+        "--tls-ca is for TLS, and at unix:/no/where there is none: leave it out",
+    ),
+    *(
+        ([*command, "127.0.0.1:9", "--tls-ca", "ca.pem"], "--tls-ca is for TLS, and at 127.0.0.1:9")
+        for command in (["worker"], ["status"], ["state"], ["attach", "r1"])
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), IDLE_OPTIONS, ids=[" ".join(args) for args, _ in IDLE_OPTIONS]
+)
+def test_an_option_that_would_do_nothing_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], executed: list[Any], args: list[str], says: str
+) -> None:
+    assert says in error_of(capsys, *args)
+    assert executed == []
+
+
+def test_what_the_environment_says_may_do_nothing(
+    executed: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TASKRUN_TLS_CA", "ca.pem")
+    monkeypatch.setenv("TASKRUN_LEASE", "3")
+    monkeypatch.setenv("TASKRUN_DOT", "1")
+    assert main(["exec", "--listen", "127.0.0.1:0"]) == main(["exec"]) == 1
+    assert [settings.tls_ca for _, settings in executed] == ["ca.pem", "ca.pem"]
+    assert output_of(capsys, "graph", "--mermaid").startswith("flowchart")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "soon"])

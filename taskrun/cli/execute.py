@@ -8,6 +8,8 @@ import click
 
 from taskrun.cli.options import (
     CONTEXT,
+    check_certificates,
+    check_needed,
     load_words,
     run_options,
     settings_from,
@@ -49,7 +51,9 @@ def execute(
 ) -> int:
     """Run the tasks of FILE (of the nearest tasks.py, upwards), or only the
     TASKs named and what they need."""
+    check_needed(context)
     if address is not None:
+        check_certificates(context, address)
         from taskrun.cli.submit import submit
 
         return submit(context, address, words, detach)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import click
 
-from taskrun.cli.options import CONTEXT, load_words, words_argument
+from taskrun.cli.options import CONTEXT, exclude, load_words, words_argument
 from taskrun.model import Each, Result, Task
 from taskrun.planning import choose, in_order, with_needs
 
@@ -18,17 +18,19 @@ Edge: TypeAlias = tuple[Task, Task, str]
 
 @click.command("graph", context_settings=CONTEXT)
 @words_argument("[FILE] [TASK]...")
-@click.option("--dot", "form", flag_value="dot", help="For Graphviz.")
-@click.option("--mermaid", "form", flag_value="mermaid", help="For Mermaid.")
-def graph(words: tuple[str, ...], form: str | None) -> None:
+@click.option("--dot", is_flag=True, help="For Graphviz.")
+@click.option("--mermaid", is_flag=True, help="For Mermaid.")
+@click.pass_context
+def graph(context: click.Context, /, words: tuple[str, ...], **forms: bool) -> None:
     """Show which task of FILE needs which; of all tasks, or of the TASKs named
     and what they need."""
+    exclude(context, forms, "dot", "mermaid")
     loaded, targets = load_words(words)
     names = with_needs(loaded, choose(loaded, targets, {})) if targets else loaded.tasks
     tasks = in_order(loaded.tasks[name] for name in loaded.tasks if name in names)
-    if form == "dot":
+    if forms["dot"]:
         lines = dot_lines(tasks)
-    elif form == "mermaid":
+    elif forms["mermaid"]:
         lines = mermaid_lines(tasks)
     else:
         lines = tree_lines(tasks, _draws_boxes())

@@ -10,7 +10,13 @@ from typing import Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, run_options, settings_from, stdout_for_events
+from taskrun.cli.options import (
+    CONTEXT,
+    check_needed,
+    run_options,
+    settings_from,
+    stdout_for_events,
+)
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded, load, shown
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result, Task, describe, nearest
@@ -32,6 +38,7 @@ def map_(
 ) -> int:
     """Call FUNC of FILE once per ARG, or once per line of stdin; print what it
     returns. Put -- before arguments that start with a dash."""
+    check_needed(context)
     stdout = stdout_for_events(context, options)
     loaded, task = find_function(function)
     parameter = only_parameter(task)

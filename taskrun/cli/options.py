@@ -195,10 +195,69 @@ def run_options(command: Command) -> Command:
     return command
 
 
+_NODES = ("listen", "address")
+_NEED = {
+    "tls_cert": _NODES, "tls_key": _NODES, "tls_ca": _NODES, "insecure_plain": _NODES,
+    "lease": _NODES, "bundle": (*_NODES, "engine"),
+}  # fmt: skip
+"""What does nothing without any of these."""
+
+
+def check_needed(context: click.Context) -> None:
+    """Raises UsageError for an option that is typed and, without another one, would do nothing:
+    who names certificates believes that they are used.  What the environment says is for
+    all commands, and for those that have no use for it as well."""
+    for name, others in _NEED.items():
+        known = [other for other in others if other in context.params]
+        if not is_typed(context, name) or any(context.params[other] for other in known):
+            continue
+        flags = _either([_flag(other) for other in known])
+        raise UsageError(f"{_flag(name)} does nothing without {flags}: say that too, or leave it "
+                         "out")  # fmt: skip
+    listen = context.params.get("listen")
+    if listen:
+        check_certificates(context, listen)
+
+
+def check_certificates(context: click.Context, address: str | None) -> None:
+    """Raises UsageError where certificates are typed for an address at which there is no TLS."""
+    typed = [name for name in ("tls_cert", "tls_key", "tls_ca") if is_typed(context, name)]
+    if not typed:
+        return
+    from taskrun import addresses
+
+    plain = bool(context.params.get("insecure_plain"))
+    found = addresses.parse(address, insecure_plain=plain) if address else addresses.find()
+    if isinstance(found, addresses.Tls):
+        return
+    shown = addresses.shown(found)
+    what = f"say tls://{shown}" if isinstance(found, tuple) else "leave it out"
+    if plain:
+        what = "leave out --insecure-plain"
+    raise UsageError(f"{_flag(typed[0])} is for TLS, and at {shown} there is none: {what}")
+
+
+def is_typed(context: click.Context, name: str) -> bool:
+    """Whether an option is said on the command line, not by the environment."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _either(flags: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(flags[:-1]), flags[-1])))
+
+
 def settings_from(context: click.Context, options: dict[str, Any]) -> Settings:
     """The Settings that the options of :func:`run_options` ask for."""
-    _exclude(context, options, "keep_going", "fail_fast")
-    _exclude(context, options, "inline", "engine")
+    exclude(context, options, "keep_going", "fail_fast")
+    exclude(context, options, "inline", "engine")
+    if not options["jobs"] and (options["inline"] or options["engine"]):
+        where = "--inline" if options["inline"] else f"--engine {options['engine']}"
+        raise UsageError(f"-j 0 leaves the work to nodes, and with {where} there are none; say "
+                         "-j 1 or more")  # fmt: skip
     keep_going, fail_fast = options.pop("keep_going"), options.pop("fail_fast")
     policy = "keep-going" if keep_going else "fail-fast" if fail_fast else "stop"
     from taskrun.settings import Settings
@@ -206,16 +265,14 @@ def settings_from(context: click.Context, options: dict[str, Any]) -> Settings:
     return Settings(policy=policy, **options)
 
 
-def _exclude(context: click.Context, options: dict[str, Any], *names: str) -> None:
+def exclude(context: click.Context, options: dict[str, Any], *names: str) -> None:
     """Of two options that exclude each other, what is typed counts before what the
     environment says."""
     if not all(options[name] for name in names):
         return
-    typed = [
-        name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
+    typed = [name for name in names if is_typed(context, name)]
     if len(typed) != 1:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        flags = " and ".join(map(_flag, names))
         raise UsageError(f"{flags} exclude each other")
     for name in set(names).difference(typed):
         options[name] = False if options[name] is True else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, Seconds, tls_options
+from taskrun.cli.options import CONTEXT, Seconds, check_certificates, check_needed, tls_options
 from taskrun.errors import UsageError
 from taskrun.settings import cores_here
 
@@ -36,7 +36,10 @@ def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | 
 @click.option("--authkey-file", metavar="F", help="Where the key of clients is.")
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone.")
+@click.pass_context
 def serve(
+    context: click.Context,
+    /,
     listen: str | None,
     jobs: int,
     state: str | None,
@@ -48,6 +51,7 @@ def serve(
     """Take runs from taskrun exec --address, each in a process of its own, and
     share this machine's workers and those of all nodes among them, until
     Ctrl-C or SIGTERM."""
+    check_needed(context)
     from taskrun.reactor import Reactor
     from taskrun.serving.server import Server, tell
     from taskrun.state.service import Service
@@ -69,12 +73,14 @@ def serve(
 @click.option("--authkey-file", metavar="F", help="Where the key is.")
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
-def attach(run: str, address: str | None, **given: Any) -> int:
+@click.pass_context
+def attach(context: click.Context, /, run: str, address: str | None, **given: Any) -> int:
     """Follow RUN of the server at ADDRESS, from the beginning of what is kept of
     its output to its end. Ctrl-C asks whether to cancel it."""
     from taskrun.addresses import find, shown
     from taskrun.cli.submit import follow
     from taskrun.serving import talk
 
+    check_certificates(context, address)
     found = address or os.environ.get("TASKRUN_ADDRESS") or shown(find())
     return follow(found, [talk.said(do="attach", run=run)], given)

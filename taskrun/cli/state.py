@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, tls_options
+from taskrun.cli.options import CONTEXT, check_certificates, tls_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
 from taskrun.reporting.text import columns, one_line, padded
@@ -27,7 +27,10 @@ ACTIONS = ("list", "get", "dump", "watch")
     "--authkey-file", metavar="F", help="Where the key is, if not where taskrun looks for it.",
 )  # fmt: skip
 @tls_options
+@click.pass_context
 def state(
+    context: click.Context,
+    /,
     words: tuple[str, ...],
     run: str | None,
     json: bool,
@@ -38,6 +41,7 @@ def state(
     (HOST:PORT or unix:PATH), or of your only one: list what there is, get NAME or one KEY of
     it, dump all of it, or watch NAME, or all, change."""
     address, action, rest = split(words)
+    check_certificates(context, address)
     from taskrun.authkey import authkey
     from taskrun.state.connecting import connect
 

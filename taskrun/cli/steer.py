@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from taskrun.cli.options import CONTEXT, tls_options
+from taskrun.cli.options import CONTEXT, check_certificates, tls_options
 from taskrun.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def asking(where: Where, authkey_file: str | None, tls: dict[str, Any]) -> Itera
     from taskrun.transport import dial_blocking
     from taskrun.transport.tls import Certificates
 
+    check_certificates(click.get_current_context(), where.address)
     files = (tls.get("tls_cert"), tls.get("tls_key"), tls.get("tls_ca"))
     given = Certificates(*files) if any(files) else None
     try:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from taskrun.cli.options import CONTEXT, Seconds, check_jobs, check_resources, tls_options
+from taskrun.cli.options import (
+    CONTEXT,
+    Seconds,
+    check_certificates,
+    check_jobs,
+    check_resources,
+    tls_options,
+)
 from taskrun.errors import UsageError
 from taskrun.model import LANES
 
@@ -54,7 +61,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
+@click.pass_context
 def worker(
+    context: click.Context,
+    /,
     address: str | None,
     jobs: int,
     lane: str | None,
@@ -72,6 +82,7 @@ def worker(
     given = address or os.environ.get("TASKRUN_ADDRESS")
     if not given:
         raise UsageError("say the ADDRESS of the coordinator, HOST:PORT")
+    check_certificates(context, given)
     import socket
 
     from taskrun import addresses
