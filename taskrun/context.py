@@ -266,8 +266,9 @@ class Standalone:
 
     def submit(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         future = Future(task.name)
+        take = _outcome if task.options.always else Future.result
         try:
-            args, kwargs = resolved(args), resolved(kwargs)
+            args, kwargs = resolved(args, take), resolved(kwargs, take)
         except Exception as error:
             future.fail(_skipped(f"{task.name} was skipped, because a call failed", error))
             return future
@@ -336,15 +337,22 @@ def run_plainly(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return resolved(_run(value) if task.is_async else value)
 
 
-def resolved(value: Any) -> Any:
-    """``value`` with every Future in it, at any depth of lists, tuples and dicts, resolved."""
+def resolved(value: Any, take: Callable[[Future], Any] = Future.result) -> Any:
+    """``value`` with every Future in it, at any depth of lists, tuples and dicts, replaced by
+    what ``take`` gives for it."""
     if isinstance(value, Future):
-        return value.result()
+        return take(value)
     if type(value) in (list, tuple):
-        return type(value)(resolved(item) for item in value)
+        return type(value)(resolved(item, take) for item in value)
     if type(value) is dict:
-        return {key: resolved(item) for key, item in value.items()}
+        return {key: resolved(item, take) for key, item in value.items()}
     return value
+
+
+def _outcome(future: Future) -> Any:
+    """What ``always=True`` gets: in the place of a call that failed its exception."""
+    error = future.exception()
+    return future.result() if error is None else error
 
 
 async def _collect(generator: Any) -> list[Any]:

@@ -133,6 +133,25 @@ def test_outside_a_run_a_call_is_skipped_as_in_one() -> None:
         assert isinstance(needs.submit(lacking).exception(), CallSkipped)
 
 
+def test_outside_a_run_a_teardown_gets_the_exceptions_as_in_one() -> None:
+    @task
+    def fails() -> None:
+        raise ValueError("bad")
+
+    @task
+    def skips() -> None:
+        raise Skip("nothing to do")
+
+    @task(always=True)
+    def tidy(*ended: object, more: object = None) -> str:
+        return repr((ended, more))
+
+    left = tidy.submit(fails.submit(), [skips.submit()], more={"x": fails.submit()})
+    assert left.result() == (
+        "((ValueError('bad'), [CallSkipped('nothing to do')]), {'x': ValueError('bad')})"
+    )
+
+
 def test_outside_a_run_current_is_a_stand_in() -> None:
     assert current().call == "" and current().attempt == 1
 
