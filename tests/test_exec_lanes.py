@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -90,6 +91,107 @@ RUN works(n=each(range(3))):
     out = runs.exec(source, "-j1").check().out.splitlines()
     lines = [(f"works[{n}]", what) for n in range(3) for what in ("a shared pool", "a thread")]
     assert sorted(out) == [f"{call} | {what} of {call}" for call, what in lines]
+
+
+THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+
+everybodys = ThreadPoolExecutor(1)
+
+@task(default=False)
+def double(x): return 2 * x, os.getpid()
+
+def asks(found, x):
+    current().progress(x, 3)
+    print("a line of a thread")
+    found.append((current().call, double.submit(x)))
+
+@task(lane="process")
+def works(n=each(range(3))):
+    found = []
+    thread = threading.Thread(target=asks, args=(found, n))
+    thread.start()
+    thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(asks, [found] * 2, [n, n]))
+    everybodys.submit(asks, found, n).result()
+    assert [call for call, _ in found] == [current().call] * 4, found
+    return [future.result() for _, future in as_completed_of(found)]
+
+def as_completed_of(found):
+    assert {future for _, future in found} == set(as_completed([one for _, one in found]))
+    return found
+
+@task(lane="process")
+async def awaits():
+    found = []
+    for n in range(3):
+        await asyncio.to_thread(asks, found, n)
+    assert [call for call, _ in found] == ["awaits"] * 3, found
+    return [await future for _, future in found]
+
+@task
+def total(one=result(works), other=result(awaits)):
+    values = sum(([value for value, _ in some] for some in [*one, other]), [])
+    assert values == [0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 0, 2, 4], values
+"""
+
+
+@pytest.mark.parametrize("how", ["-j1", "-j3", "--inline"])
+def test_threads_of_a_call_that_has_its_process_for_itself_are_the_calls(
+    runs: Runs, how: str
+) -> None:
+    done = runs.exec(HEAD + THREADS, how).check()
+    counts = Counter(done.out.splitlines())
+    lines = [f"works[{n}] | a line of a thread" for n in range(3)]
+    if how == "-j3":
+        expected = {**dict.fromkeys(lines, 4), "awaits | a line of a thread": 3}
+        assert counts == expected
+    assert counts.total() == 15
+    assert re.search(r"^double +15 ok", done.err, re.M)
+
+
+@pytest.mark.parametrize("how", ["-j1", "--inline"])
+def test_a_thread_that_outlives_its_call_belongs_to_no_other(runs: Runs, how: str) -> None:
+    source = """
+@task(default=False)
+def child(): ...
+
+def later():
+    while not os.path.exists("ended"): time.sleep(0.01)
+    try: child.submit()
+    except RuntimeError as error: print(error, flush=True)
+    print("call", repr(current().call), flush=True)
+    mark("said")
+
+@task
+def leaves(): threading.Thread(target=later, daemon=True).start()
+
+@task(after=[leaves])
+def other():
+    mark("ended")
+    while not os.path.exists("said"): time.sleep(0.01)
+"""
+    out = runs.exec(source, how).check().out.replace("other | ", "").splitlines()
+    assert out[0].startswith("submit() works inside a call only, while it lasts")
+    assert out[1:] == ["call ''"]
+
+
+def test_a_thread_of_a_process_is_told_where_calls_are_waited_for(runs: Runs) -> None:
+    source = """
+@task(default=False)
+def child(): ...
+
+def waits(): child.submit().result()
+
+@task
+def parent():
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool: pool.submit(waits).result()
+"""
+    done = runs.exec(source, "-j2")
+    assert done.status == 1
+    assert "a call is waited for in the thread that the task runs in" in done.err
 
 
 @needs_gevent

@@ -17,10 +17,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
+from contextvars import ContextVar
 from time import perf_counter, time
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
+from taskrun import context
 from taskrun.bunch import TINY
 from taskrun.context import Future
 from taskrun.errors import (
@@ -35,6 +37,7 @@ from taskrun.errors import (
 from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
 from taskrun.model import Failure
 from taskrun.values import encode, encode_failure, encode_items
+from taskrun.workers import native
 from taskrun.workers.folder import Folder
 from taskrun.workers.items import Items, Later
 from taskrun.workers.loops import Loops, standing_still
@@ -43,6 +46,9 @@ from taskrun.workers.recipes import ASYNC, GENERATOR, PLAIN, Home, Known
 
 Outcome = tuple[str, Any, Any]
 """Kind, payload and items of a Report."""
+
+_OWNER: ContextVar[Running | None] = ContextVar("taskrun_owner")
+"""In a thread that a call has started: its attempt."""
 
 _QUICK = frozenset((int, float, str, bool, type(None)))
 _RECURSION = 1000
@@ -130,6 +136,9 @@ class Executor:
         self.made: dict[Any, Any] = {}
         self.forked = False
         self.loops = Loops()
+        self.context: context.Context  # made around it
+        self._thread = native.get_ident()
+        self._making = 0  # per_worker() values, which are no call's
         self._port = port
         self._home = home
         self._known: dict[int, Known] = {}
@@ -145,10 +154,42 @@ class Executor:
 
     # -- the main flow ----------------------------------------------------------------
 
+    def asking(self) -> Running | None:
+        """The attempt that the code which asks belongs to: in a thread that a call started it
+        is that call's, whatever is executed on top of it, until it has ended."""
+        if native.get_ident() == self._thread:
+            return self.running
+        running = _OWNER.get(self.running)
+        return None if running is None or running.done else running
+
     def attempt(self) -> tuple[int, int] | None:
-        """(call, attempt) of what is being executed."""
-        running = self.running
+        """(call, attempt) of the code which asks."""
+        running = self.asking()
         return None if running is None else (running.call, running.attempt)
+
+    # -- threads that a call starts; see ``threads.Calls`` ----------------------------
+
+    def found(self) -> Running | None:
+        """See ``threads.Calls``.  Threads that no call has started are nobody's."""
+        here = native.get_ident() == self._thread
+        return self.running if here else _OWNER.get(None)
+
+    def owner(self) -> Running | None:
+        """See ``threads.Calls``."""
+        return None if self._making else self.found()
+
+    def run_for(
+        self, owner: Running | None, function: Callable[..., Any], /, *args: Any, **kw: Any
+    ) -> Any:
+        """See ``threads.Calls``."""
+        token = _OWNER.set(owner)
+        active = None if owner is None else context.activate(self.context)
+        try:
+            return function(*args, **kw)
+        finally:
+            _OWNER.reset(token)
+            if active is not None:
+                context.deactivate(active)
 
     def learn(self, record: tuple[Any, ...]) -> None:
         """Take a TASK record."""
@@ -440,10 +481,14 @@ class Executor:
     def per_worker(self, make: Callable[[], Any]) -> Any:
         """The value of ``make()``, made once; a generator goes on when the worker ends."""
         if make not in self.made:
-            made = make()
-            if hasattr(made, "__next__"):
-                self._generators.append(made)
-                made = next(made)
+            self._making += 1
+            try:
+                made = make()
+                if hasattr(made, "__next__"):
+                    self._generators.append(made)
+                    made = next(made)
+            finally:
+                self._making -= 1
             self.made[make] = made
         return self.made[make]
 

@@ -51,6 +51,7 @@ from taskrun.workers.settings import (
     place_of,
     preload,
 )
+from taskrun.workers.threads import follow_calls
 
 ALL: Final = 1 << 60  # more calls than there are
 _FAILED: Final = 70  # exit status of a worker that cannot go on, whatever its calls did
@@ -151,6 +152,8 @@ class Worker:
         signal.signal(signal.SIGINT, self.executor.on_interrupt)
         os.register_at_fork(after_in_child=self._leave_behind)
         context.activate(self._context)
+        if self._settings.pool is None:
+            follow_calls(self.executor)
         context.state_home = self._state
         context.state_address = self._settings.state
         if self._settings.pool is not None:

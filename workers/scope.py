@@ -28,6 +28,7 @@ from taskrun.messages import (
 )
 from taskrun.model import Failure, Task
 from taskrun.values import decode, decode_failure, dumps_arguments
+from taskrun.workers import native
 from taskrun.workers.execute import Executor, Running
 from taskrun.workers.outbox import Port
 from taskrun.workers.recipes import missing_arguments
@@ -82,6 +83,8 @@ class WorkerContext:
         self._defined: set[Reference] = set()
         self._last_progress = 0.0
         self._watches: list[_Watch] = []
+        self._submitting = native.RLock()  # a call may have threads
+        executor.context = self
 
     # -- Context ----------------------------------------------------------------------
 
@@ -96,7 +99,7 @@ class WorkerContext:
         reference, by_value = self._reference(task)
         if task.options.lane == GREEN:
             check_green(task.name)
-        with _masked(running, self._thread):
+        with _masked(running, self._thread), self._submitting:  # DEFINE comes before SUBMIT
             key = _key(running, reference, blob)
             future = Future(task.name, key)
             if running.keys is None or running.futures is None:
@@ -105,6 +108,7 @@ class WorkerContext:
             running.futures[key] = future
             self._define(task, reference, by_value)
             self._line.tell((SUBMIT, running.call, running.attempt, key, reference, blob, keys))
+        self._hurry()
         return future
 
     def wait(self, futures: Sequence[Future], *, any_of: bool, timeout: float | None) -> bool:
@@ -137,7 +141,7 @@ class WorkerContext:
                 self._line.flush()
 
     def current(self) -> Current:
-        running = self._executor.running
+        running = self._executor.asking()
         if running is None:
             return Current(worker=self._worker, node=self._node)
         known = running.known
@@ -177,7 +181,7 @@ class WorkerContext:
         return lambda: watch.outside_came(alone)
 
     def beneath(self) -> list[tuple[int, int]]:
-        running = self._executor.running
+        running = self._executor.asking()
         found = []
         while running is not None and running.below is not None:
             running = running.below
@@ -200,9 +204,11 @@ class WorkerContext:
     # -- submitting -------------------------------------------------------------------
 
     def _here(self, what: str) -> Running:
-        running = self._executor.running
+        running = self._executor.asking()
         if running is None or self._executor.forked:
-            raise RuntimeError(f"{what} works inside a call only, and not in a child it forked")
+            raise RuntimeError(
+                f"{what} works inside a call only, while it lasts, and not in a child it forked"
+            )
         return running
 
     def _reference(self, task: Task) -> tuple[Reference, bytes | None]:
@@ -224,11 +230,19 @@ class WorkerContext:
             self._line.tell((DEFINE, reference, task.name, _facts(task, blob)))
             self._defined.add(reference)
 
+    def _hurry(self) -> None:
+        """Another thread than the task's own has submitted: who knows when that one flushes."""
+        if threading.get_ident() != self._thread:
+            self._line.flush()
+
     # -- waiting ----------------------------------------------------------------------
 
     def _refuse_to_block(self) -> None:
         if threading.get_ident() != self._thread:
-            raise RuntimeError("a call is waited for in the thread that the task runs in")
+            raise RuntimeError(
+                "a call is waited for in the thread that the task runs in: have this thread give "
+                "its futures to that one, or use lane='thread'"
+            )
         asyncio = sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
             raise RuntimeError("this would block the event loop: in an async task, await futures")

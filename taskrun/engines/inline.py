@@ -14,6 +14,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from threading import get_ident
 from time import time
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from taskrun.workers.folder import Folder
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import WorkerContext
 from taskrun.workers.settings import Preloaded, environment_additions
+from taskrun.workers.threads import follow_calls, leave_calls
 
 WORKER: Final = 1
 
@@ -65,7 +67,7 @@ class InlineEngine:
         self._known: set[int] = set()
         self._queue: deque[tuple[Any, ...]] = deque()
         self._nested: deque[tuple[Any, ...]] = deque()
-        self._said: list[tuple[Any, ...]] = []
+        self._said: deque[tuple[Any, ...]] = deque()  # threads of a call say something, too
         self.bunch: tuple[int, int, float] | None = None
         self._ears: dict[Any, _Ear] = {}
         self._closed = self._about_to_work = False
@@ -83,6 +85,7 @@ class InlineEngine:
     def start(self, reactor: Reactor, post: Callable[[m.Event], None], observer: Observer) -> None:
         """See ``engines.base``."""
         self._reactor = reactor
+        self._thread = get_ident()
         self._notice = observer.notice
         self._records = Records(post, observer, self._recipe_ids, self._constants)
         self._folder = Folder()
@@ -102,6 +105,7 @@ class InlineEngine:
             node="local",
             set_by_user={task: frozenset(values) for task, values in self._constants.items()},
         )
+        follow_calls(self._executor)
 
     def perform(self, command: m.Command) -> None:
         """See ``engines.base``."""
@@ -117,6 +121,7 @@ class InlineEngine:
             return
         self._closed = True
         self._queue.clear()
+        leave_calls(self._executor)
         self._executor.close()
         self._folder.close()
 
@@ -229,8 +234,10 @@ class InlineEngine:
         self.tell((m.ITEM, call, attempt, value, time() - seconds, seconds))
 
     def flush(self) -> None:
-        """See ``execute.Port``."""
-        said, self._said = self._said, []
+        """See ``execute.Port``.  What other threads say waits for this one, the core's."""
+        if get_ident() != self._thread:
+            return
+        said = [self._said.popleft() for _ in range(len(self._said))]
         if said and not self._closed:
             self._records.take(self, said)
 

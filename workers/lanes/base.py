@@ -25,11 +25,11 @@ from taskrun.workers.lanes.control import LaneControl
 from taskrun.workers.lanes.output import LaneOutput
 from taskrun.workers.lanes.scope import LaneContext
 from taskrun.workers.lanes.stacks import Place
-from taskrun.workers.lanes.threads import follow_calls
 from taskrun.workers.outbox import LARGE, Outbox
 from taskrun.workers.recipes import Home
 from taskrun.workers.scope import call_name, state_home
 from taskrun.workers.settings import FINISH_SECONDS, Birth, Preloaded, Settings, place_of
+from taskrun.workers.threads import follow_calls
 
 MOST_FILES: Final = 1 << 20  # descriptors that a worker allows itself, where it may
 
@@ -106,6 +106,21 @@ class LaneWorker:
         """The attempt that the code which asks belongs to."""
         return RUNNING.get(None)
 
+    def owner(self) -> LaneRunning | None:
+        """See ``threads.Calls``: what all calls use is nobody's."""
+        running = self.found()
+        return None if running is None or running.making else running
+
+    def run_for(
+        self, owner: LaneRunning | None, function: Callable[..., Any], /, *args: Any, **kw: Any
+    ) -> Any:
+        """See ``threads.Calls``."""
+        token = RUNNING.set(owner)
+        try:
+            return function(*args, **kw)
+        finally:
+            RUNNING.reset(token)
+
     def frames_of(self, running: LaneRunning) -> Iterable[Place] | None:
         """Where a call is, the outermost first; None: it is what the home thread executes.
 
@@ -131,7 +146,7 @@ class LaneWorker:
         context.state_home = self._state
         context.show = self._show
         context.owner = self.found
-        follow_calls(self.found)
+        follow_calls(self)
         self.prepare()
         self._control.start()
         self.tell((READY, os.getpid()))

@@ -85,13 +85,17 @@ class LaneExecutor(Executor):
         self._lock = lock
         self._found = found
         self._flush_output = flush_output
-        self._making = threading.RLock()
+        self._making_one = threading.RLock()
 
     @property
     def running(self) -> Running | None:  # type: ignore[override]
         """The attempt that the code which asks belongs to, unless that has ended."""
         running = self._found()
         return None if running is None or running.done else running
+
+    def asking(self) -> Running | None:
+        """See ``Executor``."""
+        return self.running
 
     # -- an attempt begins and ends ---------------------------------------------------
 
@@ -154,7 +158,7 @@ class LaneExecutor(Executor):
         if make in self.made:
             return self.made[make]
         running = self._found()
-        with self._making:
+        with self._making_one:
             if running is not None:
                 running.making = True
             try:

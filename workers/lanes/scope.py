@@ -34,7 +34,7 @@ class LaneContext(WorkerContext):
         self._awaits = awaits
 
     def submit(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
-        with self._lock:  # DEFINE comes before SUBMIT
+        with self._lock:  # no SUBMIT comes behind the end of its call
             return super().submit(task, args, kwargs)
 
     def watch(self, future: Future) -> None:
@@ -69,6 +69,9 @@ class LaneContext(WorkerContext):
         running.wake()
         if running.awaited:
             self._ask_soon(running)
+
+    def _hurry(self) -> None:
+        """Who waits for what was submitted flushes."""
 
     def _refuse_to_block(self) -> None:
         asyncio = sys.modules.get("asyncio")
