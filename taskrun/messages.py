@@ -70,6 +70,9 @@ STACK_IS = "stack is"  # (STACK_IS, token, text)
 OUTSIDE = b""  # meanwhile the worker may execute any other call on top
 OUTSIDE_ALONE = b"\0"  # ... it may not: what comes must not wait for that call
 
+# Among them, too: another thread of the attempt waits already, for what its WAIT said.
+ALSO = b"\1"
+
 # What these are made of:
 #
 # reference   (module, qualname) of a Task, or the digest of its cloudpickle blob

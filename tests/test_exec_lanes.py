@@ -151,6 +151,47 @@ def test_threads_of_a_call_that_has_its_process_for_itself_are_the_calls(
     assert re.search(r"^double +15 ok", done.err, re.M)
 
 
+WAITS = """
+@task(default=False)
+def child(x):
+    time.sleep(x)
+    return x
+
+def waits(x, seconds=None):
+    try: return child.submit(x).result(seconds)
+    except TimeoutError: return "late"
+
+def all_of(xs): return {one.result() for one in as_completed([child.submit(x) for x in xs])}
+
+MOST = [(all_of, (0.4, 0.1)), (waits, 0.6), (waits, 0.2), (waits, 2, 0.1), (waits, 0.3, 9)]
+FOUND = [{0.4, 0.1}, 0.6, 0.2, "late", 0.3]
+"""
+BY_THREADS = """
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(9) as pool:
+        found = [one.result() for one in [pool.submit(*one) for one in MOST]]
+    assert found == FOUND, found
+"""
+HOW_THEY_WAIT = {
+    "thread": "@task(lane='thread')\ndef parent(n=each(range(3))):" + BY_THREADS,
+    "green": "@task(lane='green')\ndef parent(n=each(range(3))):" + BY_THREADS,
+    "async": """
+@task
+async def parent(n=each(range(3))):
+    async def awaits(x): return await child.submit(x)
+    threads = [asyncio.to_thread(*one) for one in MOST]
+    found = await asyncio.gather(awaits(0.5), *threads, awaits(0.25))
+    assert found == [0.5, *FOUND, 0.25], found
+""",
+}
+
+
+@every_lane
+def test_several_threads_of_a_call_wait_for_calls_at_once(runs: Runs, lane: str) -> None:
+    done = runs.exec(HEAD + WAITS + HOW_THEY_WAIT[lane], "-j9")
+    assert done.status == 0, done.err
+
+
 @pytest.mark.parametrize("how", ["-j1", "--inline"])
 def test_a_thread_that_outlives_its_call_belongs_to_no_other(runs: Runs, how: str) -> None:
     source = """

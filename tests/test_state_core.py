@@ -9,7 +9,7 @@ from scripts import a_task
 
 from taskrun import messages as m
 from taskrun.core.scheduler import Scheduler
-from taskrun.model import Plan
+from taskrun.model import Plan, Recipe
 
 
 def scheduler(*tasks: Any, **options: Any) -> Scheduler:
@@ -75,6 +75,19 @@ def test_a_call_that_lacks_what_a_waiting_one_holds_is_not_failed() -> None:
     assert not of(core.handle(m.Waiting(1, 0, 1, (m.OUTSIDE,), False), 0.1), m.CallEnded)
     core.handle(m.Resumed(1, 0, 1), 0.2)
     assert assigned(core.handle(finished(1, 0), 0.3)) == [(1, "b", False)]
+
+
+def test_threads_of_a_call_wait_side_by_side_until_all_have_what_they_wait_for() -> None:
+    core = scheduler(a_task("a", lane="async"), lanes={"async": 1})
+    core.handle(m.WorkerReady(1, lane="async", slots=9), 0.0)
+    leaf = Recipe(9, "leaf", ("module", "leaf"), lane="async")
+    keys = [b"1" * 12, b"2" * 12, b"3" * 12]
+    core.handle(m.Submitted(0, 1, [(key, leaf, b"", ()) for key in keys]), 0.1)
+    core.handle(m.Waiting(1, 0, 1, tuple(keys[:2]), True), 0.2)
+    core.handle(m.Waiting(1, 0, 1, (m.ALSO, keys[2]), False), 0.2)
+    for call, key in zip((3, 1, 2), (keys[2], keys[0], keys[1]), strict=True):
+        told = of(core.handle(finished(1, call), 0.3), m.Deliver)
+        assert [list(one.outcomes) for one in told] == [[key]]
 
 
 def test_only_the_current_attempt_of_a_call_is_running() -> None:

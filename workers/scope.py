@@ -122,11 +122,10 @@ class WorkerContext:
         keys = tuple(future.key for future in pending)
         with _masked(running, self._thread):
             wait = (WAIT, running.call, running.attempt, keys, any_of)
-            if self._line.converse(running, wait, satisfied, deadline):
-                return True
-            self._line.tell((RESUME, running.call, running.attempt))
-            self._line.flush()
-            return False
+            came = self._line.converse(running, wait, satisfied, deadline)
+            if not came:
+                self._give_up(running)
+            return came
 
     def watch(self, future: Future) -> None:
         running = self._here("waiting for a call")
@@ -229,6 +228,11 @@ class WorkerContext:
             # Noted after it: a signal handler of the task may submit in between.
             self._line.tell((DEFINE, reference, task.name, _facts(task, blob)))
             self._defined.add(reference)
+
+    def _give_up(self, running: Running) -> None:
+        """What it waited for did not come in time."""
+        self._line.tell((RESUME, running.call, running.attempt))
+        self._line.flush()
 
     def _hurry(self) -> None:
         """Another thread than the task's own has submitted: who knows when that one flushes."""

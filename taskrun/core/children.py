@@ -100,11 +100,14 @@ class Children(Attempts):
         if worker is None or call is None or call.worker != event.worker:
             return
         self._has_begun(call)
-        wait = worker.home.wait(worker, call, event.any_of)
+        before = worker.waits.get(call.id) if m.ALSO in event.keys else None
+        if before is not None:
+            before.any_of = False  # it is over when all its threads have what they wait for
+        wait = before or worker.home.wait(worker, call, event.any_of)
         wait.hosts = m.OUTSIDE in event.keys
         wait.outside = wait.hosts or m.OUTSIDE_ALONE in event.keys
         for key in event.keys:
-            if key in (m.OUTSIDE, m.OUTSIDE_ALONE):
+            if key in (m.OUTSIDE, m.OUTSIDE_ALONE, m.ALSO):
                 continue
             child = _find_child(call, key)
             if child is None:

@@ -16,7 +16,19 @@ from typing import Any, Final
 
 from taskrun import context, descriptors, places
 from taskrun.ledger import Ledger
-from taskrun.messages import CALL, DELIVER, GAVE_BACK, NESTED, NOTICE, QUIT, READY, RETIRE, TASK
+from taskrun.messages import (
+    ALSO,
+    CALL,
+    DELIVER,
+    GAVE_BACK,
+    NESTED,
+    NOTICE,
+    QUIT,
+    READY,
+    RESUME,
+    RETIRE,
+    TASK,
+)
 from taskrun.wire import READ_SIZE, Decoder
 from taskrun.workers import native
 from taskrun.workers.execute import Running
@@ -274,17 +286,30 @@ class LaneWorker:
         with self.outbox.lock:
             if running.waiters is None:
                 running.waiters = threading.Condition()
-        self.tell(wait)
+            if running.waiting or running.awaited:
+                running.together = True
+                wait = (*wait[:3], (ALSO, *wait[3]), wait[4])
+            running.waiting += 1
+            self.tell(wait)
         self.flush()
-        with running.waiters:
-            while not satisfied():
-                if running.interrupt is not None:
-                    raise interrupted(running)
-                left = None if deadline is None else deadline - monotonic()
-                if left is not None and left <= 0:
-                    return False
-                running.waiters.wait(left)
-        return True
+        came = False
+        try:
+            came = _await_it(running, running.waiters, satisfied, deadline)
+        finally:
+            self._waits_no_more(running, came)
+        return came
+
+    def _waits_no_more(self, running: LaneRunning, came: bool) -> None:
+        """One thread of a call goes on.  What it waited for is no other's, so the core is told
+        only by the last one: of what did not come, or came to others."""
+        with self.outbox.lock:
+            running.waiting -= 1
+            if running.waiting or running.awaited or running.done:
+                return
+            if running.together or not came:
+                running.together = False
+                self.tell((RESUME, running.call, running.attempt))
+        self.flush()
 
     def listen(self, loop: Any, heard: Callable[[], object]) -> None:
         """See ``scope.Line``; here the home thread listens all the time."""
@@ -312,6 +337,23 @@ class LaneWorker:
         except BufferError:
             pass  # a thread that is not in this child was sending from it
         self.leave_others()
+
+
+def _await_it(
+    running: LaneRunning,
+    waiters: threading.Condition,
+    satisfied: Callable[[], bool],
+    deadline: float | None,
+) -> bool:
+    with waiters:
+        while not satisfied():
+            if running.interrupt is not None:
+                raise interrupted(running)
+            left = None if deadline is None else deadline - monotonic()
+            if left is not None and left <= 0:
+                return False
+            waiters.wait(left)
+    return True
 
 
 def _exit_in(seconds: float) -> None:

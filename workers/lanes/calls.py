@@ -24,14 +24,15 @@ class LaneRunning(Running):
 
     ``handle``: what executes it, for its lane to cancel.  ``helpers``: asyncio tasks or
     greenlets that it has started, but for those of what all calls use, which it is ``making``.
-    ``awaited``: futures that its coroutines await.  ``waiters``: where its
-    threads or greenlets wait.  ``rests``: of each stream, what it wrote of a line so far.
-    ``progressed``: when it last told its progress.  ``warned``: it was said to block others.
+    ``awaited``: futures that its coroutines await.  ``waiters``: where its threads or greenlets
+    wait, ``waiting`` of them; ``together``: the core was told of several.  ``rests``: of each
+    stream, what it wrote of a line so far.  ``progressed``: when it last told its progress.
+    ``warned``: it was said to block others.
     """
 
     __slots__ = (
         "asking", "awaited", "handle", "helpers", "making", "progressed", "rests", "started",
-        "waiters", "warned",
+        "together", "waiters", "waiting", "warned",
     )  # fmt: skip
 
     def __init__(self, call: int, attempt: int, known: Known, index: Any, units: Any) -> None:
@@ -42,6 +43,8 @@ class LaneRunning(Running):
         self.awaited: dict[Any, None] | None = None
         self.asking = False
         self.waiters: threading.Condition | None = None
+        self.waiting = 0
+        self.together = False
         self.rests: dict[int, bytes] | None = None
         self.progressed = 0.0
         self.started = 0.0

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from taskrun.context import Future, Outside, left_until
-from taskrun.messages import PROGRESS, WAIT
+from taskrun.messages import ALSO, PROGRESS, WAIT
 from taskrun.model import Task
 from taskrun.workers.execute import Running
 from taskrun.workers.lanes.calls import LaneExecutor, LaneRunning
@@ -70,6 +70,9 @@ class LaneContext(WorkerContext):
         if running.awaited:
             self._ask_soon(running)
 
+    def _give_up(self, running: Running) -> None:
+        """The worker knows whether other threads of the call go on waiting."""
+
     def _hurry(self) -> None:
         """Who waits for what was submitted flushes."""
 
@@ -108,7 +111,11 @@ class LaneContext(WorkerContext):
         running.awaited = {f: None for f in running.awaited if not f.done()}
         if running.awaited:
             keys = tuple(dict.fromkeys(future.key for future in running.awaited))
-            self._line.tell((WAIT, running.call, running.attempt, keys, True))
+            with self._lock:
+                if running.waiting:  # in other threads
+                    running.together = True
+                    keys = (ALSO, *keys)
+                self._line.tell((WAIT, running.call, running.attempt, keys, True))
             self._line.flush()
 
 
