@@ -76,7 +76,7 @@ class Future:
     ``key`` identifies the call among its parent's children; it is empty outside a run.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "_error", "_value", "key", "task")
+    __slots__ = ("__weakref__", "_callbacks", "_error", "_passed_on", "_value", "key", "task")
 
     def __init__(self, task: str, key: bytes = b"") -> None:
         self.task = task
@@ -84,6 +84,7 @@ class Future:
         self._value: Any = _PENDING
         self._error: BaseException | None = None
         self._callbacks: list[Callable[[], None]] = []
+        self._passed_on = False
 
     # -- what tasks use ---------------------------------------------------------------
 
@@ -121,12 +122,26 @@ class Future:
             import asyncio  # heavy; only async tasks pay for it
 
             waiter = asyncio.get_running_loop().create_future()
-            self._callbacks.append(partial(_wake, waiter))
+            wake = partial(_wake, waiter)
+            self._callbacks.append(wake)
             active().watch(self)
-            yield from waiter.__await__()
+            try:
+                yield from waiter.__await__()
+            except asyncio.CancelledError:
+                self._left_by(wake)
+                raise
         if self._error is not None:
             raise self._error
         return self._value
+
+    def _left_by(self, wake: Callable[[], None]) -> None:
+        """A coroutine that awaited the call is cancelled.  So is the call, as an asyncio.Task
+        would be, unless another one awaits it, or it was passed on to another call."""
+        if self.done():
+            return
+        self._callbacks.remove(wake)
+        if not self._callbacks and not self._passed_on:
+            active().unawaited(self)
 
     # -- what the run uses ------------------------------------------------------------
 
@@ -150,6 +165,7 @@ class Future:
                 "a Future cannot be pickled: pass it as an argument of submit() or return it"
             )
         pickling.keys.append(self.key)
+        self._passed_on = True
         return linked, (self.key,)
 
     def _wait(self, timeout: float | None) -> None:
@@ -222,6 +238,9 @@ class Context(Protocol):
     def cancel(self, future: Future) -> None:
         """Cancel a submitted call."""
 
+    def unawaited(self, future: Future) -> None:
+        """What awaited a submitted call was cancelled, and nothing else needs that."""
+
     def current(self) -> Current:
         """Who and where this call is."""
 
@@ -288,6 +307,9 @@ class Standalone:
 
     def cancel(self, future: Future) -> None:
         return None  # nothing is ever pending here
+
+    def unawaited(self, future: Future) -> None:
+        return None  # nor is anything awaited
 
     def current(self) -> Current:
         return Current()

@@ -192,6 +192,87 @@ def test_several_threads_of_a_call_wait_for_calls_at_once(runs: Runs, lane: str)
     assert done.status == 0, done.err
 
 
+AWAITED = """
+@task(default=False)
+def child(name):
+    mark(name)
+    while not os.path.exists("over"): time.sleep(0.01)
+    return name
+
+async def begun(name):
+    await asyncio.sleep(0.01)  # so has the task that awaits it
+    while not os.path.exists(name): await asyncio.sleep(0.01)
+
+@task(lane=LANE, timeout=60)
+async def parent():
+    async def gives_up(future, name):
+        waits = asyncio.create_task(asyncio.wait_for(future, 60))
+        await begun(name)
+        waits.cancel()
+        await asyncio.wait([waits])
+
+    async def awaits(future): return await future
+
+    left, group = child.submit("left"), child.submit("group")
+    shielded, shared, passed = [child.submit(name) for name in ("shielded", "shared", "passed")]
+    other = asyncio.create_task(awaits(shared))
+    taker = same.submit(passed)
+    await gives_up(left, "left")
+    await gives_up(asyncio.shield(shielded), "shielded")
+    await gives_up(shared, "shared")
+    await gives_up(passed, "passed")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(awaits(group))
+            await begun("group")
+            raise ValueError
+    except* ValueError: pass
+    cancelled = await asyncio.gather(left, group, return_exceptions=True)
+    assert [type(error).__name__ for error in cancelled] == ["CallCancelled"] * 2, cancelled
+    mark("over")
+    assert await asyncio.gather(shielded, other, taker) == ["shielded", "shared", "passed"]
+
+@task(default=False)
+def same(x): return x
+"""
+
+
+@pytest.mark.parametrize("lane", ["async", "process"])
+def test_a_submitted_call_is_cancelled_with_all_that_awaits_it(runs: Runs, lane: str) -> None:
+    done = runs.exec(in_lane(AWAITED, lane), "-j9")
+    assert done.status == 0, done.err
+    assert re.search(r"^child +3 ok, 2 cancelled", done.err, re.M)
+
+
+@pytest.mark.parametrize("lane", ["async", "process"])
+def test_what_an_attempt_awaited_at_its_end_is_taken_over_by_the_next(
+    runs: Runs, lane: str
+) -> None:
+    source = """
+@task(default=False)
+def child(name):
+    with open(name, "a") as file: file.write("x")
+    while not os.path.exists("over"): time.sleep(0.01)
+
+@task(lane=LANE, timeout=3, retries=1)
+async def is_late():
+    if current().attempt == 2: mark("over")
+    await child.submit("first")
+
+@task(lane=LANE, retries=1)
+async def fails():
+    left = asyncio.create_task(awaits(child.submit("second")))
+    while not os.path.exists("second"): await asyncio.sleep(0.01)
+    if current().attempt == 1: raise ValueError
+    while not os.path.exists("over"): await asyncio.sleep(0.01)
+    await left
+
+async def awaits(future): return await future
+"""
+    runs.exec(in_lane(source, lane), "-j9").check()
+    assert [(runs.folder / name).read_text() for name in ("first", "second")] == ["x", "x"]
+
+
 @pytest.mark.parametrize("how", ["-j1", "--inline"])
 def test_a_thread_that_outlives_its_call_belongs_to_no_other(runs: Runs, how: str) -> None:
     source = """

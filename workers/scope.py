@@ -139,6 +139,15 @@ class WorkerContext:
                 self._line.tell((CANCEL, running.call, running.attempt, future.key))
                 self._line.flush()
 
+    def unawaited(self, future: Future) -> None:
+        running = self._executor.asking()
+        if running is not None and not running.interrupt and self._goes_on(running):
+            self.cancel(future)  # else the attempt ends, and the next one takes it over
+
+    def _goes_on(self, running: Running) -> bool:
+        """Whether its own coroutine has not ended: what that leaves behind is cancelled."""
+        return running.cancel is not None
+
     def current(self) -> Current:
         running = self._executor.asking()
         if running is None:

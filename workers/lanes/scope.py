@@ -48,6 +48,9 @@ class LaneContext(WorkerContext):
             running.awaited[future] = None
             self._ask_soon(running)
 
+    def _goes_on(self, running: Running) -> bool:
+        return not running.done
+
     def lend(self, outside: Outside, deadline: float | None) -> bool:
         return outside.block(left_until(deadline))
 
