@@ -95,6 +95,23 @@ def test_a_server_that_is_not_there_is_a_broken_link(lane: str, tmp_path: Path) 
     assert "broken   no answer" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "parameter",
+    ["url=nonsense", "url=example.org/x", "url=ftp://h/", "url=http://", "url=http://h:port/",
+     "url=http://[h/", "most=0", "delay=nan"],
+)  # fmt: skip
+def test_what_cannot_be_crawled_is_an_error_that_says_so(parameter: str, tmp_path: Path) -> None:
+    done = execute(tmp_path, parameter)
+    assert done.returncode == 1
+    name, _, value = parameter.partition("=")
+    says = {
+        "url": f"nothing can be crawled at {value!r}",
+        "most": "most=0: a crawl gets one page at least",
+        "delay": "delay=nan: it is in seconds",
+    }
+    assert says[name] in done.stderr and done.stdout.startswith("0 pages")
+
+
 def test_a_crawl_stops_at_so_many_pages(site: Path, tmp_path: Path) -> None:
     done = execute(tmp_path, f"folder={site}", "most=2")
     assert done.returncode == 0, done.stderr

@@ -212,6 +212,24 @@ def test_what_is_no_target_is_refused(example: Any, target: str) -> None:
 
 
 @needs_hdrhistogram
+@pytest.mark.parametrize(
+    ("parameter", "says"),
+    [
+        ("connections=0", "connections=0: there must be 1 at least; set -p connections=..."),
+        ("processes=0", "processes=0: there must be 1 at least"),
+        ("sockets=-1", "sockets=-1: there must be 0 at least"),
+        ("seconds=nan", "seconds=nan: it must be more than 0"),
+    ],
+)
+def test_what_is_no_load_is_an_error_that_says_so(
+    parameter: str, says: str, tmp_path: Path
+) -> None:
+    done = execute(tmp_path, parameter)
+    assert done.returncode == 1
+    assert f"ValueError: {says}" in done.stderr and "asyncio" not in done.stderr
+
+
+@needs_hdrhistogram
 def test_the_three_servers_hold_all_sockets(tmp_path: Path) -> None:
     done = execute(tmp_path, "sockets=300", "seconds=1.2", "connections=10")
     assert done.returncode == 0, done.stdout + done.stderr

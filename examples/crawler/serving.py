@@ -41,6 +41,8 @@ def serving(folder: Path, delay: float) -> Iterator[str]:
     """Serve a folder while it lasts; gives the URL."""
     if not (folder / "index.html").is_file():
         raise FileNotFoundError(f"no index.html in {folder}; set -p folder=...")
+    if not 0 <= delay < 60:
+        raise ValueError(f"delay={delay}: it is in seconds, 0 or more and less than 60")
     with Server(("127.0.0.1", 0), partial(Handler, delay=delay, directory=str(folder))) as server:
         server.daemon_threads = True
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

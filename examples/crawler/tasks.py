@@ -105,11 +105,23 @@ def read(url: str, found_on: str, answer: Answer) -> list[str]:
 def site(url: str = "", folder: Path | None = None, delay: float = 0.0) -> Iterator[str]:
     """Yield where to begin; without a URL start a server, and keep it until all is done."""
     if url:
-        yield url
+        yield checked(url)
         return
     with chosen(folder) as pages_here, serving(pages_here, delay) as here:
         yield here
         done.wait()
+
+
+def checked(url: str) -> str:
+    """The URL; raises ValueError where it is none that leads to a site."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+        why = "no http:// or https:// URL"
+    except ValueError as error:  # such as a port that is no number
+        why = str(error)
+    raise ValueError(f"nothing can be crawled at {url!r} ({why}); set -p url=http://HOST/")
 
 
 @task
@@ -125,7 +137,9 @@ async def crawl(
             if rules.can_fetch(AGENT, link) and next(room, None) is not None:
                 group.create_task(follow(link, url))
 
-    try:
+    try:  # whatever happens, the site is told
+        if most < 1:
+            raise ValueError(f"most={most}: a crawl gets one page at least")
         rules = robots(await fetch.submit(urljoin(start, "/robots.txt")))
         seen.add(start)
         async with asyncio.TaskGroup() as group:

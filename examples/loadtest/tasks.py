@@ -6,6 +6,7 @@ hold all their sockets open at once.  It waits for them, and shows meanwhile how
 
 import asyncio
 import ipaddress
+import math
 import os
 import socket
 import subprocess
@@ -53,6 +54,7 @@ def trial(
     sockets: int = 11_000,
 ) -> Trial:
     """Load a server with so many connections in each process, then hold ``sockets`` open."""
+    check_load(processes, connections, seconds, sockets)
     with serving(server, sockets) as target:
         loaded, held = Load(), Held()
         parts = range(processes)
@@ -144,6 +146,20 @@ def check_target(target: str, anywhere: bool) -> None:
             f"{host} is another machine ({', '.join(others)}), where a load test may be taken for "
             "an attack; if you may do that: -p anywhere=true"
         )
+
+
+def check_load(processes: int, connections: int, seconds: float, sockets: int) -> None:
+    """Raise where that is no load."""
+    numbers = {
+        "processes": (processes, 1),
+        "connections": (connections, 1),
+        "sockets": (sockets, 0),
+    }
+    for name, (number, least) in numbers.items():
+        if number < least:
+            raise ValueError(f"{name}={number}: there must be {least} at least; set -p {name}=...")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"seconds={seconds}: it must be more than 0; set -p seconds=...")
 
 
 @contextmanager
