@@ -202,6 +202,35 @@ def test_without_nodes_and_workers_it_says_what_it_waits_for(site: Site) -> None
     assert run.end().status == 130
 
 
+def test_calls_of_a_lane_that_no_node_has_say_once_what_they_wait_for(site: Site) -> None:
+    source = """
+@task
+async def coroutine(n=each(range(3))): ...
+
+@task(lane="thread")
+def thread(n=each(coroutine)): ...
+
+@task
+def process(n=each(thread)): ...
+"""
+    run = site.write_and_listen(source)
+    address = address_of(run)
+
+    def why(call: str) -> str:
+        return site.runs.run("explain", address, call, env=site.variables).check().out
+
+    assert "waits for a node that executes calls of the lane async: none is" in why("coroutine[0]")
+    site.node(run, 1, "--lane", "async", name="lab1")
+    run.await_line("no node executes calls of the lane thread: they wait for one", err=True)
+    assert "waits for a node that executes calls of the lane thread: none is" in why("thread[1]")
+    site.node(run, 1, "--lane", "thread", name="lab2")
+    run.await_line("no node executes calls of the lane process: they wait for one", err=True)
+    assert "waits for a node that executes calls of the lane process: none is" in why("process[2]")
+    site.node(run, 1, name="lab3")
+    done = run.end().check()
+    assert done.err.count("no node executes calls of") == 2
+
+
 def test_without_listening_nobody_would_do_the_work(site: Site) -> None:
     ended = site.runs.exec("@task\ndef one(): pass\n", "-j", "0")
     assert ended.status == 2

@@ -164,6 +164,10 @@ class Books:
         """The limit that keeps a ready call, for people."""
         return self._limits.why(call)
 
+    def home_of(self, call: Call) -> Home:
+        """Who gives it to a worker."""
+        return self._homes[call.recipe.lane]
+
     def wait_of(self, call: Call) -> Wait | None:
         """For what a running call waits, if it does."""
         worker = self._workers.get(call.worker or 0)

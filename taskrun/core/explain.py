@@ -53,10 +53,22 @@ def _why_ready(scheduler: Scheduler, call: Call) -> str:
         return f"is ready and waits for a node that has {missing.partition(' (')[0]}"
     if lacking := scheduler.lacking(call):
         return f"is ready and waits until enough {', '.join(lacking)} is free"
+    if nobody := _who_is_missing(scheduler, call):
+        return f"is ready and waits for {nobody}"
     placement = scheduler.placement
     if placement.busy_cpu < placement.slots:
         return "is ready and waits for its turn"
     return f"is ready and waits for a slot: {placement.busy_cpu:g} of {placement.slots} are taken"
+
+
+def _who_is_missing(scheduler: Scheduler, call: Call) -> str | None:
+    """Where there is no worker that executes calls like this one: what it waits for."""
+    home, lane = scheduler.home_of(call), call.recipe.lane
+    if home.workers:
+        return None
+    if scheduler.growing and not (scheduler.placement.slots or home.offered):
+        return f"a node that executes calls of the lane {lane}: none is here"
+    return None if home is scheduler.placement else f"a worker of the lane {lane}: none is ready"
 
 
 def _what_runs(scheduler: Scheduler, call: Call) -> str:

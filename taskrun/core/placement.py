@@ -342,6 +342,8 @@ class Placement:
         have = len(self.workers) + self._starting
         free = min(self.ready.count, room) - len(self._idle) - self._starting
         more = min(free, self._most_workers - have)
+        if not (self.slots or have):
+            more = 1  # for the slots that may come: the engine knows why there are none
         if more > 0:
             self._starting += more
             self.out.append(m.StartWorkers(more))

@@ -86,6 +86,7 @@ class PoolEngine:
         self._slots = slots
         self.nodes = nodes
         self._unplaced: list[tuple[int, str]] = []  # workers, while there is no place for them
+        self._missing: set[str] = set()  # lanes that none of the nodes has, as was told
         self._local: Local | None = None
         self._links: dict[int, Link] = {}
         self._worker_ids = count(1)
@@ -245,6 +246,7 @@ class PoolEngine:
         place, slots = min(places, key=lambda place: place[0].load / place[1], default=(None, 0))
         if place is None:
             self._unplaced.append((worker, lane))  # nodes may come
+            self._say_what_is_missing(lane)
         elif place.load >= SPARE * slots and lane == PROCESS:
             self._soon(m.WorkerLost(worker, "not started: no machine has room", None))
         else:
@@ -259,10 +261,18 @@ class PoolEngine:
         for node in takers:
             if not node.offer.processes:
                 lanes.update(dict.fromkeys(node.offer.lanes, node.slots))
+        self._missing.difference_update(*[node.offer.lanes for node in takers])
         self._post(m.Capacity(self._slots + sum(cpus.values()), offers, lanes))
         unplaced, self._unplaced = self._unplaced, []
         for worker, lane in unplaced:
             self._start_somewhere(worker, lane)
+
+    def _say_what_is_missing(self, lane: str) -> None:
+        """Nodes are here, and none of them executes calls of this lane."""
+        assert self.nodes is not None
+        if lane not in self._missing and self.nodes.takers():
+            self._missing.add(lane)
+            self._notice(f"no node executes calls of the lane {lane}: they wait for one that does")
 
     def _retire(self, link: Link) -> None:
         """A worker gets no more calls, since its node leaves, or has fewer slots."""
