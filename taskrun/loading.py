@@ -267,7 +267,9 @@ def _load_error(file: str, error: BaseException) -> LoadError:
             "what a script does under  if __name__ == '__main__':",
             text,
         )
-    last = f"{type(error).__name__}: {error}".splitlines()[0]
+    from taskrun.failures import guarded  # its str() is the user's code, too
+
+    last = f"{type(error).__name__}: {guarded(error, str)}".splitlines()[0]
     return LoadError(f"{shown(file)} cannot be imported: {last}", text)
 
 

@@ -297,6 +297,17 @@ def test_a_file_that_fails_to_import_shows_its_traceback_and_ours_not(folder: Pa
     )
 
 
+def test_an_exception_that_cannot_be_shown_is_named_all_the_same(folder: Path) -> None:
+    (folder / "bad.py").write_text(
+        "class Odd(BaseException):\n    def __str__(self): return 1 / 0\nraise Odd\n"
+    )
+    done = run("list", "bad.py")
+    assert done.returncode == 2 and "taskrun/" not in done.stderr
+    assert done.stderr.endswith(
+        "bad.py cannot be imported: Odd: <str() of this Odd raised ZeroDivisionError>\n"
+    )
+
+
 def test_an_interrupt_while_importing_is_quiet(folder: Path) -> None:
     (folder / "slow.py").write_text(
         "import signal\nprint('importing', flush=True)\nsignal.pause()\n"
