@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import (
     BrokenProcessPool,
+    ProcessPoolExecutor,
     _RemoteTraceback,
 )
 from functools import partial
@@ -152,9 +153,12 @@ def _translated(error: BaseException) -> BaseException:
     return error
 
 
-class Executor(concurrent.futures.Executor):
+class Executor(ProcessPoolExecutor):
     """An executor of PEP 3148; the parameters are those of ``ProcessPoolExecutor``, and
-    ``address`` and ``authkey`` those of ``Pool``."""
+    ``address`` and ``authkey`` those of ``Pool``.
+
+    It is a ``ProcessPoolExecutor`` for who asks, and uses nothing of it.
+    """
 
     def __init__(
         self,
@@ -181,6 +185,11 @@ class Executor(concurrent.futures.Executor):
     def workers(self) -> int:
         """How many calls run at a time."""
         return self._pool._processes
+
+    @property
+    def _max_workers(self) -> int:
+        """The same: where dask and others look."""
+        return self.workers
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> CallFuture:
         """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``."""

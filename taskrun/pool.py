@@ -13,6 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import pool as standard
 from pickle import HIGHEST_PROTOCOL, dumps
 from typing import Any, Final, NamedTuple
 
@@ -84,8 +85,9 @@ class WorkerProcess(NamedTuple):
         return True
 
 
-class Pool:
-    """Worker processes for calls of functions; see ``multiprocessing.pool.Pool``.
+class Pool(standard.Pool):
+    """Worker processes for calls of functions; see ``multiprocessing.pool.Pool``, which it is
+    for who asks, and of which nothing is used.
 
     ``processes``: how many; the cores that this process may use, unless said.
     ``initializer(*initargs)`` is called first in each of them; if that raises, so does every
@@ -329,7 +331,7 @@ class Pool:
         self,
         func: Callable[..., Any],
         iterable: Iterable[Any],
-        chunksize: int = 1,
+        chunksize: int | None = 1,
         *,
         buffersize: int | None = None,
         timeout: float | None = None,
@@ -346,7 +348,7 @@ class Pool:
         self,
         func: Callable[..., Any],
         iterable: Iterable[Any],
-        chunksize: int = 1,
+        chunksize: int | None = 1,
         *,
         buffersize: int | None = None,
         timeout: float | None = None,
@@ -361,12 +363,14 @@ class Pool:
         kind: type[IMapIterator],
         func: Callable[..., Any],
         iterable: Iterable[Any],
-        chunksize: int,
+        chunksize: int | None,
         buffersize: int | None,
         timeout: float | None,
         retries: int,
     ) -> IMapIterator:
         self._check_running()
+        if chunksize is None:
+            chunksize = 1
         if chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         if buffersize is not None and buffersize < 1:

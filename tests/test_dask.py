@@ -13,7 +13,7 @@ import pytest
 dask = pytest.importorskip("dask", reason="dask is not installed")
 
 import taskrun  # noqa: E402
-from taskrun import Executor  # noqa: E402
+from taskrun import Executor, Pool  # noqa: E402
 from taskrun.errors import WorkerLost  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
@@ -110,3 +110,10 @@ def test_a_plain_graph_by_its_keys() -> None:
     graph = {"a": 1, "b": (operator.add, "a", 2), "c": (sum, ["a", "b"])}
     assert taskrun.dask_get(graph, "c", num_workers=1) == 4
     assert taskrun.dask_get(graph, [["a", "b"], "c"], num_workers=1) == ((1, 3), 4)
+
+
+@pytest.mark.parametrize("kind", [Pool, Executor])
+def test_dasks_own_scheduler_takes_a_pool_and_an_executor(kind: Any) -> None:
+    with kind(2) as made, dask.config.set(pool=made, scheduler="processes"):
+        assert dask.compute(add(1, add(2, 3))) == (6,)
+        assert os.getpid() not in dask.compute(*[pid(n) for n in range(4)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import signal
@@ -272,3 +273,11 @@ def test_a_chunksize_below_one_is_refused_by_every_method(pool: Pool, size: int)
     for method in (pool.map, pool.starmap, pool.map_async, pool.imap, pool.imap_unordered):
         with pytest.raises(ValueError, match=f"Chunksize must be 1\\+, not {size}"):
             method(square, [1, 2], chunksize=size)
+
+
+def test_who_asks_for_a_pool_of_the_standard_library_has_one(pool: Pool) -> None:
+    assert isinstance(pool, multiprocessing.pool.Pool)
+    assert isinstance(pool.apply_async(square, (2,)), multiprocessing.pool.AsyncResult)
+    assert isinstance(pool.map_async(square, [2]), multiprocessing.pool.MapResult)
+    assert isinstance(pool.imap(square, [2]), multiprocessing.pool.IMapIterator)
+    assert list(pool.imap(square, [1, 2], chunksize=None)) == [1, 4]

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import count, islice
 from pathlib import Path
@@ -116,3 +116,8 @@ def test_the_interpreter_waits_for_calls_at_its_end(tmp_path: Path) -> None:
         [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert (done.stdout, done.stderr) == ("apple\n", "")
+
+
+def test_who_asks_for_an_executor_of_the_standard_library_has_one(executor: Executor) -> None:
+    assert isinstance(executor, ProcessPoolExecutor)
+    assert executor._max_workers == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import TimeoutError
-from typing import Any
+from multiprocessing import pool as standard
+from typing import TYPE_CHECKING, Any
 
 from taskrun.flag import Flag
 from taskrun.model import Failure
@@ -13,6 +14,11 @@ from taskrun.pooling.driver import Driver
 from taskrun.pooling.inbox import Row
 from taskrun.pooling.looping import Waitable
 from taskrun.pooling.results import STAYS, Raw, decoded, raw_of
+
+if TYPE_CHECKING:
+    _Base = standard.IMapIterator[Any]
+else:
+    _Base = standard.IMapIterator  # which cannot be subscripted
 
 
 class _Item:
@@ -32,7 +38,7 @@ class _Item:
         self.owner.item_ended(self, (error, True))
 
 
-class IMapIterator(Waitable):
+class IMapIterator(Waitable, _Base):
     """What ``imap`` gives, in the order of the items; see ``multiprocessing.pool``.
 
     ``window``: so many calls may be under way at a time.  ``buffered``: results that nobody

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import TimeoutError
+from multiprocessing import pool as standard
 from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any, Final, NamedTuple
 
@@ -95,14 +96,15 @@ def exception_of(failure: Failure) -> BaseException:
     return error
 
 
-class AsyncResult(Waitable):
-    """What ``apply_async`` gives, as ``multiprocessing.pool.AsyncResult``."""
+class AsyncResult(Waitable, standard.ApplyResult[Any]):
+    """What ``apply_async`` gives: a ``multiprocessing.pool.AsyncResult`` for who asks, of which
+    nothing is used."""
 
     # Slots: see Waitable.  There may be very many results, and the collector looks at each of
-    # them, and of their attributes, again and again.  The dict is for attributes of users.
+    # them, and of their attributes, again and again.  The base has a dict, for users'.
     __slots__ = (
-        "__dict__", "__weakref__", "_args", "_callback", "_driver", "_error_callback", "_place",
-        "_pool", "_raw", "_recipe", "_success", "_value", "_where", "call",
+        "_args", "_callback", "_driver", "_error_callback", "_place", "_pool", "_raw", "_recipe",
+        "_success", "_value", "_where", "call",
     )  # fmt: skip
 
     def __init__(self, pool: Any, driver: Driver, callback: Callback, on_error: Callback) -> None:
@@ -284,7 +286,7 @@ def _call_back_each(results: list[AsyncResult]) -> None:
             result._settle()
 
 
-class MapResult(AsyncResult):
+class MapResult(AsyncResult, standard.MapResult[Any]):
     """What ``map_async`` gives: all the values, or the first error."""
 
     def __init__(
