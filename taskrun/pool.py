@@ -21,7 +21,7 @@ from taskrun.blobs import THRESHOLD, Portable, Seen
 from taskrun.bunch import TINY
 from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver
-from taskrun.pooling.functions import Recipes, dumps_call, is_small, is_stateless
+from taskrun.pooling.functions import Recipes, checked, dumps_call, is_small, is_stateless
 from taskrun.pooling.inbox import Job
 from taskrun.pooling.iterators import IMapIterator, OrderedIterator, UnorderedIterator
 from taskrun.pooling.looping import Loop
@@ -215,6 +215,8 @@ class Pool(standard.Pool):
         *,
         waits: bool = False,
     ) -> None:
+        if timeout is not None or retries != 0:
+            timeout, retries = checked(timeout, retries)
         args, kwds = tuple(args), {} if kwds is None else dict(kwds)
         try:
             if is_stateless(func):
@@ -295,6 +297,8 @@ class Pool(standard.Pool):
         progress: bool = False,
     ) -> MapResult:
         self._check_running()
+        if timeout is not None or retries != 0:
+            timeout, retries = checked(timeout, retries)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         sized: Any = iterable if hasattr(iterable, "__len__") else list(iterable)
@@ -369,6 +373,8 @@ class Pool(standard.Pool):
         retries: int,
     ) -> IMapIterator:
         self._check_running()
+        if timeout is not None or retries != 0:
+            timeout, retries = checked(timeout, retries)
         if chunksize is None:
             chunksize = 1
         if chunksize < 1:
@@ -500,11 +506,15 @@ def _feed(
     driver: Driver, recipe: Recipe, items: Iterable[tuple[Any, ...]], made: IMapIterator
 ) -> None:
     """Submit the calls of an imap, as far ahead as it may."""
-    count, error = 0, None
+    count = 0
+    error: BaseException | None = None
     small = recipe.timeout is None and not recipe.retries
     try:
         source = iter(items)
-        while made.await_room():
+        while True:
+            if not made.await_room():
+                error = driver.why_over()  # not the end of the input: there would be more
+                break
             try:
                 args = next(source)
             except StopIteration:

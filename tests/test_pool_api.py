@@ -281,3 +281,39 @@ def test_who_asks_for_a_pool_of_the_standard_library_has_one(pool: Pool) -> None
     assert isinstance(pool.map_async(square, [2]), multiprocessing.pool.MapResult)
     assert isinstance(pool.imap(square, [2]), multiprocessing.pool.IMapIterator)
     assert list(pool.imap(square, [1, 2], chunksize=None)) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"timeout": "a"}, TypeError, "timeout= of a pool's call must be a number of seconds"),
+        ({"timeout": 0}, ValueError, "must be more than 0"),
+        ({"timeout": float("inf")}, ValueError, "and finite, not inf; leave it out for no limit"),
+        ({"retries": -1}, ValueError, "retries= of a pool's call must be 0 or more, not -1"),
+        ({"retries": 1.5}, TypeError, "must be a whole number, not 1.5; leave it out for none"),
+    ],
+)
+def test_a_timeout_or_retries_that_cannot_be_meant_are_refused_where_they_are_given(
+    pool: Pool, options: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    for call in (pool.map, pool.map_async, pool.imap, pool.imap_unordered):
+        with pytest.raises(kind, match=re.escape(said)):
+            call(square, [1], **options)
+    for call in (pool.apply, pool.apply_async):
+        with pytest.raises(kind, match=re.escape(said)):
+            call(square, (1,), **options)
+    assert pool.apply(square, (3,), timeout=SECONDS, retries=1) == 9
+
+
+def not_today() -> None:
+    raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize("method", ["imap", "imap_unordered"])
+def test_an_imap_of_a_pool_that_is_broken_is_not_empty_but_an_error(method: str) -> None:
+    with Pool(1, not_today, context=multiprocessing.get_context("fork")) as pool:
+        with pytest.raises(RuntimeError, match="not today"):
+            pool.apply(square, (1,))
+        pool._loop.finished.wait(SECONDS)
+        with pytest.raises(RuntimeError, match="not today"):
+            list(getattr(pool, method)(square, range(3)))

@@ -7,13 +7,14 @@ state of its own (a bound method, a partial) is pickled with the arguments.
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat, SupportsIndex
 
 from taskrun import places
 from taskrun.blobs import Draft, Portable, Seen, Shared
@@ -124,10 +125,38 @@ def is_small(function: Any, args: Any, keywords: Any, timeout: float | None, ret
     return (
         type(function) is FunctionType
         and type(args) is tuple
-        and not (keywords or retries or timeout is not None)
+        and not (keywords or retries != 0 or timeout is not None)
         # One argument is the usual case, and to look at it alone takes a quarter of the time.
         and (type(args[0]) in TINY if len(args) == 1 else TINY.issuperset(map(type, args)))
     )
+
+
+def checked(timeout: Any, retries: Any) -> tuple[float | None, int]:
+    """The two options of a call, where one was given.  Raises TypeError and ValueError where
+    the core could not calculate with it: that would be the end of the pool."""
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, SupportsFloat):
+            raise TypeError(
+                f"timeout= of a pool's call must be a number of seconds, not {timeout!r}; "
+                f"leave it out for no limit"
+            )
+        timeout = float(timeout)
+        if not 0 < timeout < math.inf:
+            raise ValueError(
+                f"timeout= of a pool's call is in seconds and must be more than 0 and finite, "
+                f"not {timeout:g}; leave it out for no limit"
+            )
+    if isinstance(retries, bool) or not isinstance(retries, SupportsIndex):
+        raise TypeError(
+            f"retries= of a pool's call must be a whole number, not {retries!r}; "
+            f"leave it out for none"
+        )
+    retries = retries.__index__()
+    if retries < 0:
+        raise ValueError(
+            f"retries= of a pool's call must be 0 or more, not {retries}; leave it out for none"
+        )
+    return timeout, retries
 
 
 def is_stateless(function: Any) -> bool:
