@@ -139,11 +139,13 @@ class ArgumentError(CallError):
 class TaskExit(CallError):
     """The task raised SystemExit, KeyboardInterrupt or another BaseException.
 
-    ``exited``: it was SystemExit, and ``code`` is what that had.
+    ``exited``: it was SystemExit, and ``code`` is what that had.  ``raised`` is another one as a
+    ``model.Failure``: it can be rebuilt only where its class is known.
     """
 
     exited = False
     code: str | int | None = None
+    raised: object = None
 
 
 # -- raised by a task on purpose ------------------------------------------------------

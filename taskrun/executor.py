@@ -21,12 +21,20 @@ from concurrent.futures.process import (
 from functools import partial
 from typing import Any
 
-from taskrun.errors import ArgumentError, ResultError, RunError, TaskExit, WorkerLost
+from taskrun.errors import (
+    ArgumentError,
+    RemoteError,
+    ResultError,
+    RunError,
+    TaskExit,
+    WorkerLost,
+)
 from taskrun.failures import guarded
+from taskrun.model import Failure
 from taskrun.pool import Pool
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.remote import Submit, SubmitAny
-from taskrun.pooling.results import decoded, raw_of, report
+from taskrun.pooling.results import decoded, exception_of, raw_of, report
 
 __all__ = ["Executor"]
 
@@ -140,16 +148,26 @@ def _unreadable(error: BaseException) -> ExecutorResultError:
 
 def _translated(error: BaseException) -> BaseException:
     """As those expect it who know the standard library's executor."""
+    made = _counterpart(error)
+    text = getattr(error.__cause__, "tb", None)
+    if made is error and text is None:
+        return error
+    cause = error.__cause__ if text is None else _RemoteTraceback(text)
+    BaseException.__setattr__(made, "__cause__", cause)
+    return made
+
+
+def _counterpart(error: BaseException) -> BaseException:
     if type(error) is WorkerLost:
         return ExecutorWorkerLost(*error.args)
     if type(error) is ArgumentError:
         return ExecutorArgumentError(*error.args).with_traceback(error.__traceback__)
     if type(error) is TaskExit and error.exited:
         return ExecutorTaskExit(str(error), error.code)
-    text = getattr(error.__cause__, "tb", None)
-    if text is not None:
-        cause = _RemoteTraceback(text)
-        BaseException.__setattr__(error, "__cause__", cause)
+    if type(error) is TaskExit and isinstance(error.raised, Failure):
+        # KeyboardInterrupt and the like arrive as themselves, where they can be rebuilt.
+        raised = exception_of(error.raised)
+        return error if isinstance(raised, RemoteError) else raised
     return error
 
 

@@ -12,14 +12,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from taskrun import Executor
-from taskrun.errors import WorkerLost
+from taskrun.errors import ArgumentError, WorkerLost
 
 SECONDS = 20.0
 
@@ -121,3 +122,33 @@ def test_the_interpreter_waits_for_calls_at_its_end(tmp_path: Path) -> None:
 def test_who_asks_for_an_executor_of_the_standard_library_has_one(executor: Executor) -> None:
     assert isinstance(executor, ProcessPoolExecutor)
     assert executor._max_workers == 2
+
+
+class Beyond(BaseException):
+    """What ``except Exception`` does not catch."""
+
+
+def leave(how: type[BaseException]) -> None:
+    raise how("out")
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, GeneratorExit, Beyond, SystemExit])
+def test_whatever_a_call_raises_its_future_raises(
+    executor: Executor, how: type[BaseException]
+) -> None:
+    error = executor.submit(leave, how).exception(SECONDS)
+    assert isinstance(error, how)
+    assert isinstance(error.__cause__, _RemoteTraceback)
+    assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def test_an_argument_that_cannot_be_unpickled_says_in_its_cause_where(executor: Executor) -> None:
+    error = executor.submit(square, Unreadable()).exception(SECONDS)
+    assert isinstance(error, ArgumentError)
+    assert isinstance(error.__cause__, _RemoteTraceback)
+    assert "ValueError: invalid literal" in error.__cause__.tb

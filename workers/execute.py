@@ -580,6 +580,8 @@ def _exit(known: Known, error: BaseException) -> TaskExit:
     if isinstance(error, SystemExit):
         made.exited = True
         made.code = error.code if isinstance(error.code, int | None) else str(error.code)
+    else:
+        made.raised = encode_failure(error)
     return made
 
 
