@@ -86,7 +86,7 @@ def _events_of(mask: int) -> int:
 _make_poller: Callable[[], Any] = getattr(select, "epoll", _Selector)
 
 
-_thread = local()  # .loop: that may wait for this thread
+_thread = local()  # .loop: that may wait for this thread; .waking: that it is about to wake
 
 
 def waiting_loop() -> Reactor | None:
@@ -180,13 +180,20 @@ class Reactor:
         ``first``: before all that was posted already.
         """
         (self._inbox.appendleft if first else self._inbox.append)(callback)
-        if not self._woken:
-            try:
-                self._woken = True
-                self._wake()
-            except BaseException:  # of a signal handler: it is not known whether that was sent
-                self._woken = False
-                raise
+        waking = getattr(_thread, "waking", None)
+        if self._woken and waking is not self:
+            return
+        # Who interrupts this thread from here on, and posts, does not count on our wake-up: it
+        # may wait, and we cannot send it meanwhile.
+        _thread.waking = self
+        try:
+            self._woken = True
+            self._wake()
+        except BaseException:  # of a signal handler: it is not known whether that was sent
+            self._woken = False
+            raise
+        finally:
+            _thread.waking = waking
 
     def may_wait_for_this_thread(self) -> None:
         """From now on this thread holds locks, now and then, that the loop takes as well."""

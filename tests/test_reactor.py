@@ -212,3 +212,17 @@ def test_a_post_that_a_signal_handler_breaks_off_silences_none_that_follow(
         assert select.select([reactor], [], [], 0)[0]
         reactor.run_once(0)
     assert steps > 3
+
+
+def test_a_post_in_the_middle_of_another_wakes_the_loop_at_once(reactor: Reactor) -> None:
+    # A signal handler may post, and wait for what comes of it: the outer one cannot go on then.
+    def post_and_look() -> None:
+        reactor.post(list)
+        assert select.select([reactor], [], [], 0)[0]
+
+    steps = 0
+    while interrupted_at(steps, partial(reactor.post, list), post_and_look):
+        steps += 1
+        for _ in range(3):
+            reactor.run_once(0)
+    assert steps > 3
