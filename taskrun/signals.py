@@ -51,6 +51,7 @@ class Signals(AbstractContextManager[None]):
         self._here = here
         self._before: dict[int, Any] = {}
         self._wakeup_fd = -1
+        self._pid = os.getpid()
         self._noted: list[tuple[float, int]] = []  # when they came, and not taken yet
 
     def __enter__(self) -> None:
@@ -70,13 +71,18 @@ class Signals(AbstractContextManager[None]):
             signal.set_wakeup_fd(self._wakeup_fd)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            # A child that somebody has forked here.  Ctrl-C is for us to deal with; who wants
+            # to end the child waits for its end.
+            if number != signal.SIGINT:
+                _end_by(number)
+            return
         here = self._here
         if number == signal.SIGINT and here is not None and here.takes_ctrl_c:
             raise KeyboardInterrupt
         now = monotonic()
         if self._noted and now - self._noted[0][0] > STUCK:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_by(number)
         self._noted.append((now, number))
         self._reactor.post(self.settle, first=True)
         if here is not None:
@@ -86,3 +92,9 @@ class Signals(AbstractContextManager[None]):
         """Take what the loop has not got to."""
         while self._noted:
             self._take(self._noted.pop(0)[1])
+
+
+def _end_by(number: int) -> None:
+    """End this process as if nobody had asked for the signal."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

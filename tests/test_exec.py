@@ -813,6 +813,24 @@ def test_a_label_that_cannot_be_filled_in_costs_no_call(runs: Runs, how: list[st
     assert ended.out.count("second") == 1 and "2 calls in" in ended.err
 
 
+@pytest.mark.parametrize("how", ["-j1", "--inline"])
+def test_a_process_that_a_call_has_forked_can_be_terminated(runs: Runs, how: str) -> None:
+    runs.exec(
+        """
+        import multiprocessing
+
+        @task
+        def ends_it():
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            child.terminate()
+            child.join(20)
+            assert child.exitcode == -signal.SIGTERM, child.exitcode
+        """,
+        how,
+    ).check()
+
+
 def test_inline_executes_calls_that_need_several_cpus(runs: Runs) -> None:
     source = """
         @task(resources={"cpu": 3})
