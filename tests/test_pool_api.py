@@ -317,3 +317,23 @@ def test_an_imap_of_a_pool_that_is_broken_is_not_empty_but_an_error(method: str)
         pool._loop.finished.wait(SECONDS)
         with pytest.raises(RuntimeError, match="not today"):
             list(getattr(pool, method)(square, range(3)))
+
+
+WARNED = """
+import multiprocessing
+import taskrun
+
+if __name__ == "__main__":
+    for method in ("fork", "forkserver", "spawn"):
+        with taskrun.Pool(1, context=multiprocessing.get_context(method)) as pool:
+            pool.apply(abs, (-1,))
+        pool.join()
+"""
+
+
+def test_nobody_is_warned_of_what_a_pool_leaves_open(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WARNED)
+    command = [sys.executable, "-W", "default", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

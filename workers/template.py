@@ -62,7 +62,9 @@ def serve(sock: socket.socket) -> NoReturn:
     """Be the template of the coordinator at the other end of ``sock``; never returns."""
     status = 1
     try:
-        Template(sock).run()
+        # Held to the end, and its sockets with it: nobody is to be warned that they are open.
+        made = Template(sock)
+        made.run()
         status = 0
     except BaseException:
         import traceback  # seen where TASKRUN_DEBUG is set
