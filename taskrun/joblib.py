@@ -6,9 +6,11 @@
     with joblib.parallel_config(backend="taskrun"):
         joblib.Parallel(n_jobs=2)(joblib.delayed(work)(item) for item in items)
 
-The workers stay as long as the ``parallel_config``, or the ``Parallel``, does.  Whatever is
-run goes by cloudpickle, so that functions of ``__main__`` and of notebooks may be defined at
-any time; large arrays go through shared memory (docs/pool.md).
+The workers stay as long as the ``parallel_config``, or the ``Parallel``, does.  They are fresh,
+as loky's are, and no forks: what OpenMP has begun in this process would hang in a fork.
+Whatever is run goes by cloudpickle, and so does what it returns, so that functions and classes
+of ``__main__`` and of notebooks may be defined at any time; large arrays go through shared
+memory (docs/pool.md).
 """
 
 from __future__ import annotations
@@ -25,11 +27,15 @@ from joblib.parallel import (
     register_parallel_backend,
 )
 
-from taskrun import places
+from taskrun import blobs, places
+from taskrun.blobs import Portable
 from taskrun.executor import CallFuture, Executor
 from taskrun.pooling.functions import dumps_by_value
-from taskrun.pooling.remote import call_pickled
+from taskrun.pooling.remote import dumps
+from taskrun.pooling.starting import Bare
 from taskrun.settings import cores_here
+
+_Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
 
 class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
@@ -42,6 +48,7 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
         super().__init__(*args, **kwargs)
         self._executor: Executor | None = None
         self._wanted: tuple[int, int] | None = None  # workers, and threads in each
+        self._initializer: _Initializer = None, ()
         self._futures: set[CallFuture] = set()
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
@@ -52,17 +59,26 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
             return 1
         return n_jobs if n_jobs > 0 else max(cores_here() + 1 + n_jobs, 1)
 
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **_: Any) -> int:
-        """Have so many workers ready."""
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        """Have so many workers ready.  ``initializer`` and ``initargs`` are taken, as by loky's
+        backend, from the ``Parallel`` or from the ``parallel_config``."""
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self.parallel = parallel
         threads = self.inner_max_num_threads or max(cores_here() // workers, 1)
-        if self._executor is None or self._wanted != (workers, threads):
+        options = {**self.backend_kwargs, **options}
+        wanted = options.get("initializer"), tuple(options.get("initargs") or ())
+        if (
+            self._executor is None
+            or self._wanted != (workers, threads)
+            or not _same(self._initializer, wanted)
+        ):
             self._close()
-            self._wanted = workers, threads
-            self._executor = Executor(workers, initializer=_limit_threads, initargs=(threads,))
+            self._wanted, self._initializer = (workers, threads), wanted
+            self._executor = Executor(
+                workers, Bare(), _initialize, (threads, *_travelling(*wanted))
+            )
         return workers
 
     def submit(
@@ -71,7 +87,7 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
         """Have a batch of calls executed."""
         assert self._executor is not None
         pickled = dumps_by_value(func, places.own())
-        future = self._executor.submit(call_pickled, pickled)
+        future = self._executor.submit(_call, pickled)
         future.held = pickled  # whose data would be removed else
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
@@ -81,7 +97,7 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
 
     def retrieve_result_callback(self, future: CallFuture) -> Any:
         """The values of a batch."""
-        return future.result()
+        return blobs.loads(future.result())
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """End what runs; the workers can go on."""
@@ -100,8 +116,47 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
             self._executor = None
 
 
+def _same(one: _Initializer, other: _Initializer) -> bool:
+    """By identity: arrays, for one, do not say simply whether they are equal."""
+    (first, args), (second, others) = one, other
+    return (
+        first is second
+        and len(args) == len(others)
+        and all(a is b for a, b in zip(args, others, strict=True))
+    )
+
+
+def _travelling(initializer: Callable[..., object] | None, args: tuple[Any, ...]) -> Any:
+    """A pickled initializer, and its arguments: pickled too, but for locks, queues and the like,
+    which travel only with the process itself."""
+    if initializer is None:
+        return None, None
+    try:
+        return dumps_by_value((initializer, args)), None
+    except Exception:
+        return dumps_by_value((initializer, ())), args
+
+
+def _initialize(threads: int, pickled: Portable | None, args: tuple[Any, ...] | None) -> None:
+    """In a worker, before its first call."""
+    _limit_threads(threads)
+    if pickled is not None:
+        initializer, travelled = blobs.loads(pickled)
+        initializer(*(travelled if args is None else args))
+
+
+def _call(pickled: Portable) -> Portable:
+    """In a worker: what a batch returns, pickled; classes of the user's ``__main__``, which is not
+    there, by value."""
+    found = blobs.loads(pickled)()
+    try:
+        return dumps(found)
+    except Exception:
+        return dumps_by_value(found)
+
+
 def _limit_threads(count: int) -> None:
-    """In a worker: so many threads a call in numeric libraries."""
+    """So many threads a call in numeric libraries."""
     for name in ParallelBackendBase.MAX_NUM_THREADS_VARS:
         os.environ.setdefault(name, str(count))
     try:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,8 @@ from taskrun import Pool  # noqa: E402
 from taskrun.errors import WorkerLost  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
+
+SECONDS = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +118,100 @@ def test_a_parallel_in_a_call_works() -> None:
         return sum(joblib.Parallel(n_jobs=2)(joblib.delayed(square)(x) for x in range(x)))
 
     assert run(inner, [3, 4]) == [5, 14]
+
+
+def square_on_loky(x: int) -> list[int]:
+    return run(square, [x, x + 1], backend="loky", n_jobs=2)
+
+
+def test_what_has_threads_in_this_process_works_in_calls_too() -> None:
+    assert square_on_loky(1) == [1, 4]  # from now on loky has threads here
+    assert run(square_on_loky, [1, 5]) == [[1, 4], [25, 36]]
+
+
+def test_what_openmp_has_begun_in_this_process_does_not_hang_in_calls() -> None:
+    ensemble = pytest.importorskip("sklearn.ensemble", reason="no scikit-learn")
+    data = [[float(x), float(x % 7)] for x in range(200)]
+    target = [x % 2 for x in range(200)]
+
+    def fit(seed: int) -> int:
+        model = ensemble.HistGradientBoostingClassifier(max_iter=2, random_state=seed)
+        return len(model.fit(data, target).predict(data))
+
+    assert fit(0) == 200
+    with joblib.parallel_config(backend="taskrun", n_jobs=2, inner_max_num_threads=2):
+        assert run(fit, [1, 2]) == [200, 200]
+
+
+def mark(marks: dict[str, Any], key: str, value: Any, lock: Any = None) -> None:
+    if lock is not None:
+        with lock:
+            pass
+    os.environ[key] = marks[key] = value
+
+
+def read(key: str) -> str | None:
+    return os.environ.get(key)
+
+
+def test_an_initializer_is_called_in_each_worker_first() -> None:
+    args = {}, "TASKRUN_TEST_MARK"
+    options: dict[str, Any] = {"initializer": mark, "initargs": (*args, "yes")}
+    assert run(read, [args[1]] * 4, **options) == ["yes"] * 4
+    with joblib.parallel_config(backend="taskrun", n_jobs=2, **options):
+        assert run(read, [args[1]] * 4) == ["yes"] * 4
+        options["initargs"] = (*args, "other", multiprocessing.get_context("spawn").Lock())
+        assert run(read, [args[1]] * 4, **options) == ["other"] * 4
+    with pytest.raises(BrokenProcessPool, match="nobody"):
+        run(read, [args[1]] * 4, initializer=nobody)
+
+
+def nobody() -> None:
+    raise KeyError("nobody")
+
+
+def interrupt(x: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_keyboard_interrupt_in_a_call_is_one_here() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt, [1, 2])
+    assert run(square, range(3)) == [0, 1, 4]
+
+
+def test_classes_of_main_travel_to_workers_and_back(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(MAIN)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=SECONDS)
+    assert done.stdout.splitlines() == ["Point 3", "Wrong(3)"], done.stderr
+
+
+MAIN = """
+import joblib
+import taskrun.joblib
+
+class Point:  # and no guard: nobody imports this file again
+    def __init__(self, x):
+        self.x = x
+
+class Wrong(Exception):
+    pass
+
+def move(point):
+    return Point(point.x + 1)
+
+def fail(point):
+    raise Wrong(point.x + 1)
+
+with joblib.parallel_config(backend="taskrun", n_jobs=2):
+    point = joblib.Parallel()([joblib.delayed(move)(Point(2))])[0]
+    print(type(point).__name__ if isinstance(point, Point) else point, point.x)
+    try:
+        joblib.Parallel()([joblib.delayed(fail)(Point(2))])
+    except Wrong as error:
+        print(repr(error))
+"""
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 1), (1, 1), (3, 3)])

@@ -178,11 +178,6 @@ class ApplyAny:
         return _pickled(function(*args, **kwargs))
 
 
-def call_pickled(data: Portable) -> Any:
-    """Call a function of no arguments that comes pickled."""
-    return blobs.loads(data)()
-
-
 class Map:
     """Calls a function once for each of some items."""
 

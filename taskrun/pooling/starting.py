@@ -5,6 +5,8 @@
 - ``forkserver``: the template is a fresh interpreter that has imported ``__main__`` as
   multiprocessing's children do; workers are forked from it.
 - ``spawn``: so is every worker.
+
+``Bare`` is forkserver without ``__main__``, for libraries that have functions travel by value.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
+from multiprocessing.context import ForkServerContext
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -37,6 +40,11 @@ if TYPE_CHECKING:
 MEMORY_SECONDS: Final = 0.1  # between two looks at how much workers use
 
 bases = count(os.getpid() << 16)  # of one machine's pools
+
+
+class Bare(ForkServerContext):
+    """For workers that have nothing of this process: neither ``__main__`` nor, as forks have, the
+    state of libraries with threads of their own, such as OpenMP's, which hang in a fork."""
 
 
 class Supply(Protocol):
@@ -152,6 +160,9 @@ class Starter:
         self.method: str = method if method in (FORK, FORKSERVER) else SPAWN
         self.hard = limits.hard
         self.base = next(bases) << 48
+        self._has_main = self.method == FORK or (
+            not isinstance(context, Bare) and _main_is_imported()
+        )
         self._setup = setup
         self._fds: list[int] = []
         if self.method == FORK:
@@ -159,7 +170,7 @@ class Starter:
         else:
             self.told = self._told()
         self.told = self.told._replace(maxrss=limits.soft, base=self.base)
-        self.in_main = known_names(self.method)
+        self.in_main = known_names(self.method) if self._has_main else _nothing_is_known
 
     def workers(
         self, recipe_ids: Iterator[int], grace: float, state: Callable[[], tuple[Any, bytes]]
@@ -207,8 +218,9 @@ class Starter:
         try:
             preparation = spawn.get_preparation_data(name)
             preparation.pop("name")
-            if not _main_is_imported():
+            if not self._has_main:
                 preparation.pop("init_main_from_path", None)
+                preparation.pop("init_main_from_name", None)
             if preparation["start_method"] not in get_all_start_methods():
                 preparation["start_method"] = self.method
             buffer = io.BytesIO()
@@ -256,6 +268,10 @@ def known_names(method: str) -> Callable[[Any], bool]:
         return lambda function: known.get(function.__qualname__) == id(function)
     imported = _main_is_imported()
     return lambda function: imported and vars(main).get(function.__qualname__) is function
+
+
+def _nothing_is_known(function: Any) -> bool:
+    return False
 
 
 def _main_is_imported() -> bool:
