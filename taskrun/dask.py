@@ -12,14 +12,17 @@ from multiprocessing import get_context
 from os import getpid
 from typing import Any, NamedTuple
 
+from dask import config
 from dask.local import get_async
+from dask.multiprocessing import MultiprocessingPoolExecutor, initialize_worker_process
 from dask.optimization import cull
 from dask.utils import ensure_dict
 
 from taskrun import blobs, places
 from taskrun.blobs import Portable
-from taskrun.executor import CallFuture, Executor
+from taskrun.executor import Executor
 from taskrun.model import Failure
+from taskrun.pool import Pool
 from taskrun.pooling.functions import dumps_by_value
 from taskrun.pooling.results import exception_of
 from taskrun.settings import cores_here
@@ -49,32 +52,47 @@ def dask_get(
     dsk: Any,
     keys: Any,
     num_workers: int | None = None,
-    pool: Executor | None = None,
+    pool: Executor | Pool | None = None,
+    initializer: Callable[[], object] | None = None,
     **options: Any,
 ) -> Any:
     """A scheduler for dask: the values of ``keys``, nested as these are, of the graph ``dsk``.
 
     ``num_workers``: processes; as many as there are cores, unless said.  ``pool``: an
-    Executor to use; without it there is one for this call.  Raises what a task raises.
+    Executor or a Pool to use; without it there is an Executor for this call, with
+    ``initializer`` called in each worker, after its random numbers were seeded.  Each is looked
+    for in dask's configuration, too.  Raises what a task raises.
     """
+    if pool is None and isinstance(found := config.get("pool", None), Executor | Pool):
+        pool = found  # one of others is for dask's own schedulers
+    if isinstance(pool, Pool):
+        return _get(MultiprocessingPoolExecutor(pool), dsk, keys, options)
     if pool is not None:
         return _get(pool, dsk, keys, options)
-    with Executor(num_workers or _configured() or cores_here(), _context()) as executor:
+    workers = num_workers or config.get("num_workers", None) or cores_here()
+    initializer = initializer or config.get("multiprocessing.initializer", None)
+    travelling = None if initializer is None else dumps_by_value(initializer)
+    with Executor(workers, _context(), _initialize, (travelling,)) as executor:
         return _get(executor, dsk, keys, options)
 
 
-def _get(executor: Executor, dsk: Any, keys: Any, options: dict[str, Any]) -> Any:
+def _initialize(initializer: Portable | None) -> None:
+    """In a worker, as dask does in those of its own."""
+    initialize_worker_process(None if initializer is None else blobs.loads(initializer))
+
+
+def _get(executor: Any, dsk: Any, keys: Any, options: dict[str, Any]) -> Any:
     if hasattr(dsk, "__dask_graph__"):
         dsk = dsk.__dask_graph__()
     graph, _ = cull(ensure_dict(dsk), keys)
 
-    def submit(function: Callable[..., Any], batch: Any) -> CallFuture:
+    def submit(function: Callable[..., Any], batch: Any) -> Any:
         future = executor.submit(function, batch)
         future.held = batch  # whose data would be removed else
         return future
 
     found = get_async(
-        submit, executor.workers, graph, keys,
+        submit, executor._max_workers, graph, keys,
         get_id=getpid, dumps=_dumps, loads=_loads,
         pack_exception=_pack, raise_exception=_raise, **options,
     )  # fmt: skip
@@ -113,13 +131,6 @@ def _unpacked(found: Any) -> Any:
     if isinstance(found, tuple | list):
         return type(found)(map(_unpacked, found))
     return found
-
-
-def _configured() -> int | None:
-    from dask import config
-
-    workers: int | None = config.get("num_workers", None)
-    return workers
 
 
 def _context() -> Any:

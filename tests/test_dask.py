@@ -117,3 +117,37 @@ def test_dasks_own_scheduler_takes_a_pool_and_an_executor(kind: Any) -> None:
     with kind(2) as made, dask.config.set(pool=made, scheduler="processes"):
         assert dask.compute(add(1, add(2, 3))) == (6,)
         assert os.getpid() not in dask.compute(*[pid(n) for n in range(4)])
+
+
+@pytest.mark.parametrize("kind", [Pool, Executor])
+def test_a_pool_of_the_configuration_is_used(kind: Any) -> None:
+    with kind(1) as made, dask.config.set(pool=made, scheduler=taskrun.dask_get):
+        pool = made if kind is Pool else made._pool
+        assert set(dask.compute(pid(1), pid(2))) == {pool.workers()[0].pid}
+
+
+def test_no_two_workers_have_the_same_random_numbers() -> None:
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    numpy.random.seed(1)
+
+    @dask.delayed(pure=False)
+    def numbers(_: int) -> tuple[int, ...]:
+        return tuple(numpy.random.randint(0, 1_000_000) for _ in range(5))
+
+    found = compute(*[numbers(n) for n in range(16)], chunksize=1)
+    assert len(set(found)) == 16
+
+
+def test_an_initializer_is_called_in_each_worker() -> None:
+    def initialize() -> None:
+        os.environ["TASKRUN_TEST_MARK"] = "yes"
+
+    @dask.delayed(pure=False)
+    def mark() -> str | None:
+        return os.environ.get("TASKRUN_TEST_MARK")
+
+    read = mark()
+    assert compute(read, initializer=initialize) == ("yes",)
+    with dask.config.set({"multiprocessing.initializer": initialize}):
+        assert compute(read) == ("yes",)
+    assert compute(read) == (None,)
