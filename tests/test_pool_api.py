@@ -337,3 +337,16 @@ def test_nobody_is_warned_of_what_a_pool_leaves_open(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "default", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def parent_of_worker(seconds: float) -> tuple[int | None, str, bool]:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join(seconds)
+    return parent.pid, parent.name, parent.is_alive()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_parent_of_a_worker_is_the_process_that_has_the_pool(method: str) -> None:
+    with Pool(1, context=multiprocessing.get_context(method)) as pool:
+        assert pool.apply(parent_of_worker, (0.0,)) == (os.getpid(), "MainProcess", True)

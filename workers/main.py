@@ -159,7 +159,7 @@ class Worker:
         if self._settings.pool is not None:
             from taskrun.pooling import remote
 
-            remote.begin(self._settings.pool, self._birth.worker)
+            remote.begin(self._settings.pool, self._birth.worker, self._settings.coordinator)
             self._home.check = remote.check
         self._control.start()
         self.tell((READY, os.getpid()))

@@ -84,15 +84,18 @@ def prepare(start: Start, file: str | None) -> None:
         del current._inheriting
 
 
-def begin(start: Start, number: int) -> None:
-    """In a new worker: be the process that users expect, then call the initializer."""
+def begin(start: Start, number: int, parent: int) -> None:
+    """In a new worker: be the process that users expect, a child of ``parent``, then call the
+    initializer."""
     from multiprocessing import process, util
 
     failures.shares_main = True
     if start.method != "spawn":
         util._finalizer_registry.clear()  # type: ignore[attr-defined]
         util._run_after_forkers()  # type: ignore[attr-defined]
-    process._current_process = _Process(start.method, number)  # type: ignore[attr-defined]
+    ours: Any = process  # what is private there
+    ours._parent_process = _parent(parent)
+    ours._current_process = _Process(start.method, number, parent)
     if _failure is not None:
         return
     try:
@@ -115,7 +118,21 @@ def _fail(error: BaseException) -> None:
     _failure = error
 
 
-def _Process(method: str, number: int) -> Any:
+def _parent(pid: int) -> Any:
+    """What ``multiprocessing.parent_process()`` gives in a worker: the process that has the pool,
+    and not the template in between."""
+    from multiprocessing import process
+
+    try:
+        sentinel = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        # Not on this system.  One that never tells: the worker ends when its parent does.
+        sentinel, _ = os.pipe()
+    made: Any = process._ParentProcess  # type: ignore[attr-defined]
+    return made(process.current_process().name, pid, sentinel)
+
+
+def _Process(method: str, number: int, parent: int) -> Any:
     """What ``multiprocessing.current_process()`` gives in a worker."""
     from multiprocessing import process
 
@@ -126,7 +143,7 @@ def _Process(method: str, number: int) -> Any:
     made._identity = (*getattr(current, "_identity", ()), number)
     made._config = {**current._config, "daemon": False}
     made._name = f"{kind}PoolWorker-{number}"
-    made._parent_pid = os.getppid()
+    made._parent_pid = parent
     made._popen = None
     made._closed = False
     process._children = set()  # type: ignore[attr-defined]
