@@ -158,13 +158,16 @@ def test_large_arguments_and_results_come_through(pool: Pool) -> None:
     assert [len(one) for one in pool.map(bytes, [2_000_000] * 4)] == [2_000_000] * 4
 
 
-def test_workers_print_where_the_parent_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_print_where_the_parent_does(method: str, tmp_path: Path) -> None:
     code = (
+        "import multiprocessing, os\n"
         "from taskrun import Pool\n"
         "if __name__ == '__main__':\n"
-        "    print('before')\n"
-        "    with Pool(1) as pool:\n"
+        "    print('before', flush=True)\n"
+        f"    with Pool(1, context=multiprocessing.get_context({method!r})) as pool:\n"
         "        pool.map(print, ['one', 'two'])\n"
+        "        pool.apply(os.write, (2, b'to stderr'))\n"
         "    print('after')\n"
     )
     script = tmp_path / "script.py"
@@ -172,7 +175,7 @@ def test_workers_print_where_the_parent_does(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=False
     )
-    assert (done.stdout, done.stderr) == ("before\none\ntwo\nafter\n", "")
+    assert (done.stdout, done.stderr) == ("before\none\ntwo\nafter\n", "to stderr")
 
 
 def test_a_spawning_script_without_a_guard_is_told_so(tmp_path: Path) -> None:

@@ -204,18 +204,32 @@ def how_it_ended(status: int | str) -> str:
         return f"killed by signal {-status}"
 
 
-def launch_fresh(fd: int) -> int:
-    """Start a template that finds its socket as descriptor 0; gives its pid."""
+def launch_fresh(fd: int, *, writes: bool = False) -> int:
+    """Start a template that finds its socket as descriptor 0; gives its pid.
+
+    ``writes``: it has our stdout and stderr, and its workers too; else what it writes is lost.
+    """
     command = python_command("from taskrun.workers.template import run; run(0)")
     if not command[0]:
         raise OSError("this Python does not know where its interpreter is (sys.executable)")
     actions: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, 0)]
-    if os.environ.get("TASKRUN_DEBUG"):
+    if writes:
+        actions += map(_as_it_is, (1, 2))
+    elif os.environ.get("TASKRUN_DEBUG"):
         actions.append((os.POSIX_SPAWN_DUP2, 2, 1))
     else:
         actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
         actions.append((os.POSIX_SPAWN_DUP2, 1, 2))
     return os.posix_spawn(command[0], command, os.environ, file_actions=actions)
+
+
+def _as_it_is(fd: int) -> tuple[Any, ...]:
+    """What makes a child have this descriptor, even if it is closed or not to be inherited."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0
+    return os.POSIX_SPAWN_DUP2, fd, fd
 
 
 def _close_all(fds: list[int]) -> None:

@@ -254,7 +254,7 @@ class Starter:
         for own in self._fds:
             os.set_inheritable(own, True)
         try:
-            return launch_fresh(fd)
+            return launch_fresh(fd, writes=True)
         finally:
             for own in self._fds:
                 os.set_inheritable(own, False)
