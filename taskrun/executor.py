@@ -257,6 +257,13 @@ class Executor(ProcessPoolExecutor):
         if wait:
             self._pool.join()
 
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool | None:
+        """Wait for the calls; but end them after a Ctrl-C, which workers do not hear of."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._pool.terminate()
+        self.shutdown()
+        return None
+
 
 def _close(pool: Pool) -> None:
     pool.close()
@@ -280,7 +287,8 @@ def _results(
     try:
         while futures:
             left = None if deadline is None else deadline - time.monotonic()
-            values = futures.popleft().result(left)
+            values = futures[0].result(left)
+            del futures[0]  # only now: what is waited for is cancelled with the others
             for chunk in itertools.islice(chunks, 1):
                 futures.append(submit(*chunk))
             values.reverse()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -556,8 +557,10 @@ def _bar(total: int) -> Callable[[int], None]:
 
 @atexit.register
 def _terminate_all() -> None:
+    # Of the standard library's workers a Ctrl-C ends the calls; of ours it does not.
+    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
     for driver in living(_drivers):
-        if driver.waits_at_exit and driver.loop.is_here:
+        if driver.waits_at_exit and driver.loop.is_here and not interrupted:
             driver.close()
             driver.loop.finished.wait()
         driver.terminate()

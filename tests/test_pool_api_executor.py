@@ -6,6 +6,7 @@ import asyncio
 import faulthandler
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -152,3 +153,46 @@ def test_an_argument_that_cannot_be_unpickled_says_in_its_cause_where(executor: 
     assert isinstance(error, ArgumentError)
     assert isinstance(error.__cause__, _RemoteTraceback)
     assert "ValueError: invalid literal" in error.__cause__.tb
+
+
+INTERRUPTED = """
+import sys, time
+from taskrun import Executor
+
+def work(seconds):
+    print("began", flush=True)
+    time.sleep(seconds)
+
+if __name__ == "__main__":
+    executor = Executor(2)
+    {use}
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "executor.submit(work, 60).result()",
+        "list(executor.map(work, [60] * 4))",
+        "with executor: executor.submit(work, 60).result()",
+        "with executor: list(executor.map(work, [60] * 4))",
+        "with executor: executor.submit(work, 60); time.sleep(60)",
+    ],
+)
+def test_after_ctrl_c_nobody_waits_for_calls_that_run(use: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED.format(use=use))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.readline() == "began\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == -signal.SIGINT
+
+
+def test_a_map_that_is_given_up_ends_its_calls(executor: Executor, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        list(executor.map(touch_and_sleep, [tmp_path / "a", tmp_path / "b"], timeout=0.2))
+    assert executor.submit(square, 3).result(SECONDS) == 9
+    assert time.monotonic() - began < SECONDS / 2
