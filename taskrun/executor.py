@@ -191,6 +191,11 @@ class Executor(ProcessPoolExecutor):
     ) -> None:
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            if max_tasks_per_child <= 0:
+                raise ValueError("max_tasks_per_child must be >= 1")
         self._pool = Pool(
             max_workers, initializer, initargs, max_tasks_per_child, mp_context,
             address=address, authkey=authkey,

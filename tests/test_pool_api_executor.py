@@ -196,3 +196,11 @@ def test_a_map_that_is_given_up_ends_its_calls(executor: Executor, tmp_path: Pat
         list(executor.map(touch_and_sleep, [tmp_path / "a", tmp_path / "b"], timeout=0.2))
     assert executor.submit(square, 3).result(SECONDS) == 9
     assert time.monotonic() - began < SECONDS / 2
+
+
+@pytest.mark.parametrize(("most", "kind"), [(0, ValueError), ("two", TypeError)])
+def test_a_parameter_that_is_refused_is_called_by_its_name(
+    most: Any, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match="max_tasks_per_child must be"):
+        Executor(1, max_tasks_per_child=most)
