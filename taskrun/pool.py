@@ -307,29 +307,33 @@ class Pool(standard.Pool):
         if chunksize is None:
             chunksize, extra = divmod(size, self._processes * 4)
             chunksize += bool(extra)
-        chunks = -(-size // chunksize) if size else 0
-        result = MapResult(self, self._driver, callback, error_callback, chunks)
-        if progress:
-            result._advance = _bar(size)
-        if not chunks:
-            result.start()
-            self._loop.nudge()
+        blobs: list[tuple[Portable, int]] = []
+        before: tuple[Any, ...] = ()
+        failed: Exception | None = None
         try:
-            recipe, before = self._recipes.for_items(kind, func, timeout, retries)
-            result.held = before
-            seen: Seen = {}  # whoever changes what he maps over while it is taken: his fault
-            blobs = [
-                (dumps_call(((*before, chunk), {}), seen), len(chunk))
-                for chunk in _chunked(sized, chunksize)
-            ]
+            if size:
+                recipe, before = self._recipes.for_items(kind, func, timeout, retries)
+                seen: Seen = {}  # whoever changes what he maps over while it is taken: his fault
+                blobs = [
+                    (dumps_call(((*before, chunk), {}), seen), len(chunk))
+                    for chunk in _chunked(sized, chunksize)
+                ]
         except Exception as error:
-            # As in the standard library: the result tells it.
-            blobs = []
-            for number in range(chunks):
-                result.part_ended(result.chunk(number, 0), (error, True))
-            self._loop.nudge()
+            failed = error  # as in the standard library, the result tells it
+        # Not what len() promises: chunks that do not come would be waited for for ever.
+        chunks = len(blobs) if failed is None else 1
+        result = MapResult(self, self._driver, callback, error_callback, chunks)
+        result.held = before
+        if progress:
+            result._advance = _bar(sum(count for _, count in blobs))
+        if failed is not None:
+            result.part_ended(result.chunk(0, 0), (failed, True))
+        elif not blobs:
+            result.start()
         for number, (blob, count) in enumerate(blobs):
             self._driver.submit(recipe, blob, result.chunk(number, count))
+        if not blobs:
+            self._loop.nudge()
         return result
 
     def imap(

@@ -353,3 +353,25 @@ def parent_of_worker(seconds: float) -> tuple[int | None, str, bool]:
 def test_the_parent_of_a_worker_is_the_process_that_has_the_pool(method: str) -> None:
     with Pool(1, context=multiprocessing.get_context(method)) as pool:
         assert pool.apply(parent_of_worker, (0.0,)) == (os.getpid(), "MainProcess", True)
+
+
+class Liar:
+    """Has another length than it says."""
+
+    def __init__(self, said: int, is_: int) -> None:
+        self.said, self.is_ = said, is_
+
+    def __len__(self) -> int:
+        return self.said
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.is_))
+
+
+@pytest.mark.parametrize(("said", "is_"), [(100, 7), (3, 40), (5, 0)])
+def test_a_map_over_what_lies_about_its_length_gives_what_there_is(
+    pool: Pool, said: int, is_: int
+) -> None:
+    found = pool.map_async(square, Liar(said, is_)).get(SECONDS)
+    assert found == [x * x for x in range(is_)]
+    assert pool.map_async(square, range(3)).get(SECONDS) == [0, 1, 4]
