@@ -219,7 +219,8 @@ def as_completed(futures: Iterable[Future], timeout: float | None = None) -> Ite
             if not active().wait(pending, any_of=True, timeout=left):
                 raise TimeoutError(f"{len(pending)} calls did not end within {timeout:g} s")
             continue
-        pending = [future for future in pending if not future.done()]
+        known = set(ended)  # more may have ended since: another thread takes what comes
+        pending = [future for future in pending if future not in known]
         yield from ended
 
 

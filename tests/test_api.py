@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import taskrun
-from taskrun import Skip, current, each, per_worker, result, task
+from taskrun import Future, Skip, as_completed, current, each, per_worker, result, task
 from taskrun.api import collecting
 from taskrun.errors import CallSkipped
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result
@@ -150,6 +150,19 @@ def test_outside_a_run_a_teardown_gets_the_exceptions_as_in_one() -> None:
     assert left.result() == (
         "((ValueError('bad'), [CallSkipped('nothing to do')]), {'x': ValueError('bad')})"
     )
+
+
+def test_a_call_that_ends_while_others_are_looked_at_is_not_left_out() -> None:
+    class Ending(Future):
+        looks = 0
+
+        def done(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    ended, ending = Future("first"), Ending("second")
+    ended.resolve(1)
+    assert list(as_completed([ended, ending])) == [ended, ending]
 
 
 def test_outside_a_run_current_is_a_stand_in() -> None:

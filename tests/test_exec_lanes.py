@@ -273,6 +273,21 @@ async def awaits(future): return await future
     assert [(runs.folder / name).read_text() for name in ("first", "second")] == ["x", "x"]
 
 
+def test_outcomes_that_come_while_they_are_asked_for_are_found(runs: Runs) -> None:
+    source = """
+@task(default=False)
+def same(x): return x
+
+@task(lane="thread")
+def asks():
+    futures = [same.submit(number) for number in range(20_000)]
+    found = [future.result() for future in as_completed(futures)]
+    assert sorted(found) == list(range(20_000)), len(found)
+"""
+    for _ in range(3):
+        runs.exec(source, "-j2", "--output", "quiet").check()
+
+
 @pytest.mark.parametrize("how", ["-j1", "--inline"])
 def test_a_thread_that_outlives_its_call_belongs_to_no_other(runs: Runs, how: str) -> None:
     source = """

@@ -205,7 +205,8 @@ class WorkerContext:
             while running is not None:
                 mine = call is None or running.call == call
                 if mine and running.futures and key in running.futures:
-                    resolve(running.futures.pop(key), outcome)
+                    resolve(running.futures[key], outcome)
+                    del running.futures[key]
                     break
                 running = running.below
 
@@ -263,7 +264,8 @@ class WorkerContext:
     def _pending(self, running: Running, futures: Sequence[Future]) -> list[Future]:
         pending = [future for future in dict.fromkeys(futures) if not future.done()]
         for future in pending:
-            if running.futures is None or running.futures.get(future.key) is not future:
+            known = running.futures is not None and running.futures.get(future.key) is future
+            if not (known or future.done()):  # it may be resolved just now, by another thread
                 raise RuntimeError(f"{future!r} was submitted by another call, or attempt")
         return pending
 

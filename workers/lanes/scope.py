@@ -66,9 +66,10 @@ class LaneContext(WorkerContext):
         if running is None or running.futures is None:
             return
         for key, outcome in outcomes.items():
-            future = running.futures.pop(key, None)
+            future = running.futures.get(key)
             if future is not None:
                 resolve(future, outcome)
+                del running.futures[key]  # not before: who asks meanwhile finds it in either
         running.wake()
         if running.awaited:
             self._ask_soon(running)
