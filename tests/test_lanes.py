@@ -21,6 +21,7 @@ from workshop import Workshop, alive, cancelled, gone, interrupt, task_file
 
 from taskrun import errors
 from taskrun import messages as m
+from taskrun.engines import pool
 from taskrun.engines.pool import PoolEngine
 from taskrun.model import Options, Task
 from taskrun.values import decode
@@ -52,6 +53,7 @@ logging.basicConfig(format="log %(message)s", level=logging.INFO)
 
 # In each lane's words: `run def` is how a call is written, `pause` how it waits.
 WORDS = {
+    "process": {"run def": "def", "pause": "time.sleep", "sh": "sh", "get": ".result()"},
     "thread": {"run def": "def", "pause": "time.sleep", "sh": "sh", "get": ".result()"},
     "green": {"run def": "def", "pause": "time.sleep", "sh": "sh", "get": ".result()"},
     "async": {
@@ -729,6 +731,29 @@ def test_a_thread_or_greenlet_waits_for_what_it_submitted(open_in: Open, lane: s
     assert [shop.value(parent) for parent in parents] == [6] * 10
     shop.on_event = lambda event: None
     assert shop.do(worker, "impatient", names=()) == "time is up"
+
+
+@pytest.mark.parametrize("lane", ["process", *LANES])
+def test_what_is_submitted_is_known_while_the_call_goes_on(
+    open_in: Open, lane: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pool, "LONG", 600.0)  # nobody asks
+    shop, worker = open_in(
+        lane,
+        """
+        @task
+        RUN submits(x):
+            for number in range(20):
+                add.submit(number, 1)
+            while not os.path.exists(x): PAUSE(0.01)
+        """,
+    )
+    go_on = tmp_path / "go on"
+    call = shop.start(worker, "submits", str(go_on))
+    shop.until(lambda: sum(len(event.calls) for event in shop.all(m.Submitted)) == 20)
+    assert not shop.reports
+    go_on.touch()
+    shop.value(call)
 
 
 def answer_waits(shop: Workshop, worker: int) -> None:

@@ -62,6 +62,9 @@ class Bench:
     def flush(self) -> None:
         return None
 
+    def flush_soon(self) -> None:
+        return None
+
     def begin(self, call: int, attempt: int, resumed: int = 0) -> None:
         self.steps.append(("begin", call))
 

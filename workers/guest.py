@@ -160,6 +160,9 @@ class Guest:
     def flush(self) -> None:
         """What there is to say goes with the chunk."""
 
+    def flush_soon(self) -> None:
+        """The same."""
+
     def _keep(self, record: tuple[Any, ...]) -> tuple[Any, ...]:
         """An outcome whose large values are left with the engine."""
         running = self._executor.running

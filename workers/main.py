@@ -113,6 +113,8 @@ class Worker:
         self.outbox = Outbox(self._ledger, self._fd)
         self.tell, self.flush = self.outbox.tell, self.outbox.flush
         self.tell_item = self.outbox.tell_item
+        self._flusher = Flusher()
+        self._about_to_flush = False
         self._capture: Capture
         if settings.pool is None or settings.pool.captured:
             self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
@@ -126,7 +128,7 @@ class Worker:
             self._ledger,
             self._capture,
             thread_variables=variables,
-            later=Flusher().later,
+            later=self._flusher.later,
             folder=Folder() if settings.pool is None else None,
         )
         self._context = WorkerContext(
@@ -289,6 +291,18 @@ class Worker:
                 self.tell((GAVE_BACK, [record[1:3]], None))  # the wait was over when it came
 
     # -- waiting attempts -------------------------------------------------------------
+
+    def flush_soon(self) -> None:
+        """See ``scope.Line``."""
+        if self.outbox.is_due:
+            self.flush()
+        elif not self._about_to_flush:
+            self._about_to_flush = True
+            self._flusher.later(self._flush_late)
+
+    def _flush_late(self) -> None:
+        self._about_to_flush = False
+        self.flush()
 
     def _wait_begins(self) -> None:
         with self.reading:  # from here on the control thread reads nothing

@@ -42,6 +42,9 @@ PROGRESS_SECONDS: Final = 0.05  # at most so often is progress told
 class Line(Port, Protocol):
     """The way to the coordinator, and back."""
 
+    def flush_soon(self) -> None:
+        """Have what was told sent soon, whatever the task goes on to do; any thread may ask."""
+
     def converse(
         self,
         running: Running,
@@ -99,16 +102,18 @@ class WorkerContext:
         reference, by_value = self._reference(task)
         if task.options.lane == GREEN:
             check_green(task.name)
-        with _masked(running, self._thread), self._submitting:  # DEFINE comes before SUBMIT
-            key = _key(running, reference, blob)
-            future = Future(task.name, key)
-            if running.keys is None or running.futures is None:
-                running.keys, running.futures = set(), {}
-            running.keys.add(key)
-            running.futures[key] = future
-            self._define(task, reference, by_value)
-            self._line.tell((SUBMIT, running.call, running.attempt, key, reference, blob, keys))
-        self._hurry()
+        with _masked(running, self._thread):
+            with self._submitting:  # DEFINE comes before SUBMIT
+                key = _key(running, reference, blob)
+                future = Future(task.name, key)
+                if running.keys is None or running.futures is None:
+                    running.keys, running.futures = set(), {}
+                running.keys.add(key)
+                running.futures[key] = future
+                self._define(task, reference, by_value)
+                said = (SUBMIT, running.call, running.attempt, key, reference, blob, keys)
+                self._line.tell(said)
+            self._line.flush_soon()
         return future
 
     def wait(self, futures: Sequence[Future], *, any_of: bool, timeout: float | None) -> bool:
@@ -243,11 +248,6 @@ class WorkerContext:
         """What it waited for did not come in time."""
         self._line.tell((RESUME, running.call, running.attempt))
         self._line.flush()
-
-    def _hurry(self) -> None:
-        """Another thread than the task's own has submitted: who knows when that one flushes."""
-        if threading.get_ident() != self._thread:
-            self._line.flush()
 
     # -- waiting ----------------------------------------------------------------------
 

@@ -241,6 +241,9 @@ class InlineEngine:
         if said and not self._closed:
             self._records.take(self, said)
 
+    def flush_soon(self) -> None:
+        """See ``scope.Line``.  Nobody could do anything before the call waits or ends."""
+
     def converse(
         self,
         running: Running,

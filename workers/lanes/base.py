@@ -114,6 +114,10 @@ class LaneWorker:
         """Have what was told sent soon; any thread may ask."""
         raise NotImplementedError
 
+    def flush_soon(self) -> None:
+        """See ``scope.Line``."""
+        self.flush()
+
     def found(self) -> LaneRunning | None:
         """The attempt that the code which asks belongs to."""
         return RUNNING.get(None)

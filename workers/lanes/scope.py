@@ -77,9 +77,6 @@ class LaneContext(WorkerContext):
     def _give_up(self, running: Running) -> None:
         """The worker knows whether other threads of the call go on waiting."""
 
-    def _hurry(self) -> None:
-        """Who waits for what was submitted flushes."""
-
     def _refuse_to_block(self) -> None:
         asyncio = sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
