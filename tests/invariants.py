@@ -90,7 +90,11 @@ class Auditor:
     def _slots_are_kept(self, commands: list[m.Command]) -> None:
         """Calls that waited may go on beyond the slots; nothing more is started then."""
         placement = self.scheduler.placement
-        started = [c.calls[0] for c in commands if isinstance(c, m.Assign)]
+        started = [
+            command.calls[0]
+            for command in commands
+            if isinstance(command, m.Assign) and command.worker in placement.workers
+        ]
         if any(call.recipe.resources.get("cpu", 1.0) for call in started):
             assert placement.busy_cpu <= placement.slots + ROUNDING, "slots are over-committed"
         for worker in self.scheduler._workers.values():

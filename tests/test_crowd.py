@@ -76,6 +76,33 @@ def test_a_call_that_waits_leaves_its_slot_to_those_it_waits_for() -> None:
     assert sim.now < 4.0
 
 
+def test_a_call_of_a_lane_with_workers_of_its_own_is_nested_in_no_other() -> None:
+    leaf = a_task("leaf", lane="async")
+    parent = a_task("parent", {"x": each(range(12))})
+    does: dict[str, Script] = {
+        "parent": (Submit("c", leaf), WaitFor(("c",)), Value()),
+        "leaf": SLOW,
+    }
+    sim = Simulation([parent], does, lanes=ASYNC, slots=1)
+    assert sim.run() == 0
+    assert not [command for command in sim.of(m.Assign) if command.nested]
+    given = [call.id for command in sim.of(m.Assign) for call in command.calls]
+    assert len(given) == len(set(given)) == 24
+
+
+def test_calls_that_wait_across_lanes_end_however_many_there_are() -> None:
+    leaf, mid = a_task("leaf"), a_task("mid", lane="async")
+    parent = a_task("parent", {"x": each(range(12))})
+    does: dict[str, Script] = {
+        "parent": (Submit("m", mid), WaitFor(("m",)), Value()),
+        "mid": (Submit("l", leaf), WaitFor(("l",)), Value()),
+    }
+    sim = Simulation([parent], does, lanes={"async": 9}, slots=1)
+    assert sim.run() == 0
+    assert {call.recipe.name for command in sim.of(m.Assign) if command.nested
+            for call in command.calls} == {"leaf"}  # fmt: skip
+
+
 def test_a_retiring_worker_finishes_and_another_takes_its_place() -> None:
     sim = Simulation([waiting(6)], {"t": SLOW}, lanes=ASYNC)
     sim.at(0.5, lambda: sim.post(m.Retiring(1)))

@@ -110,6 +110,7 @@ class Books:
         homes = dict.fromkeys(LANES, process)
         for lane, most in lanes.items():
             homes[lane] = Crowd(lane, most, self._claims, self._workers, self._out)
+        self.placement.lanes = {lane for lane, home in homes.items() if home is self.placement}
         return homes
 
     # -- what is asked ----------------------------------------------------------------

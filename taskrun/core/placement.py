@@ -15,7 +15,7 @@ cycle, so something can always go on.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from taskrun import bunch
 from taskrun import messages as m
@@ -24,7 +24,7 @@ from taskrun.core.claims import Claims
 from taskrun.core.ready import Queue, ReadyCalls
 from taskrun.core.timers import Timers
 from taskrun.core.workforce import DEFAULT_CPU, Wait, Worker
-from taskrun.model import Recipe
+from taskrun.model import LANES, Recipe
 
 BATCH_SECONDS = 0.004  # how much work a worker is given in advance
 BATCH_CALLS = 256
@@ -58,6 +58,7 @@ class Placement:
         self.workers: dict[int, Worker] = {}
         self.busy_cpu = 0.0
         self.out = out
+        self.lanes: Collection[str] = LANES  # whose calls are executed here
         self.standing = 0  # so many workers are wanted even while there is nothing to do
         self.most_calls: int | None = None  # that a worker executes before it is replaced
         self._spare_factor = spare_factor
@@ -376,11 +377,12 @@ class Placement:
             if call.id in seen:
                 continue
             seen.add(call.id)
-            if call.state is READY and self._fits(call, place):
+            ours = call.recipe.lane in self.lanes
+            if call.state is READY and ours and self._fits(call, place):
                 return call
             if call.state in (WAITING, HELD) and call.inputs:
                 stack.extend(call.inputs.values())
-            elif call.state is RUNNING and (worker := self.workers.get(call.worker or 0)):
+            elif call.state is RUNNING and (worker := self._everyone.get(call.worker or 0)):
                 wait = worker.waits.get(call.id)
                 stack.extend(wait.pending.values() if wait else ())
         return None
