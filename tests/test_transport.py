@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -159,6 +159,28 @@ def test_a_listener_that_says_nothing_is_given_up_in_time() -> None:
             dial_blocking(silent.getsockname(), KEY, b"client", timeout=0.3)
     assert caught.value.retry
     assert monotonic() - began < 5
+
+
+@contextmanager
+def silence() -> Iterator[tuple[str, int]]:
+    """An address from which nothing comes back, as from behind a firewall: its queue is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as kept:
+        for _ in range(3):
+            client = kept.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        yield full.getsockname()
+
+
+def test_of_the_addresses_of_a_name_those_are_tried_that_come_after_a_silent_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with closing(Meeting(("127.0.0.1", 0))) as meeting, silence() as silent:
+        found = [(socket.AF_INET, target) for target in (silent, meeting.address)]
+        monkeypatch.setattr("taskrun.transport.dialling._targets", lambda *_: found)
+        meeting.dial(timeout=1.0)
+        meeting.until(lambda: meeting.there.peers or meeting.there.failures)
+        assert meeting.there.failures == []
 
 
 def test_the_folder_of_a_unix_socket_must_be_private(tmp_path: Path) -> None:

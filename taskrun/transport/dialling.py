@@ -18,7 +18,7 @@ from taskrun.addresses import Address, Tls, is_loopback, secured, shown
 from taskrun.authkey import check_length
 from taskrun.errors import DialError, WireError
 from taskrun.manager.protocol import ProtocolError
-from taskrun.reactor import Reactor
+from taskrun.reactor import Reactor, Timer
 from taskrun.transport import proof
 from taskrun.transport.gate import acknowledge, prepare
 from taskrun.transport.peer import Peer
@@ -113,7 +113,9 @@ class Dialling:
         self._last: OSError | None = None
         self._over = False
         self._targets: deque[tuple[int, Any]] = deque()
-        self._timer = reactor.call_at(monotonic() + timeout, self._on_timeout)
+        self._deadline = monotonic() + timeout
+        self._timer = reactor.call_at(self._deadline, self._on_timeout)
+        self._patience: Timer | None = None  # with one of several targets
         reactor.call_soon(self._look_up)
         _diallings.add(self)
 
@@ -128,7 +130,10 @@ class Dialling:
             self._targets.extend(_targets(self.address, socket.AI_NUMERICHOST))
             self._try_next()
         except OSError:  # it is a name: the system may take its time to find it
-            threading.Thread(target=self._ask_for_name, name="look up", daemon=True).start()
+            try:
+                threading.Thread(target=self._ask_for_name, name="look up", daemon=True).start()
+            except RuntimeError as error:  # the system gives us no more threads
+                self._fail(f"cannot be looked up: {error}", retry=True)
 
     def _ask_for_name(self) -> None:
         """On a thread of its own."""
@@ -168,6 +173,14 @@ class Dialling:
             self._on_unreachable(error)
             return
         self._reactor.add_writer(made.fileno(), self._on_connected)
+        if self._targets:
+            # A network may swallow what goes there: the others have their share of the time.
+            now = monotonic()
+            share = (self._deadline - now) / (len(self._targets) + 1)
+            self._patience = self._reactor.call_at(now + share, self._on_silence)
+
+    def _on_silence(self) -> None:
+        self._on_unreachable(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
 
     def _on_unreachable(self, error: OSError) -> None:
         self._last = error
@@ -176,6 +189,7 @@ class Dialling:
 
     def _on_connected(self) -> None:
         assert self._socket is not None
+        self._be_patient()
         self._reactor.remove_writer(self._socket.fileno())
         failed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failed:
@@ -293,7 +307,13 @@ class Dialling:
             self.close()
             self._on_failure(DialError(f"{shown(self.address)} {what}", retry=retry))
 
+    def _be_patient(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
     def _drop(self) -> None:
+        self._be_patient()
         if self._socket is not None:
             self._reactor.remove_reader(self._socket.fileno())
             self._reactor.remove_writer(self._socket.fileno())
