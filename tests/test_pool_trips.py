@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupting import broken_off_at
 
 from taskrun.errors import CallCancelled, WorkerLost
 from taskrun.pool import AsyncResult, Pool
@@ -206,6 +207,16 @@ def test_many_threads_make_trips_at_once(pool: Pool) -> None:
     for thread in threads:
         thread.join(SECONDS)
     assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("size", [1, 300_000])
+def test_an_interrupt_amid_a_submission_costs_no_other_call(pool: Pool, size: int) -> None:
+    argument = b"x" * size
+    steps = 0
+    while broken_off_at(steps, lambda: pool.apply_async(len, (argument,))):
+        assert pool.apply_async(double, (steps,)).get(SECONDS) == 2 * steps
+        steps += 1
+    assert steps > 10
 
 
 def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(

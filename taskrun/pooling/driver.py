@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
+from threading import get_ident
 from time import monotonic
 from typing import Any, Final
 
@@ -132,10 +133,7 @@ class Driver:
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
         """
         self._put((recipe, blob, None, job))
-        if waits and not self._posted:
-            self._posted = True
-            self._reactor.call_soon(self._take)
-        self._was_put()
+        self._was_put(soon=waits)
 
     def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
         """Have a call executed, with others in a bunch; ``args``: see ``Bunch.items``.  For
@@ -146,13 +144,30 @@ class Driver:
     def submit_single(self, token: Single) -> None:
         """The same, for a token that has its recipe and arguments with it."""
         self._put(token)
-        if not self._posted or self._ended:
+        if not self._posted or self._ended or self._asking:
             self._was_put()
 
-    def _was_put(self) -> None:
-        if not self._posted:
-            self._posted = True
-            self._to_loop(self._take)
+    def _was_put(self, *, soon: bool = False) -> None:
+        """Ask the loop to take what was put in, unless somebody has; ``soon``: in its next turn,
+        which the caller makes itself."""
+        # The handler of a signal may come in between, submit as well and wait: it has to ask
+        # itself.  Or it ends us here: then the next one asks.
+        here = get_ident()
+        amid = here in self._asking
+        if amid or not self._posted:
+            self._asking.add(here)
+            try:
+                self._posted = True
+                if soon:
+                    self._reactor.call_soon(self._take)
+                else:
+                    self._to_loop(self._take)
+            except BaseException:
+                self._posted = False
+                raise
+            finally:
+                if not amid:
+                    self._asking.discard(here)
         if self._ended:
             self._inbox.fail(self.why_over())
 
