@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupting import broken_off_at
 from manager_support import KEY, Client, deadline, running, wait_for
 
 from taskrun.manager import SyncManager
@@ -115,6 +116,25 @@ def test_an_interrupted_call_does_not_leave_its_reply_to_the_next(manager: Any) 
         signal.signal(signal.SIGUSR1, before)
     queue.put("a reply")
     assert shared["a"] == 1
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_a_call_may_be_interrupted_at_any_step(manager: Any, size: int) -> None:
+    shared, other = manager.dict(), manager.list(range(5))
+    value = b"x" * size
+    steps = 0
+    while broken_off_at(steps, lambda: shared.update(a=value)):
+        assert other[3] == 3 and other[1:3] == [1, 2]
+        steps += 1
+    assert steps > 20
+
+
+def test_an_argument_that_cannot_be_pickled_leaves_the_connection_its_locks(manager: Any) -> None:
+    lock, shared = manager.RLock(), manager.list()
+    lock.acquire()
+    with pytest.raises(TypeError, match="pickle"):
+        shared.append(threading.Lock())
+    lock.release()  # it belongs to the connection
 
 
 def test_standard_clients_read_the_proxies_that_ours_have_stored() -> None:

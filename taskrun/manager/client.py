@@ -57,14 +57,19 @@ class _RequestPickler(ForkingPickler):
         return NotImplemented if reduce is None else reduce(value)
 
 
-def send(conn: Any, request: tuple[Any, ...]) -> None:
-    """Send a request."""
-    if not isinstance(conn, connection.Connection):
-        conn.send(request)
-        return
+def pickled(request: tuple[Any, ...]) -> memoryview:
+    """A request as it is sent."""
     buffer = io.BytesIO()
     _RequestPickler(buffer).dump(request)
-    conn.send_bytes(buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def send(conn: Any, request: tuple[Any, ...]) -> None:
+    """Send a request."""
+    if isinstance(conn, connection.Connection):
+        conn.send_bytes(pickled(request))
+    else:
+        conn.send(request)
 
 
 def ask(conn: Any, name: str, *args: Any, **kwds: Any) -> Any:

@@ -134,9 +134,7 @@ class Proxy(managers.BaseProxy):
 
     def _callmethod(self, methodname: str, args: Any = (), kwds: Any = None) -> Any:
         """Call a method of the shared object; its result, or a proxy of that."""
-        conn = self._connection()
-        client.send(conn, (self._id, methodname, args, kwds or {}))
-        kind, result = self._receive(conn)
+        kind, result = self._exchange((self._id, methodname, args, kwds or {}))
         if kind == "#RETURN":
             return result
         if kind == "#PROXY":
@@ -146,15 +144,22 @@ class Proxy(managers.BaseProxy):
         finally:
             del result  # else it would be in a cycle with its own traceback
 
-    def _receive(self, conn: Any) -> Any:
-        if self._serializer == "xmlrpclib":
-            return conn.recv()
+    def _exchange(self, request: tuple[Any, ...]) -> Any:
+        """Send a request, and get the reply.  Where that is broken off, nobody knows what would
+        be read from the connection next."""
+        conn = self._connection()
+        xml = self._serializer == "xmlrpclib"
+        payload = None if xml else client.pickled(request)
         try:
-            payload = conn.recv_bytes()
+            if payload is None:
+                conn.send(request)
+                return conn.recv()
+            conn.send_bytes(payload)
+            reply = conn.recv_bytes()
         except BaseException:
             self._disconnect()
             raise
-        return Loader(payload, partial(_rebuild_carried, self)).load()
+        return Loader(reply, partial(_rebuild_carried, self)).load()
 
     def _proxy(self, exposed: Any, token: Any) -> Any:
         known: Any = managers.SyncManager if self._manager is None else self._manager
