@@ -117,6 +117,11 @@ class Ledger:
         self._words[_LENGTH] = 0
         self._words[_GENERATION] += 1
 
+    @property
+    def generation(self) -> int:
+        """How many frames were sent."""
+        return self._words[_GENERATION]
+
     def reads(self) -> list[int]:
         """Of each stream; see :meth:`reading`."""
         return [self._words[_READS], self._words[_READS + 1]]

@@ -182,15 +182,33 @@ def _few(buffers: deque[memoryview]) -> int:
     return min(len(buffers), _MAX_BUFFERS)
 
 
-def send_frame(fd: int, payload: bytes | memoryview) -> None:
-    """Write one whole frame to a descriptor that blocks."""
+def send_frame(fd: int, payload: bytes | memoryview, written: list[int] | None = None) -> None:
+    """Write one whole frame to a descriptor that blocks.
+
+    What a signal handler raises meanwhile is raised when all is written: after a part of a
+    frame, nothing could be sent any more.  ``written`` gets how many bytes were, and stays
+    empty where that was none.
+    """
     start = header(len(payload))
-    written = os.writev(fd, (start, payload))
-    if written == len(start) + len(payload):
-        return
-    if written < len(start):
-        payload = start[written:] + bytes(payload)
-        written = len(start)
-    rest = memoryview(payload)[written - len(start) :]
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+    total = len(start) + len(payload)
+    counts: list[int] = [] if written is None else written
+    raised: BaseException | None = None
+    while True:
+        try:
+            while (done := sum(counts)) < total:
+                parts = (start[done:], payload)
+                if done >= len(start):
+                    parts = (b"", memoryview(payload)[done - len(start) :])
+                # In one step, into which no handler comes: none of what was written is missed.
+                counts.extend(map(os.writev, (fd,), (parts,)))
+            break
+        except BaseException as error:
+            # What the system says has a number, and what a handler raises has none.
+            if not counts or (isinstance(error, OSError) and error.errno is not None):
+                raise
+            raised = error
+    if raised is not None:
+        try:
+            raise raised
+        finally:
+            raised = None  # else it would be in a cycle with its own traceback

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing.connection
 import os
+import signal
 import socket
 import struct
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from interrupting import at_each_step
+from interrupting import at_each_step, broken_off_at
 
 from taskrun import wire
 from taskrun.errors import WireError
@@ -300,6 +301,67 @@ def test_a_task_may_say_something_in_the_middle_of_saying_something(both: Any) -
         outbox.flush()
         thread.join(20)
         assert found >= set(range(next(numbers)))
+
+
+def test_what_a_signal_handler_raises_amid_a_frame_is_raised_when_that_was_sent(
+    both: Any,
+) -> None:
+    worker, _ = both
+    reader, writer = socket.socketpair()
+    interrupted = threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        interrupted.set()
+        raise TimeoutError
+
+    def receive() -> None:
+        assert interrupted.wait(20)  # until then, it is stuck in the middle of the frame
+        while len(found) < 2:
+            for frame in decoder.feed(reader.recv(1 << 20)):
+                found.extend(intake.frame(memoryview(frame)))
+
+    intake, decoder, found = Intake(), Decoder(), []
+    before = signal.signal(signal.SIGALRM, handler)
+    with reader, writer:
+        reader.settimeout(20)
+        outbox = Outbox(worker, writer.fileno())
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            with pytest.raises(TimeoutError):
+                outbox.tell(("large", b"x" * 10_000_000))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        outbox.tell(("next",))
+        outbox.flush()
+        thread.join(20)
+    assert found == [("large", b"x" * 10_000_000), ("next",)]
+
+
+def test_a_record_may_be_broken_off_at_any_step(both: Any) -> None:
+    worker, _ = both
+    reader, writer = socket.socketpair()
+    intake, decoder = Intake(), Decoder()
+    with reader, writer:
+        reader.settimeout(20)
+        outbox = Outbox(worker, writer.fileno())
+
+        def say() -> None:
+            outbox.tell(("broken off", steps))
+            outbox.flush()
+
+        steps = 0
+        while broken_off_at(steps, say):
+            outbox.tell(("whole", steps))
+            outbox.flush()
+            found: list[Any] = []
+            while ("whole", steps) not in found:
+                for frame in decoder.feed(reader.recv(1 << 20)):
+                    found += intake.frame(memoryview(frame))
+            steps += 1
+        assert steps > 20
 
 
 @pytest.mark.parametrize("garbage", [b"", b"1234567", b"\0" * 20, b"\0" * 8 + b"\xff" * 30])

@@ -138,11 +138,23 @@ class Outbox:
     def _send(self) -> None:
         self._bunch = None
         if self._ledger.used:
-            send_frame(self._fd, self._ledger.frame())
-            self._ledger.clear()
+            self._send_frame(self._ledger.frame())
         self._flushed = perf_counter()
 
     def _send_one(self, record: tuple[Any, ...]) -> None:
         self._send()
-        send_frame(self._fd, self._ledger.frame_of(record))
-        self._ledger.clear()
+        self._send_frame(self._ledger.frame_of(record))
+
+    def _send_frame(self, frame: bytes | memoryview) -> None:
+        ledger = self._ledger
+        generation, written = ledger.generation, list[int]()
+        try:
+            send_frame(self._fd, frame, written)
+        finally:
+            if written:
+                try:
+                    ledger.clear()
+                except BaseException:  # a signal handler's, just before it or just after
+                    if ledger.generation == generation:
+                        ledger.clear()
+                    raise
