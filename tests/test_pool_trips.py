@@ -9,11 +9,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupting import broken_off_at
+from interrupting import at_each_step, broken_off_at
 
 from taskrun.errors import CallCancelled, WorkerLost
 from taskrun.pool import AsyncResult, Pool
@@ -217,6 +218,20 @@ def test_an_interrupt_amid_a_submission_costs_no_other_call(pool: Pool, size: in
         assert pool.apply_async(double, (steps,)).get(SECONDS) == 2 * steps
         steps += 1
     assert steps > 10
+
+
+def test_who_interrupts_a_submission_may_submit_and_wait(pool: Pool) -> None:
+    # As a signal handler may; with a callback, since a trip puts signals off.
+    found: list[int] = []
+
+    def submit_and_wait() -> None:
+        assert pool.apply_async(double, (21,), callback=found.append).get(SECONDS) == 42
+
+    pool.apply(double, (1,))
+    for arguments in ((1,), (b"x" * 10_000,)):
+        action = partial(pool.apply_async, double, arguments, callback=found.append)
+        assert at_each_step(action, submit_and_wait) > 10
+    assert 42 in found
 
 
 def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(

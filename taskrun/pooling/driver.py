@@ -72,6 +72,7 @@ class Driver:
         self._put = self._inbox.entries.append
         self._added: list[Job] = []
         self._posted = False
+        self._asking: set[int] = set()  # threads that are about to set _posted, or to post
         self._feeds: list[None] = []  # one for each: to add and take is one step, without a lock
         self._low = 0  # calls at which more are taken, once there was no room for all
         self._waits = False
