@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing.connection
 import os
+import select
 import signal
 import socket
 import struct
@@ -315,7 +316,9 @@ def test_what_a_signal_handler_raises_amid_a_frame_is_raised_when_that_was_sent(
         raise TimeoutError
 
     def receive() -> None:
-        assert interrupted.wait(20)  # until then, it is stuck in the middle of the frame
+        assert select.select([reader], [], [], 20)[0]  # the frame has begun, and is stuck
+        os.kill(os.getpid(), signal.SIGALRM)
+        assert interrupted.wait(20)
         while len(found) < 2:
             for frame in decoder.feed(reader.recv(1 << 20)):
                 found.extend(intake.frame(memoryview(frame)))
@@ -327,12 +330,10 @@ def test_what_a_signal_handler_raises_amid_a_frame_is_raised_when_that_was_sent(
         outbox = Outbox(worker, writer.fileno())
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         try:
             with pytest.raises(TimeoutError):
                 outbox.tell(("large", b"x" * 10_000_000))
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         outbox.tell(("next",))
         outbox.flush()
