@@ -68,7 +68,10 @@ def _drop_elsewhere(values: list[Any]) -> None:
     """Have objects collected by a thread: that may take long, or run code of users."""
     if any(value is not None for value in values):
         # The list is emptied there; here is no reference left.
-        threading.Thread(target=values.clear, daemon=True).start()
+        try:
+            threading.Thread(target=values.clear, daemon=True).start()
+        except RuntimeError:
+            values.clear()  # the system gives us no more threads
 
 
 class Objects:

@@ -26,8 +26,8 @@ class LaneRunning(Running):
     greenlets that it has started, but for those of what all calls use, which it is ``making``.
     ``awaited``: futures that its coroutines await.  ``waiters``: where its threads or greenlets
     wait, ``waiting`` of them; ``together``: the core was told of several.  ``rests``: of each
-    stream, what it wrote of a line so far.  ``progressed``: when it last told its progress.
-    ``warned``: it was said to block others.
+    stream and thread, what it wrote of a line so far.  ``progressed``: when it last told its
+    progress.  ``warned``: it was said to block others.
     """
 
     __slots__ = (
@@ -45,7 +45,7 @@ class LaneRunning(Running):
         self.waiters: threading.Condition | None = None
         self.waiting = 0
         self.together = False
-        self.rests: dict[int, bytes] | None = None
+        self.rests: dict[tuple[int, int], bytes] | None = None
         self.progressed = 0.0
         self.started = 0.0
         self.warned = False

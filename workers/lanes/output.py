@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -58,14 +59,15 @@ class LaneOutput:
             own.buffer.write(data)
             own.flush()
             return
+        writer = stream, threading.get_ident()  # print() writes a line and its end apart
         with self._lock:
             rests = running.rests
             if rests is None:
                 rests = running.rests = {}
-            data = rests.pop(stream, b"") + data
+            data = rests.pop(writer, b"") + data
             end = data.rfind(b"\n") + 1
             if end < len(data) and len(data) - end < LONGEST:
-                rests[stream] = data[end:]
+                rests[writer] = data[end:]
                 data = data[:end]
             if data:
                 self._tell(running, stream, data)
@@ -73,9 +75,9 @@ class LaneOutput:
             self._port.flush()
 
     def end(self, running: LaneRunning) -> None:
-        """Tell the rest of a line that a call has not ended."""
+        """Tell the rests of lines that a call has not ended."""
         rests, running.rests = running.rests, None
-        for stream, rest in (rests or {}).items():
+        for (stream, _), rest in (rests or {}).items():
             self._tell(running, stream, rest)
 
     def _tell(self, running: LaneRunning, stream: int, data: bytes) -> None:
