@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, Final
 
 from taskrun.ledger import STREAMS
 from taskrun.messages import OUTPUT
+from taskrun.workers import native
 from taskrun.workers.lanes.calls import LaneRunning
 from taskrun.workers.outbox import Port
 
@@ -59,7 +59,7 @@ class LaneOutput:
             own.buffer.write(data)
             own.flush()
             return
-        writer = stream, threading.get_ident()  # print() writes a line and its end apart
+        writer = stream, native.get_ident()  # print() writes a line and its end apart
         with self._lock:
             rests = running.rests
             if rests is None:
