@@ -821,8 +821,11 @@ def test_a_process_that_a_call_has_forked_can_be_terminated(runs: Runs, how: str
 
         @task
         def ends_it():
-            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            def sleep(): mark("begun"), time.sleep(60)
+
+            child = multiprocessing.get_context("fork").Process(target=sleep)
             child.start()
+            while not os.path.exists("begun"): time.sleep(0.01)
             child.terminate()
             child.join(20)
             assert child.exitcode == -signal.SIGTERM, child.exitcode

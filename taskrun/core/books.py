@@ -78,7 +78,7 @@ class Books:
         self.growing = growing
         most = math.inf if growing else slots
         self.resources = Resources({"cpu": most, **(resources or {})})
-        self.graph = Graph(plan, self._new_call, recipe_ids, wanted)
+        self.graph = Graph(plan, self._new_call, self._new_calls, recipe_ids, wanted)
         self._timers = Timers()
         self._out: list[m.Command] = []
         self._workers: dict[int, Worker] = {}
@@ -218,6 +218,17 @@ class Books:
             self._open[call.id] = call
         self._live += 1
         return call
+
+    def _new_calls(self, recipe: Recipe, positions: range, family: Any) -> list[Call]:
+        """The same for each of these positions: often very many."""
+        made = [Call(id, recipe, at, family) for id, at in enumerate(positions, self._made)]
+        self._made += len(made)
+        if self._keep:
+            self.calls += made
+        else:
+            self._open.update((call.id, call) for call in made)
+        self._live += len(made)
+        return made
 
     def _find(self, id: int) -> Call | None:
         if not self._keep:

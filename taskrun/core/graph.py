@@ -110,10 +110,23 @@ class Family:
         self.users = 0
         self.tolerated = False
 
-    @property
-    def is_free(self) -> bool:
-        """Whether its calls need nothing but literal items."""
-        return not (self.sources or self.after)
+    def free_of(self, end: int) -> list[Call] | None:
+        """Where its calls before position ``end`` need nothing but items that are there: the
+        calls whose items those are; else None."""
+        if self.after:
+            return None
+        used = []
+        for wire in self.wires:
+            if type(wire) is CallWire:
+                if wire.item is None or wire.positions:
+                    return None
+                source = wire.source.calls[0]
+                if not wire.has_come(source, end - 1):
+                    return None
+                used.append(source)
+            elif type(wire) is not LiteralWire:
+                return None
+        return used
 
     @property
     def single(self) -> bool:
@@ -258,12 +271,15 @@ class Graph:
         self,
         plan: Plan,
         new_call: Callable[..., Call],
+        new_calls: Callable[..., list[Call]],
         recipe_ids: Iterator[int],
         wanted: Collection[str] = (),
     ) -> None:
-        """``new_call(recipe, index, family)`` makes a call with an id; ``wanted`` names the
-        tasks whose values are kept until the end of the run."""
+        """``new_call(recipe, index, family)`` makes a call with an id, ``new_calls`` those of a
+        range of positions; ``wanted`` names the tasks whose values are kept until the end of
+        the run."""
         self._new_call = new_call
+        self._new_calls = new_calls
         self.ready: list[Call] = []
         self.doomed: list[tuple[Call, Call]] = []
         self.created: list[Call] = []
@@ -412,7 +428,10 @@ class Graph:
 
     def _expand_items(self, family: Family, prefix: Index, first: int, end: int) -> None:
         if len(family.axes) == 1:
-            if family.is_free:
+            used = family.free_of(end)
+            if used is not None:
+                for call in used:
+                    call.users += end - first
                 self._create_free(family, range(first, end))
                 return
             for position in range(first, end):
@@ -440,8 +459,7 @@ class Graph:
 
     def _create_free(self, family: Family, positions: range) -> None:
         """What :meth:`_create` does, for calls that wait for nobody: often very many."""
-        new_call, recipe = self._new_call, family.recipe
-        calls = [new_call(recipe, position, family) for position in positions]
+        calls = self._new_calls(family.recipe, positions, family)
         family.calls += calls
         family.open += len(calls)
         self.created += calls
