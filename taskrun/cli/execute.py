@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import click
@@ -69,9 +70,13 @@ def execute(
             check_lanes(plan.tasks)
         click.echo(dry_run_text(plan))
         return 0
+    from taskrun.coordinator import collecting_rarely
     from taskrun.coordinator import execute as execute_plan
 
-    return execute_plan(plan, settings_from(context, options), stdout=stdout)
+    with collecting_rarely:
+        status = execute_plan(plan, settings_from(context, options), stdout=stdout)
+        gc.freeze()  # this process ends: nobody need look through all the calls once more
+    return status
 
 
 def dry_run_text(plan: Plan) -> str:
