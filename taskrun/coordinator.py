@@ -11,11 +11,9 @@ workers and all that they started end before ``execute`` returns.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from taskrun.core.scheduler import Scheduler
 from taskrun.core.workforce import worker_name
 from taskrun.engines.base import Engine
 from taskrun.errors import RunError
+from taskrun.garbage import collecting_rarely
 from taskrun.lanes import check_lanes
 from taskrun.limiting import LimitKeys
 from taskrun.loading import Loaded
@@ -350,33 +349,6 @@ class Run:
             return
         self.engine.kill()
         self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
-
-
-class _CollectingRarely:
-    """Has the garbage collector run seldom while there are runs, in whichever threads: what the
-    core keeps of calls lives on, and to look for cycles in it again and again takes a fifth
-    of the loop's time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs = 0
-        self._usual = gc.get_threshold()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._runs += 1
-            if self._runs == 1:
-                self._usual = gc.get_threshold()
-                gc.set_threshold(self._usual[0] * 100, *self._usual[1:])
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._runs -= 1
-            if self._runs == 0:
-                gc.set_threshold(*self._usual)
-
-
-collecting_rarely = _CollectingRarely()
 
 
 # -- one call per line ----------------------------------------------------------------

@@ -70,8 +70,8 @@ def execute(
             check_lanes(plan.tasks)
         click.echo(dry_run_text(plan))
         return 0
-    from taskrun.coordinator import collecting_rarely
     from taskrun.coordinator import execute as execute_plan
+    from taskrun.garbage import collecting_rarely
 
     with collecting_rarely:
         status = execute_plan(plan, settings_from(context, options), stdout=stdout)
