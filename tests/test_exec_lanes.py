@@ -769,6 +769,22 @@ RUN forks():
     assert runs.exec(source, "-j1", "--output", "raw").check().out == "child 7\n"
 
 
+@needs_gevent
+def test_the_end_of_a_child_that_is_quick_is_seen_by_who_waits_for_it(runs: Runs) -> None:
+    source = """
+    import gevent.monkey
+
+    @task(lane="green")
+    def forks():
+        slept = gevent.monkey.get_original("time", "sleep")
+        os.register_at_fork(after_in_parent=lambda: slept(0.3))  # the child has ended by then
+        child = os.fork()
+        if not child: os._exit(7)
+        print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert runs.exec(source, "-j1", "--output", "raw").check().out == "child 7\n"
+
+
 LINGERS = {"async": "await asyncio.create_task(lingers())", "green": "lingers()"}
 
 

@@ -35,6 +35,9 @@ class GreenWorker(LaneWorker):
         """See ``base``."""
         self._thread = native.get_ident()
         self._loop = gevent.get_hub().loop
+        # gevent does so after the first fork only: the end of a child that is as quick was lost,
+        # and who waited for it waited for ever.
+        self._loop.install_sigchld()
         self._main = getcurrent()
         self._about_to_flush = False
         self._over = gevent.event.AsyncResult()
