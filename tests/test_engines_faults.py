@@ -305,6 +305,22 @@ def test_what_runs_in_a_thread_is_named_as_still_running(runs: Runs) -> None:
     assert "long is still running on " + THREADS in ended.err
 
 
+def test_a_pool_of_processes_that_does_not_end_as_it_should_is_named(runs: Runs) -> None:
+    (runs.folder / "odd.py").write_text(
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "class Odd(ProcessPoolExecutor):\n"
+        "    def shutdown(self, wait=True, *, cancel_futures=False):\n"
+        "        super().shutdown(wait, cancel_futures=cancel_futures)\n"
+        "        raise RuntimeError('odd')\n"
+    )
+    env = {"PYTHONPATH": str(runs.folder)}
+    ended = runs.exec(
+        "@task\ndef one(n=each(range(4))): pass\n", "--engine", "odd:Odd", "-j", "2", env=env
+    ).check()
+    assert "odd:Odd did not end as it should: RuntimeError: odd\n" in ended.err
+    assert "Traceback" not in ended.err
+
+
 # -- what an engine cannot do ---------------------------------------------------------
 
 

@@ -123,9 +123,19 @@ class ExecutorHost:
         if isinstance(self._executor, ProcessPoolExecutor):
             # Where its own thread ends while the interpreter does, CPython 3.11 prints a
             # traceback.  The calls have ended, so it does soon.
-            waiting = threading.Thread(target=shutdown, kwargs=accepted, daemon=True)
+            failed: list[Exception] = []
+
+            def end() -> None:
+                try:
+                    shutdown(**accepted)
+                except Exception as error:
+                    failed.append(error)
+
+            waiting = threading.Thread(target=end, daemon=True)
             waiting.start()
             waiting.join(max(0.0, deadline - monotonic()))
+            if failed:
+                raise failed[0]
         else:
             shutdown(wait=False, **accepted)
 
