@@ -18,7 +18,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident, local
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 Callback = Callable[[], object]
@@ -52,6 +52,8 @@ class _Interest:
 
 _READ, _WRITE = 1, 4  # as epoll has them
 _AT_ONCE = 64  # descriptors of one turn; the others' turn comes
+_MOMENT = 50e-6  # seconds: about what it takes to be put to sleep and woken
+_MOST_DOUBT = 64  # expectations that are passed over
 
 
 class _Selector:
@@ -104,6 +106,8 @@ class Reactor:
         self._ticket = 0
         self._inbox: deque[Callback] = deque()
         self._woken = self._closed = False
+        self._expecting = False
+        self._doubt = self._doubts_left = 0
         self.thread: int | None = None  # that is in the middle of a turn
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -171,6 +175,18 @@ class Reactor:
     def call_soon(self, callback: Callback) -> None:
         """Call ``callback`` once, in the next turn; on the loop's own thread only."""
         self._inbox.append(callback)
+
+    def expect_soon(self) -> None:
+        """The next turn looks for what is ready for a moment, before it goes to sleep: whoever
+        was answered just now is about to ask again, and to be woken takes longer than that.
+
+        Where it was in vain, the next expectations are passed over, twice as many each time: a
+        processor is for those who have work for it.
+        """
+        if self._doubts_left:
+            self._doubts_left -= 1
+        else:
+            self._expecting = True
 
     # -- other threads and signals ----------------------------------------------------
 
@@ -246,7 +262,9 @@ class Reactor:
         before, self.thread = self.thread, get_ident()
         interests = self._interests
         try:
-            found = self._poller.poll(self._patience(timeout), _AT_ONCE)
+            found = self._found_soon() if self._expecting else None
+            if not found:
+                found = self._poller.poll(self._patience(timeout), _AT_ONCE)
             for interest, mask in [(interests[fd], mask) for fd, mask in found if fd in interests]:
                 # An error or the end of a connection is for whoever waits, reader or writer.
                 if mask & ~_WRITE and interest.reader is not None:
@@ -259,6 +277,20 @@ class Reactor:
                 self._call_posted()
         finally:
             self.thread = before
+
+    def _found_soon(self) -> list[tuple[int, int]] | None:
+        self._expecting = False
+        if self._inbox:
+            return None
+        poll, until = self._poller.poll, perf_counter() + _MOMENT
+        while True:
+            found: list[tuple[int, int]] = poll(0, _AT_ONCE)
+            if found:
+                self._doubt = 0
+                return found
+            if perf_counter() > until:
+                self._doubts_left = self._doubt = min(2 * self._doubt + 1, _MOST_DOUBT)
+                return None
 
     def patience(self) -> float | None:
         """Seconds until something is due without any descriptor; None: nothing is."""

@@ -226,3 +226,41 @@ def test_a_post_in_the_middle_of_another_wakes_the_loop_at_once(reactor: Reactor
         for _ in range(3):
             reactor.run_once(0)
     assert steps > 3
+
+
+def test_who_is_expected_soon_is_looked_for_before_the_loop_sleeps_but_not_for_ever_in_vain(
+    reactor: Reactor,
+) -> None:
+    ours, theirs = socket.socketpair()
+    heard: list[bytes] = []
+    reactor.add_reader(ours.fileno(), lambda: heard.append(ours.recv(1)))
+    poller, asked = reactor._poller, list[float]()
+
+    class Silent:
+        """Nobody speaks while the loop looks; the system speaks up once it sleeps."""
+
+        def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+            asked.append(timeout)
+            if timeout:
+                theirs.send(b"x")
+            return poller.poll(0, most)
+
+    looked = 0
+    try:
+        reactor._poller = Silent()
+        for _ in range(1000):
+            asked.clear()
+            reactor.expect_soon()
+            reactor.run_once(10)
+            assert asked[-1] == pytest.approx(10) and not any(asked[:-1])
+            looked += len(asked) > 1
+    finally:
+        reactor._poller = poller
+    assert heard == [b"x"] * 1000
+    assert 10 < looked < 30, "it goes on looking, but ever more seldom"
+    theirs.send(b"y")
+    while heard[-1] != b"y":  # within the expectations that are passed over, the loop just sleeps
+        reactor.expect_soon()
+        reactor.run_once(10)
+    ours.close()
+    theirs.close()

@@ -69,6 +69,7 @@ class Peer:
             whole = int.from_bytes(data[:4], "big") == len(data) - 4
             if whole and self._asked and not self._frames.pending:
                 self._on_request(data[4:])
+                self.server.reactor.expect_soon()
             else:
                 self._on_bytes(data)
         except (BlockingIOError, InterruptedError):

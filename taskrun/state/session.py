@@ -80,6 +80,7 @@ class Session:
             # The usual case: one whole request, and nothing before it.
             if not pending and int.from_bytes(data[:4], "big") == len(data) - 4:
                 self._handle(data[4:])
+                self._reactor.expect_soon()
             elif data:
                 self._frames.feed(data)
                 self._serve()
