@@ -122,9 +122,14 @@ class Ledger:
         """How many frames were sent."""
         return self._words[_GENERATION]
 
-    def reads(self) -> list[int]:
-        """Of each stream; see :meth:`reading`."""
-        return [self._words[_READS], self._words[_READS + 1]]
+    def reads(self, stream: int) -> int:
+        """How often the coordinator has read it; see :meth:`reading`."""
+        return self._words[_READS + stream]
+
+    def reads_are(self, reads: list[int]) -> bool:
+        """Whether that is how often each stream was read."""
+        words = self._words
+        return words[_READS] == reads[0] and words[_READS + 1] == reads[1]
 
     # -- the coordinator's side -------------------------------------------------------
 

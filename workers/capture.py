@@ -54,15 +54,13 @@ class Capture:
         self._streams = [_text_stream(fd, name) for fd, name in enumerate(STREAMS, 1)]
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
         self._count = array.array("i", [0])
-        self._reads = [0, 0]
+        self._reads = [0, 0]  # of each, when it was looked at last
         self._readers = [fd for fd in map(_reading_end, pipes) if fd is not None]
-        # One poll tells of two things.  The Pipes' reading ends are readable when something
-        # was written.  A writing end never is: what is at fd 1 or 2 instead, if it is a file,
-        # /dev/null or nothing at all, shows too.
-        poll = select.poll()
-        for fd in (1, 2, *self._readers):
-            poll.register(fd, select.POLLIN)
-        self._poll = poll.poll
+        # Their readiness is asked for after every call, which costs less here than in a poll.
+        self._poller = getattr(select, "epoll", select.poll)()
+        for fd in self._readers:
+            self._poller.register(fd, select.POLLIN)
+        self._unread = self._poller.poll
         sys.stdout, sys.stderr = self._streams
         sys.__stdout__, sys.__stderr__ = self._streams  # type: ignore[misc]
 
@@ -83,11 +81,9 @@ class Capture:
         except (OSError, ValueError):
             self._look()
             self._recover_streams()
-        found = self._poll(0)
         self._look()
-        if not (found or self._was_read()) and self._readers:
-            return False
-        if not self._touched():
+        silent = not self._unread(0) and self._ledger.reads_are(self._reads)
+        if (silent and self._readers) or not self._touched():
             return False
         data = mark(self._token, call, attempt, ended)
         for pipe in self._pipes:
@@ -103,6 +99,8 @@ class Capture:
         """In a forked child: only fd 1 and 2 are its own."""
         for fd in (*self._pipes, *self._readers):
             os.close(fd)
+        if hasattr(self._poller, "close"):
+            self._poller.close()
 
     def _look(self) -> None:
         """After every call: a later one, however short, would write to what is there instead."""
@@ -113,10 +111,6 @@ class Capture:
             pass  # it was closed
         self._restore_descriptors()
 
-    def _was_read(self) -> bool:
-        """Whether the coordinator has taken anything out since this was asked last."""
-        return self._ledger.reads() != self._reads
-
     def _touched(self) -> bool:
         """Whether anything may have been written since this was asked last."""
         count, touched = self._count, False
@@ -124,7 +118,7 @@ class Capture:
             fcntl.ioctl(pipe, termios.FIONREAD, count)
             # Only now the coordinator's word: what it took before the Pipe was found empty
             # shows there.
-            reads = self._ledger.reads()[stream]
+            reads = self._ledger.reads(stream)
             if count[0] or reads != self._reads[stream]:
                 touched = True
                 self._reads[stream] = reads & ~1
