@@ -88,7 +88,7 @@ def _events_of(mask: int) -> int:
 _make_poller: Callable[[], Any] = getattr(select, "epoll", _Selector)
 
 
-_thread = local()  # .loop: that may wait for this thread; .waking: that it is about to wake
+_thread = local()  # .loop: that may wait for this thread
 
 
 def waiting_loop() -> Reactor | None:
@@ -106,6 +106,7 @@ class Reactor:
         self._ticket = 0
         self._inbox: deque[Callback] = deque()
         self._woken = self._closed = False
+        self._waking: set[int] = set()  # threads that are about to send the wake-up
         self._expecting = False
         self._doubt = self._doubts_left = 0
         self.thread: int | None = None  # that is in the middle of a turn
@@ -196,20 +197,22 @@ class Reactor:
         ``first``: before all that was posted already.
         """
         (self._inbox.appendleft if first else self._inbox.append)(callback)
-        waking = getattr(_thread, "waking", None)
-        if self._woken and waking is not self:
+        if self._woken and not self._waking:
             return
-        # Who interrupts this thread from here on, and posts, does not count on our wake-up: it
-        # may wait, and we cannot send it meanwhile.
-        _thread.waking = self
+        # A signal handler that comes in between, posts and waits does not count on our wake-up,
+        # which we cannot send meanwhile; nor do other threads, for which it may wait.
+        here = get_ident()
+        amid = here in self._waking
         try:
+            self._waking.add(here)
             self._woken = True
             self._wake()
         except BaseException:  # of a signal handler: it is not known whether that was sent
             self._woken = False
             raise
         finally:
-            _thread.waking = waking
+            if not amid:
+                self._waking.discard(here)
 
     def may_wait_for_this_thread(self) -> None:
         """From now on this thread holds locks, now and then, that the loop takes as well."""

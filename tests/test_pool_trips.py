@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupting import at_each_step, broken_off_at
+from interrupting import at_each_step, broken_off_at, interrupted_at
 
 from taskrun.errors import CallCancelled, WorkerLost
+from taskrun.flag import Flag
 from taskrun.pool import AsyncResult, Pool
+from taskrun.pooling.looping import _event_of
 
 SECONDS = 30.0
 
@@ -232,6 +234,42 @@ def test_who_interrupts_a_submission_may_submit_and_wait(pool: Pool) -> None:
         action = partial(pool.apply_async, double, arguments, callback=found.append)
         assert at_each_step(action, submit_and_wait) > 10
     assert 42 in found
+
+
+def test_who_interrupts_a_submission_may_wait_for_what_another_thread_submits(pool: Pool) -> None:
+    def wait_for_the_feeding_thread() -> None:
+        values = pool.imap_unordered(double, [21])
+        assert values.next(SECONDS) == 42
+        with pytest.raises(StopIteration):  # which that thread tells
+            values.next(SECONDS)
+
+    large, steps = b"x" * 10_000, 0
+    action = partial(pool.apply_async, double, (large,))
+    while interrupted_at(steps, action, wait_for_the_feeding_thread):
+        assert pool.apply(double, (large,)) == 2 * large  # and what was submitted is taken
+        steps += 1
+    assert steps > 10
+
+
+def test_all_who_are_about_to_wait_for_a_result_wait_for_the_same(pool: Pool) -> None:
+    result = AsyncResult(pool, pool._driver, None, None)
+    events: list[Flag] = []
+
+    def wait() -> None:
+        events.append(_event_of(result))
+
+    def wait_in_another_thread() -> None:
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(SECONDS)
+
+    steps = 0
+    while interrupted_at(steps, wait, wait_in_another_thread):
+        assert len(events) == 2 and events[0] is events[1] is result.event
+        events.clear()
+        result.event = None
+        steps += 1
+    assert steps > 3
 
 
 def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(

@@ -214,10 +214,17 @@ def test_a_post_that_a_signal_handler_breaks_off_silences_none_that_follow(
     assert steps > 3
 
 
-def test_a_post_in_the_middle_of_another_wakes_the_loop_at_once(reactor: Reactor) -> None:
-    # A signal handler may post, and wait for what comes of it: the outer one cannot go on then.
+@pytest.mark.parametrize("who", ["a signal handler", "a thread"])
+def test_a_post_in_the_middle_of_another_wakes_the_loop_at_once(reactor: Reactor, who: str) -> None:
+    # A signal handler may post, or have a thread post, and wait for what comes of it: the outer
+    # one cannot go on then.
     def post_and_look() -> None:
-        reactor.post(list)
+        thread = threading.Thread(target=reactor.post, args=(list,))
+        if who == "a thread":
+            thread.start()
+            thread.join()
+        else:
+            thread.run()
         assert select.select([reactor], [], [], 0)[0]
 
     steps = 0

@@ -134,7 +134,11 @@ class Driver:
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
         """
         self._put((recipe, blob, None, job))
-        self._was_put(soon=waits)
+        if waits:
+            self._reactor.call_soon(self._take)
+            self._fail_if_ended()
+        else:
+            self._was_put()
 
     def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
         """Have a call executed, with others in a bunch; ``args``: see ``Bunch.items``.  For
@@ -148,27 +152,27 @@ class Driver:
         if not self._posted or self._ended or self._asking:
             self._was_put()
 
-    def _was_put(self, *, soon: bool = False) -> None:
-        """Ask the loop to take what was put in, unless somebody has; ``soon``: in its next turn,
-        which the caller makes itself."""
-        # The handler of a signal may come in between, submit as well and wait: it has to ask
-        # itself.  Or it ends us here: then the next one asks.
+    def _was_put(self) -> None:
+        """Ask the loop to take what was put in, unless somebody has."""
+        # The handler of a signal may come in between, submit as well and wait, or wait for
+        # another thread that does: they have to ask themselves.  Or it ends us here: then the
+        # next one asks.
         here = get_ident()
         amid = here in self._asking
-        if amid or not self._posted:
-            self._asking.add(here)
+        if self._asking or not self._posted:
             try:
+                self._asking.add(here)
                 self._posted = True
-                if soon:
-                    self._reactor.call_soon(self._take)
-                else:
-                    self._to_loop(self._take)
+                self._to_loop(self._take)
             except BaseException:
                 self._posted = False
                 raise
             finally:
                 if not amid:
                     self._asking.discard(here)
+        self._fail_if_ended()
+
+    def _fail_if_ended(self) -> None:
         if self._ended:
             self._inbox.fail(self.why_over())
 

@@ -78,7 +78,7 @@ class Loop:
         self.finished = Flag()
         self._pid = os.getpid()  # of the process that it runs in
         self._owner = threading.Lock()
-        self._posting = threading.RLock()  # the collector may end a pool in the middle of it
+        self._posting: set[int] = set()  # threads that are in the middle of it
         self._closed = False
         self._visitors = threading.Lock()
         self._guest = False
@@ -112,11 +112,24 @@ class Loop:
 
     def post(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called by whoever runs the loop."""
-        with self._posting:  # not while the reactor is being closed
-            if not self._closed:
-                self.reactor.post(callback)
+        self._post(callback)
         if self._parked and not self._guest:
             self._need()
+
+    def _post(self, callback: Callable[[], object]) -> None:
+        # While anybody is at it, the reactor is not closed.  No lock: a signal handler may come
+        # in between and wait, for what others have to post.
+        here = get_ident()
+        amid = here in self._posting
+        try:
+            self._posting.add(here)
+            if not self._closed:
+                self.reactor.post(callback)
+        finally:
+            if not amid:
+                self._posting.discard(here)
+                if self._closed:
+                    self._close_reactor()
 
     def _need(self) -> None:
         self._needed = True
@@ -131,9 +144,7 @@ class Loop:
         """The thread is to call ``finish`` and to end.  The collector and signal handlers may
         call this in the middle of anything."""
         self.over = True
-        with self._posting:
-            if not self._closed:
-                self.reactor.post(_nothing)
+        self._post(_nothing)
         self._unpark.set()
 
     # -- waiting ----------------------------------------------------------------------
@@ -262,7 +273,8 @@ class Loop:
             with self._owner:
                 self.entered(None, None)
                 self.finish()
-                self._close()
+                self._closed = True
+                self._close_reactor()
         except BaseException as error:
             self.broken(error)
             threading.excepthook(
@@ -273,10 +285,10 @@ class Loop:
             self._run_callbacks()
             self.finished.set()
 
-    def _close(self) -> None:
-        with self._posting:
-            self._closed = True
-        self.reactor.close()
+    def _close_reactor(self) -> None:
+        """Unless somebody is about to post: then he does."""
+        if not self._posting:
+            self.reactor.close()
 
     def _run_loop(self) -> None:
         callbacks, run_once = self._callbacks, self.reactor.run_once
@@ -308,15 +320,19 @@ class Loop:
             self.post(_nothing)  # what it waits for may be there now
 
 
-_making = threading.RLock()
+_made: dict[int, Flag] = {}  # for Waitables that are about to have one, by their id()
 
 
 def _event_of(waitable: Waitable) -> Flag:
-    """One for all who wait for it: several threads may be the first."""
-    with _making:
+    """One for all who wait for it: several threads may be the first.  No lock: a signal handler
+    may come in between and wait."""
+    try:
+        event = _made.setdefault(id(waitable), Flag())
         if waitable.event is None:
-            waitable.event = Flag()
-        return waitable.event
+            waitable.event = event
+    finally:
+        _made.pop(id(waitable), None)  # whoever comes from now on finds the other
+    return waitable.event
 
 
 def _nobody_cares(waitable: Waitable | None, timeout: float | None) -> None:
