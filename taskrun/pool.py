@@ -49,6 +49,7 @@ TERMINATE: Final = "TERMINATE"
 
 WINDOW: Final = 1024  # calls of one imap that may be under way, at least
 PER_WORKER: Final = 64  # ... and for each worker
+SMALLER: Final = 4  # ... so many times more while their arguments are plain numbers
 
 Size = int | str | None  # of memory
 
@@ -349,7 +350,8 @@ class Pool(standard.Pool):
         """An iterator over ``func(x)`` for each of ``iterable``, in its order.
 
         It is read by a thread of its own, not further ahead than a thousand unfinished calls,
-        or ``buffersize`` calls whose results were not taken.
+        four thousand as long as its items are plain numbers, or ``buffersize`` calls whose
+        results were not taken.
         """
         return self._imap(OrderedIterator, func, iterable, chunksize, buffersize, timeout, retries)
 
@@ -392,8 +394,9 @@ class Pool(standard.Pool):
         many = buffersize is None and window >= PER_WORKER * self._processes
         made = kind(
             self, self._driver, chunked=chunksize > 1, window=window,
+            smaller=SMALLER if buffersize is None else 1,
             # Who feeds is not to be woken for each call that ends.
-            buffered=buffersize is not None, low=window // 2 if many else window - 1,
+            buffered=buffersize is not None, at_once=many,
         )  # fmt: skip
         items: Iterable[tuple[Any, ...]]
         try:
@@ -528,6 +531,7 @@ def _feed(
             if small and kind in TINY:
                 driver.submit_small(recipe, args[0], made, count)
             else:
+                made.narrow()
                 blob = _dumps_scalar(args) if kind in _SCALARS else dumps_call((args, {}))
                 driver.submit(recipe, blob, made.item(count))
             count += 1

@@ -279,8 +279,8 @@ def test_a_task_may_say_something_in_the_middle_of_saying_something(both: Any) -
 
         def say() -> None:
             outbox.tell(("told", next(numbers)))
-            outbox.tell_item(1, 1, next(numbers), 0.0)
-            outbox.tell_item(1, 1, next(numbers), 0.0)
+            outbox.tell_item(1, 1, next(numbers), 0.0, 0.0)
+            outbox.tell_item(1, 1, next(numbers), 0.0, 0.0)
             outbox.flush()
 
         def say_much() -> None:

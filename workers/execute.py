@@ -229,6 +229,7 @@ class Executor:
         left = deque(items)
         outer, self._bunch = self._bunch, (call, attempt, left)
         begin, tell = self._book.begin, self._port.tell_item
+        function = known.function if known.found else None
         place = 0
         clock = perf_counter()
         while left:
@@ -238,23 +239,24 @@ class Executor:
                 break
             running.resumed = place
             begin(call, attempt, place)
-            value = self._item(running, item)
+            value = self._item(running, function, item)
             before, clock = clock, perf_counter()
-            tell(call, attempt, value, clock - before)
+            tell(call, attempt, value, clock - before, clock)
             place += 1
         self._bunch = outer
         running.done = True
         self._marks.ended(call, attempt)
         self._uncover(running.below)
 
-    def _item(self, running: Running, item: Any) -> Any:
-        """Execute one item; gives its Encoded value, or a Failure."""
+    def _item(self, running: Running, function: Callable[..., Any] | None, item: Any) -> Any:
+        """Execute one item by its function, if that is found already; gives its Encoded value,
+        or a Failure."""
         try:
             running.enter_user()
             known = running.known
             alone = type(item) in TINY
             if alone or type(item) is tuple:
-                function = known.function if known.found else known.task.function
+                function = function or known.task.function
                 value = function(item) if alone else function(*item)
             else:
                 known.task  # noqa: B018 - as in _call()

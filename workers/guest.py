@@ -153,7 +153,7 @@ class Guest:
         if self._notes is not None:
             self._note(frame)
 
-    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float, now: float) -> None:
         """See ``outbox.Port``."""
         self.tell((ITEM, call, attempt, value, time() - seconds, seconds))
 

@@ -29,7 +29,9 @@ class Port(Protocol):
 
     def tell(self, record: tuple[Any, ...]) -> None: ...
 
-    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None: ...
+    def tell_item(
+        self, call: int, attempt: int, value: Any, seconds: float, now: float
+    ) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -74,15 +76,21 @@ class Outbox:
                 if self._late:
                     self._do_late()
 
-    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
-        """An item of a bunch has ended just now; see ``messages.ITEMS``."""
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float, now: float) -> None:
+        """An item of a bunch has ended ``now``, by perf_counter(); see ``messages.ITEMS``."""
         kind = type(value)
-        if kind in _PLAIN or (kind is bytes and len(value) <= SMALL):
-            short = kind is int and value in _INTS
-            data = (_INT(74, value) if short else dumps(value)) + _FLOAT(71, seconds)
+        if kind is int and value in _INTS:
+            data = _INT(74, value) + _FLOAT(71, seconds)
+        elif kind in _PLAIN or (kind is bytes and len(value) <= SMALL):
+            data = dumps(value) + _FLOAT(71, seconds)
+        else:
+            self.tell((ITEM, call, attempt, value, time() - seconds, seconds))
+            data = b""
+        if data:
             with self.lock:
                 if self._busy:
-                    self._late.append(partial(self.tell_item, call, attempt, value, seconds))
+                    late = partial(self.tell_item, call, attempt, value, seconds, now)
+                    self._late.append(late)
                     return
                 self._busy = True
                 try:
@@ -92,9 +100,7 @@ class Outbox:
                     self._busy = False
                     if self._late:
                         self._do_late()
-        else:
-            self.tell((ITEM, call, attempt, value, time() - seconds, seconds))
-        if self.is_due:
+        if self._ledger.used > LARGE or now - self._flushed > LATEST:
             self.flush()
 
     def _tell_first(self, call: int, attempt: int, data: bytes, seconds: float) -> None:

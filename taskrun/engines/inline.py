@@ -229,7 +229,7 @@ class InlineEngine:
         """See ``execute.Port``."""
         self._said.append(record)
 
-    def tell_item(self, call: int, attempt: int, value: Any, seconds: float) -> None:
+    def tell_item(self, call: int, attempt: int, value: Any, seconds: float, now: float) -> None:
         """See ``outbox.Port``."""
         self.tell((m.ITEM, call, attempt, value, time() - seconds, seconds))
 

@@ -81,7 +81,10 @@ class Records:
                 stop = next((i for i in range(start, end) if kinds[i] is not tuple), end)
                 self._take(source, records[start:stop])
             else:
-                stop = kinds.index(tuple, start) if tuple in kinds[start:] else end
+                try:
+                    stop = kinds.index(tuple, start)
+                except ValueError:
+                    stop = end
                 self._take_items(source, records[start:stop])
             start = stop
 

@@ -41,9 +41,9 @@ class _Item:
 class IMapIterator(Waitable, _Base):
     """What ``imap`` gives, in the order of the items; see ``multiprocessing.pool``.
 
-    ``window``: so many calls may be under way at a time.  ``buffered``: results that nobody
-    has taken count as well.  ``low``: once there is no more room, so few are to be under way
-    before more are submitted.
+    ``window``: so many calls may be under way at a time; ``smaller`` times as many until
+    :meth:`narrow`.  ``buffered``: results that nobody has taken count as well.  ``at_once``:
+    once there is no more room, more are submitted when there is for half of them.
     """
 
     def __init__(
@@ -53,16 +53,18 @@ class IMapIterator(Waitable, _Base):
         *,
         chunked: bool,
         window: int,
+        smaller: int,
         buffered: bool,
-        low: int,
+        at_once: bool,
     ) -> None:
         super().__init__()
         self._pool = pool
         self._driver = driver
         self._chunked = chunked
         self._buffered = buffered
-        self._window = window
-        self._low = low
+        self._narrow = window
+        self._at_once = at_once
+        self._limit(window * smaller)
         self._taken = 0  # calls that were submitted
         self._over = 0  # those that are not under way any more
         self._room = Flag()
@@ -157,6 +159,15 @@ class IMapIterator(Waitable, _Base):
         self._over += count
         if self._taken - self._over <= self._low and not self._room.is_set():
             self._room.set()
+
+    def _limit(self, window: int) -> None:
+        self._window = window
+        self._low = window // 2 if self._at_once else window - 1
+
+    def narrow(self) -> None:
+        """Its items are not small."""
+        if self._window != self._narrow:
+            self._limit(self._narrow)
 
     def await_room(self) -> bool:
         """In the feeding thread: wait until one more may be under way; False: no more may."""
