@@ -21,6 +21,8 @@ from threading import get_ident, local
 from time import monotonic, perf_counter
 from typing import Any
 
+from taskrun.hunch import Hunch
+
 Callback = Callable[[], object]
 
 
@@ -53,7 +55,6 @@ class _Interest:
 _READ, _WRITE = 1, 4  # as epoll has them
 _AT_ONCE = 64  # descriptors of one turn; the others' turn comes
 _MOMENT = 50e-6  # seconds: about what it takes to be put to sleep and woken
-_MOST_DOUBT = 64  # expectations that are passed over
 
 
 class _Selector:
@@ -106,9 +107,9 @@ class Reactor:
         self._ticket = 0
         self._inbox: deque[Callback] = deque()
         self._woken = self._closed = False
-        self._waking: set[int] = set()  # threads that are about to send the wake-up
+        self._waking = False  # whether it is not known that the wake-up was sent
         self._expecting = False
-        self._doubt = self._doubts_left = 0
+        self._hunch = Hunch()
         self.thread: int | None = None  # that is in the middle of a turn
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -181,12 +182,9 @@ class Reactor:
         """The next turn looks for what is ready for a moment, before it goes to sleep: whoever
         was answered just now is about to ask again, and to be woken takes longer than that.
 
-        Where it was in vain, the next expectations are passed over, twice as many each time: a
-        processor is for those who have work for it.
+        Ever more seldom where it is in vain: a processor is for those who have work for it.
         """
-        if self._doubts_left:
-            self._doubts_left -= 1
-        else:
+        if self._hunch:
             self._expecting = True
 
     # -- other threads and signals ----------------------------------------------------
@@ -200,19 +198,15 @@ class Reactor:
         if self._woken and not self._waking:
             return
         # A signal handler that comes in between, posts and waits does not count on our wake-up,
-        # which we cannot send meanwhile; nor do other threads, for which it may wait.
-        here = get_ident()
-        amid = here in self._waking
+        # which we cannot send meanwhile; nor does another thread, for which it may wait.
         try:
-            self._waking.add(here)
-            self._woken = True
+            self._waking = self._woken = True
             self._wake()
         except BaseException:  # of a signal handler: it is not known whether that was sent
             self._woken = False
             raise
         finally:
-            if not amid:
-                self._waking.discard(here)
+            self._waking = False
 
     def may_wait_for_this_thread(self) -> None:
         """From now on this thread holds locks, now and then, that the loop takes as well."""
@@ -289,10 +283,10 @@ class Reactor:
         while True:
             found: list[tuple[int, int]] = poll(0, _AT_ONCE)
             if found:
-                self._doubt = 0
+                self._hunch.came_true()
                 return found
             if perf_counter() > until:
-                self._doubts_left = self._doubt = min(2 * self._doubt + 1, _MOST_DOUBT)
+                self._hunch.was_in_vain()
                 return None
 
     def patience(self) -> float | None:

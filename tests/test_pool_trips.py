@@ -284,3 +284,18 @@ def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(
     gate()
     assert result.get(SECONDS) == 5
     assert pool.apply(double, (3,)) == 6
+
+
+def test_results_come_while_many_calls_are_being_submitted(pool: Pool) -> None:
+    # Who submits keeps the interpreter to himself; yet the workers are to be at work meanwhile.
+    came: list[int] = []
+    pool.map(double, range(100))
+    deadline = time.monotonic() + SECONDS
+    while True:
+        came.clear()
+        results = [pool.apply_async(double, (n,), callback=came.append) for n in range(30_000)]
+        early = len(came)
+        results[-1].get(SECONDS)
+        if early > 3_000:
+            break
+        assert time.monotonic() < deadline, f"{early} of {len(results)} calls had ended"

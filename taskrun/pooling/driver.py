@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
-from threading import get_ident
 from time import monotonic
 from typing import Any, Final
 
@@ -36,6 +35,8 @@ CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
 TERMINATE_SECONDS: Final = 2.0
 WINDOW: Final = 512  # calls for each worker that the core is given at a time
 AHEAD: Final = 8  # bunches for each worker that it is given
+LAP: Final = 2048  # calls that somebody submits at a stretch, while they wait to be taken
+LAP_SECONDS: Final = 0.003  # that he then waits for the loop, at most
 START_SECONDS: Final = 30.0
 GRACE: Final = 0.5  # seconds between interrupt, TERM and KILL of a call that is cancelled
 
@@ -69,10 +70,11 @@ class Driver:
         self._jobs: dict[int, Job | Bunch] = {}
         self._last: m.AttemptEnded | None = None
         self._inbox = Inbox(bunches=most_calls is None)
-        self._put = self._inbox.entries.append
+        self._waiting = self._inbox.entries
+        self._put = self._waiting.append
         self._added: list[Job] = []
         self._posted = False
-        self._asking: set[int] = set()  # threads that are about to set _posted, or to post
+        self._asking = False  # whether it is not known that _take was posted
         self._feeds: list[None] = []  # one for each: to add and take is one step, without a lock
         self._low = 0  # calls at which more are taken, once there was no room for all
         self._waits = False
@@ -139,6 +141,8 @@ class Driver:
             self._fail_if_ended()
         else:
             self._was_put()
+            if len(self._waiting) % LAP == LAP - 1:  # not of few: 0 and 1 are usual
+                self.loop.give_way(LAP_SECONDS)
 
     def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
         """Have a call executed, with others in a bunch; ``args``: see ``Bunch.items``.  For
@@ -151,25 +155,23 @@ class Driver:
         self._put(token)
         if not self._posted or self._ended or self._asking:
             self._was_put()
+        if len(self._waiting) % LAP == LAP - 1:  # not of few: 0 and 1 are usual
+            self.loop.give_way(LAP_SECONDS)
 
     def _was_put(self) -> None:
         """Ask the loop to take what was put in, unless somebody has."""
         # The handler of a signal may come in between, submit as well and wait, or wait for
         # another thread that does: they have to ask themselves.  Or it ends us here: then the
         # next one asks.
-        here = get_ident()
-        amid = here in self._asking
         if self._asking or not self._posted:
             try:
-                self._asking.add(here)
-                self._posted = True
+                self._asking = self._posted = True
                 self._to_loop(self._take)
             except BaseException:
                 self._posted = False
                 raise
             finally:
-                if not amid:
-                    self._asking.discard(here)
+                self._asking = False
         self._fail_if_ended()
 
     def _fail_if_ended(self) -> None:

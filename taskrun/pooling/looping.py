@@ -29,6 +29,7 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun.flag import Flag
+from taskrun.hunch import Hunch
 from taskrun.reactor import Reactor
 
 PARKED: Final = 0.003  # seconds that the thread leaves the loop alone after a guest
@@ -88,6 +89,7 @@ class Loop:
         self._parked = False
         self._sleepers = 0
         self._unpark = Flag()
+        self._hunch = Hunch()
         self._callbacks: deque[Callable[[], None]] = deque()
         # By who runs the loop: the thread is to call a user's callback, and not to own the
         # loop meanwhile.
@@ -139,6 +141,20 @@ class Loop:
         """A callback was left by somebody who does not run the loop."""
         self.post(_nothing)
         self._unpark.set()
+
+    def give_way(self, most: float) -> None:
+        """Let the loop have a turn, at most so many seconds long.  Who never waits keeps the
+        interpreter to himself, but for a moment every 5 ms; and at every step of a turn that
+        is a system call the next such moment has to come."""
+        if self.in_thread or self._guest or self.over or not self._hunch:
+            return
+        turn = threading.Lock()
+        turn.acquire()
+        self.post(turn.release)
+        if turn.acquire(timeout=most):
+            self._hunch.came_true()
+        else:  # the thread is in a callback, or others do not wait either
+            self._hunch.was_in_vain()
 
     def end(self) -> None:
         """The thread is to call ``finish`` and to end.  The collector and signal handlers may
