@@ -214,6 +214,7 @@ class Worker:
             # The control thread may have read some.
             if not (self.queue or self._delivered or self._nested or self._quitting):
                 self._read()
+                self.outbox.awoke()
         if self._delivered or self._nested:
             self._attend()
 

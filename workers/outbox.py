@@ -110,6 +110,10 @@ class Outbox:
             self._ledger.append(data)
         self._bunch = call
 
+    def awoke(self) -> None:
+        """There is something to do again: what comes of it may wait a moment for more."""
+        self._flushed = perf_counter()
+
     @property
     def is_due(self) -> bool:
         """Whether what is kept should be sent before more is done."""

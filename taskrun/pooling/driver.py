@@ -35,6 +35,7 @@ CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
 TERMINATE_SECONDS: Final = 2.0
 WINDOW: Final = 512  # calls for each worker that the core is given at a time
 AHEAD: Final = 8  # bunches for each worker that it is given
+ENOUGH: Final = 2  # ... and with which it does not wait for more that are not full
 LAP: Final = 2048  # calls that somebody submits at a stretch, while they wait to be taken
 LAP_SECONDS: Final = 0.003  # that he then waits for the loop, at most
 START_SECONDS: Final = 30.0
@@ -297,9 +298,10 @@ class Driver:
             window = WINDOW * (self.processes + 1)
             most = window if self._waits or owner is None else AHEAD * self.processes
             room = most - len(self._jobs)
-            if room <= 0:
-                self._low = most // 2
-                self._posted = True  # it is taken when there is room
+            enough = ENOUGH * self.processes
+            if room <= 0 or (len(self._jobs) >= enough and inbox.are_few(recipe)):
+                self._low = most // 2 if room <= 0 else enough
+                self._posted = True  # it is taken when there is room, or need
                 break
             if owner is None:
                 fed: list[Portable] | list[Bunch]

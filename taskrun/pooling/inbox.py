@@ -162,6 +162,11 @@ class Inbox:
                 count += 1
         return count
 
+    def are_few(self, recipe: Recipe) -> bool:
+        """Whether all that wait are less than one bunch, if they are of this recipe."""
+        pace = self._paces.get(recipe.id)
+        return pace is not None and self.bunches and len(self.entries) * pace < BUNCH_SECONDS / 2
+
     def _bunch_size(self, recipe: Recipe, workers: int) -> int:
         """So many items as take a moment, and so few that all workers get some; one, as long as
         nobody knows what they cost."""
