@@ -23,6 +23,7 @@ from typing import Any
 
 from taskrun.errors import (
     ArgumentError,
+    CallCancelled,
     RemoteError,
     ResultError,
     RunError,
@@ -49,6 +50,10 @@ class ExecutorArgumentError(ArgumentError, BrokenProcessPool):
 
 class ExecutorResultError(ResultError, BrokenProcessPool):
     """The result could not be unpickled; the executor itself goes on."""
+
+
+class ExecutorCallCancelled(CallCancelled, BrokenProcessPool):
+    """The executor's workers were ended before the call had."""
 
 
 class ExecutorTaskExit(TaskExit, SystemExit):
@@ -160,6 +165,8 @@ def _translated(error: BaseException) -> BaseException:
 def _counterpart(error: BaseException) -> BaseException:
     if type(error) is WorkerLost:
         return ExecutorWorkerLost(*error.args)
+    if type(error) is CallCancelled:
+        return ExecutorCallCancelled(*error.args)
     if type(error) is ArgumentError:
         return ExecutorArgumentError(*error.args).with_traceback(error.__traceback__)
     if type(error) is TaskExit and error.exited:
@@ -261,6 +268,13 @@ class Executor(ProcessPoolExecutor):
         self._pool.close()
         if wait:
             self._pool.join()
+
+    def terminate_workers(self) -> None:
+        """End all workers now; the calls that there are raise BrokenProcessPool, and no more are
+        taken.  As the standard library's of Python 3.14."""
+        self._pool.terminate()
+
+    kill_workers = terminate_workers  # one that does not end by itself is killed
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool | None:
         """Wait for the calls; but end them after a Ctrl-C, which workers do not hear of."""

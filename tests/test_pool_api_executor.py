@@ -204,3 +204,19 @@ def test_a_parameter_that_is_refused_is_called_by_its_name(
 ) -> None:
     with pytest.raises(kind, match="max_tasks_per_child must be"):
         Executor(1, max_tasks_per_child=most)
+
+
+@pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
+def test_the_workers_can_be_ended_with_the_calls_they_are_in(
+    executor: Executor, how: str, tmp_path: Path
+) -> None:
+    futures = [executor.submit(touch_and_sleep, tmp_path / str(number)) for number in range(5)]
+    end = time.monotonic() + SECONDS
+    while not (tmp_path / "1").exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    getattr(executor, how)()
+    for future in futures:
+        assert isinstance(future.exception(SECONDS / 4), BrokenProcessPool)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(square, 3)

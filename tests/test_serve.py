@@ -119,6 +119,18 @@ def test_a_submitted_run_looks_and_ends_as_if_it_ran_here(site: Site) -> None:
     assert "9 calls in" in ended.err and "all ok" in ended.err
 
 
+def test_what_the_environment_says_for_runs_of_this_machine_keeps_none_from_a_server(
+    site: Site, tmp_path: Path
+) -> None:
+    site.serve()
+    site.go_on()
+    site.variables.update(
+        TASKRUN_JOBLOG=str(tmp_path / "log"), TASKRUN_STATE=str(tmp_path / "kept")
+    )
+    site.submit("-k").end().check()
+    assert not (tmp_path / "log").exists() and not (tmp_path / "kept").exists()
+
+
 def test_the_modules_beside_the_task_file_travel_and_the_server_imports_none(site: Site) -> None:
     (site.folder / "helper.py").write_text("print('imported')\ndef square(x): return x * x\n")
     server = site.serve()

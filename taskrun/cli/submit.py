@@ -61,6 +61,8 @@ def _options(context: click.Context) -> Iterator[str]:
             continue
         option = max(parameter.opts, key=len)
         if name in _NOT_THERE:
+            if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+                continue  # the environment says it for the runs of this process
             raise UsageError(f"{option} is not for a run of a server (--address): leave it out")
         yield from _said(option, context.params[name])
 
