@@ -67,6 +67,8 @@ def test_a_name_that_is_not_in_utf_8_is_an_error_that_shows_it(tmp_path: Path) -
 def test_what_is_no_file_does_not_travel_nor_keep_anybody_waiting(tmp_path: Path) -> None:
     write(tmp_path, "tasks.py")
     os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / "gone.py").symlink_to("nowhere")
+    (tmp_path / "itself.py").symlink_to("itself.py")
     assert names(make_bundle(str(tmp_path / "tasks.py")).data) == ["tasks.py"]
     with pytest.raises(errors.UsageError, match=r"pipe.py is neither a file nor a folder"):
         make_bundle(str(tmp_path / "tasks.py"), ["pipe*"])

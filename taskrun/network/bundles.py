@@ -78,9 +78,10 @@ def _code(folder: str) -> Iterator[str]:
         for entry in entries:
             if _is_left_out(entry.name, folder):
                 continue
-            if entry.is_file() and entry.name.endswith(_MODULES):
+            # Not the entry's own methods: they raise for a link that leads to itself.
+            if os.path.isfile(entry.path) and entry.name.endswith(_MODULES):
                 yield entry.name
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):
                 yield from _package(folder, entry.name)
 
 
