@@ -104,16 +104,42 @@ def test_waiting_calls_lend_their_slots(runs: Runs) -> None:
     assert lines_of(done.out, "total") == ["3 [0, 1, 2]"]
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_calls_that_wait_for_each_other_are_not_executed_on_top_of_each_other(
+    runs: Runs, slots: int
+) -> None:
+    done = runs.exec(
+        """
+        todo, done, go = state.queue("todo", 2), state.queue("done", 2), state.event("go")
+        @task(priority=2)
+        def early(part=each(range(6))): go.wait()
+        @task(priority=1)
+        def feed(part=each(range(6))):
+            for i in range(10): todo.put(i)
+            go.set()
+        @task
+        def square(part=each(range(6))):
+            for i in range(10): done.put(todo.get() ** 2)
+        @task
+        def collect(part=each(range(6))): return [done.get() for _ in range(10)]
+        @task
+        def total(parts=result(collect)): print(sum(map(sum, parts)))
+        """,
+        f"-j{slots}",
+    ).check()
+    assert lines_of(done.out, "total") == [str(6 * sum(i * i for i in range(10)))]
+
+
 def test_more_calls_may_wait_than_there_are_spare_workers(runs: Runs) -> None:
     done = runs.exec(
         """
         q = state.queue("q")
         @task(priority=1)
-        def takes(i=each(range(12))): return q.get()
+        def takes(i=each(range(80))): return q.get()
         @task
-        def gives(): q.put_many(range(12))
+        def gives(): q.put_many(range(80))
         @task(after=[gives])
-        def total(got=result(takes)): print(sorted(got) == list(range(12)))
+        def total(got=result(takes)): print(sorted(got) == list(range(80)))
         """,
         "-j1",
     ).check()
@@ -125,7 +151,7 @@ def test_more_calls_may_wait_for_a_lock_than_there_are_spare_workers(runs: Runs)
         """
         lock, c = state.lock("l"), state.counter("c")
         @task
-        def plain(i=each(range(12))):
+        def plain(i=each(range(160))):
             with lock:
                 time.sleep(0.01)
                 return c.set(c.get() + 1)
@@ -139,7 +165,7 @@ def test_more_calls_may_wait_for_a_lock_than_there_are_spare_workers(runs: Runs)
         """,
         "-j2",
     ).check()
-    assert lines_of(done.out, "total") == ["24 23"]
+    assert lines_of(done.out, "total") == ["172 171"]
 
 
 def test_a_timeout_ends_a_wait(runs: Runs) -> None:

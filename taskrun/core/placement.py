@@ -10,6 +10,10 @@ is free for a spare worker, up to four workers a slot.  Past that, the waiting w
 itself runs, nested, a call that its waiting call needs.  Every call that waits, in a
 worker or beneath another in a worker's stack, waits for one that it needs; needs have no
 cycle, so something can always go on.
+
+That does not hold for a call that waits for something *outside*, a queue say: whatever is
+nested on top of it may wait in turn for what only the one below would do.  So such waits
+get spare workers of their own, as long as there are not very many of them.
 """
 
 from __future__ import annotations
@@ -27,10 +31,11 @@ from taskrun.core.workforce import DEFAULT_CPU, Wait, Worker
 from taskrun.model import LANES, Recipe
 
 BATCH_SECONDS = 0.004  # how much work a worker is given in advance
-BATCH_CALLS = 256
+BATCH_CALLS = 1024
 LONG = 0.05  # calls longer than this are not sent in advance: a round trip is < 1 % of them
 SILENT = 0.002  # a worker silent for so long gives calls back when another is idle
 OVERDUE = 0.1  # ... and says in any case what it is doing: people want to know
+HOSTS = 64  # workers, or as many as the others if these are more, for calls that wait outside
 SEARCH = 10_000  # calls looked at to find one that a waiting worker can run itself
 
 
@@ -342,20 +347,31 @@ class Placement:
         room = int((self.slots - self.busy_cpu) / cpu) if cpu else self.ready.count
         have = len(self.workers) + self._starting
         free = min(self.ready.count, room) - len(self._idle) - self._starting
-        more = min(free, self._most_workers - have)
+        most = self._most_workers
+        if free > 0 and have >= most:
+            most += self._for_those_that_wait_outside()
+        more = min(free, most - have)
         if not (self.slots or have):
             more = 1  # for the slots that may come: the engine knows why there are none
         if more > 0:
             self._starting += more
             self.out.append(m.StartWorkers(more))
-        elif room and have >= self._most_workers and not self._idle and not self._starting:
+        elif room and have >= most and not self._idle and not self._starting:
             self._nest()
+
+    def _for_those_that_wait_outside(self) -> int:
+        """How many more workers may be had for their sake."""
+        if self._spare_factor <= 1 or self._few is not None:
+            return 0
+        waiting = sum(worker.lent and worker.innermost.hosts for worker in self.workers.values())
+        return min(waiting, max(HOSTS, self._most_workers))
 
     # -- nesting ----------------------------------------------------------------------
 
     def _nest(self) -> None:
         """All spare workers wait: let them run calls that they wait for themselves."""
-        for worker in reversed(self.workers.values()):
+        # Where least is below first: what is below cannot go on before what comes on top ends.
+        for worker in sorted(reversed(self.workers.values()), key=lambda each: len(each.waits)):
             if not self.ready.count or self.busy_cpu >= self.slots:
                 return
             if not worker.lent or worker.innermost.over:
