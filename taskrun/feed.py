@@ -32,7 +32,8 @@ class Feed:
         self.error: UsageError | None = None
         self._run = run
         self._lines = lines
-        self._recipe = make_recipe(task, next(run.recipe_ids), names=None, flags=m.RENDER)
+        flags = m.RENDER if run.settings.policy == "keep-going" else m.RENDER | m.STOPS
+        self._recipe = make_recipe(task, next(run.recipe_ids), names=None, flags=flags)
         self._read: deque[Portable] = deque()
         self._room = threading.Semaphore(max(1000, 64 * run.settings.jobs))
         self._posted = False

@@ -92,6 +92,7 @@ SAY_BEGAN = 1  # report BEGAN at once (the task has a timeout or a label)
 WANT_ITEMS = 2  # encode the value's items too: an each() will consume them
 RENDER = 4  # the value is to be str(value): somebody prints it
 DROP_VALUE = 8  # nobody consumes the value: check that it can travel, but do not send it
+STOPS = 16  # its failure stops the run: begin nothing more that was sent in advance
 
 
 class Report(NamedTuple):

@@ -24,6 +24,7 @@ from simulation import Simulation
 
 from taskrun.api import each, result
 from taskrun.errors import RunError
+from taskrun.messages import STOPS
 from taskrun.model import Failure, Task
 
 FAILS: Script = (Run(0.01), Error())
@@ -379,6 +380,14 @@ def test_a_failure_that_all_consumers_tolerate_neither_stops_the_run_nor_sets_it
     assert sim.states("fetch") == ["failed", "ok", "ok", "ok"]
     assert sim.states("total") == ["ok"]
     assert sim.call("fetch[0]").tolerated
+
+
+@pytest.mark.parametrize("policy", ["stop", "fail-fast", "keep-going"])
+def test_workers_know_whose_failures_stop_the_run(policy: str) -> None:
+    fetch, other = a_task("fetch", {"x": each([1, 2])}), a_task("other")
+    sim = run([a_task("kept", {"x": result(fetch, errors="keep")}), other], policy=policy)
+    stops = [bool(sim.call(name).recipe.flags & STOPS) for name in ("fetch[0]", "kept", "other")]
+    assert stops == ([False] * 3 if policy == "keep-going" else [False, True, True])
 
 
 def test_a_failure_is_tolerated_through_consumers_that_are_skipped_for_it() -> None:

@@ -62,6 +62,9 @@ class Bench:
     def flush(self) -> None:
         return None
 
+    def give_all_back(self) -> None:
+        self.steps.append(("give back",))
+
     def flush_soon(self) -> None:
         return None
 
@@ -163,6 +166,16 @@ def test_what_may_be_retried_is_said_with_the_failure(
     report = bench.run(raising(error, **options))
     assert report.kind == "error"
     assert report.payload[1] is retryable
+
+
+def test_a_failure_that_stops_the_run_is_told_and_then_nothing_more_is_begun(bench: Bench) -> None:
+    bench.run(raising(ValueError("x")), flags=m.STOPS)
+    assert bench.steps[-2:] == [("tell", m.ENDED), ("give back",)]
+    bench.steps.clear()
+    bench.run(raising(ValueError("x")))
+    bench.run(raising(Skip("x")), flags=m.STOPS)
+    bench.value(_one, flags=m.STOPS)
+    assert ("give back",) not in bench.steps
 
 
 def test_items_come_along_where_they_are_wanted(bench: Bench) -> None:

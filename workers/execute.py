@@ -34,7 +34,7 @@ from taskrun.errors import (
     Skip,
     TaskExit,
 )
-from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, WANT_ITEMS
+from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, STOPS, WANT_ITEMS
 from taskrun.model import Failure
 from taskrun.values import encode, encode_failure, encode_items
 from taskrun.workers import native
@@ -219,6 +219,8 @@ class Executor:
             self._folder.restore()
         self._report(running, (ENDED, call, attempt, kind, payload, items, running.began,
                                seconds, wrote))  # fmt: skip
+        if kind == "error" and known.flags & STOPS:
+            self._port.give_all_back()
 
     def _execute_bunch(self, call: int, attempt: int, known: Known, items: list[Any]) -> None:
         """Execute items one after the other, as long as there are any: some may be cut off."""

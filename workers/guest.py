@@ -160,6 +160,9 @@ class Guest:
     def flush(self) -> None:
         """What there is to say goes with the chunk."""
 
+    def give_all_back(self) -> None:
+        """See ``outbox.Port``.  What a chunk has is executed."""
+
     def flush_soon(self) -> None:
         """The same."""
 

@@ -263,7 +263,8 @@ class Worker:
         calls.reverse()  # in the order in which they came
         self.tell((GAVE_BACK, calls, self.executor.cut(count)))
 
-    def _give_all_back(self) -> None:
+    def give_all_back(self) -> None:
+        """Return all calls that have not begun."""
         if self.queue or self.executor.has_more:
             self.give_back(ALL)
 
@@ -308,7 +309,7 @@ class Worker:
     def _wait_begins(self) -> None:
         with self.reading:  # from here on the control thread reads nothing
             self.waiting += 1
-        self._give_all_back()
+        self.give_all_back()
 
     def _wait_ends(self) -> None:
         with self.reading:
@@ -352,7 +353,7 @@ class Worker:
             with self.reading:
                 self._read()
             self._attend()
-        self._give_all_back()  # what was sent before the coordinator knew of the wait
+        self.give_all_back()  # what was sent before the coordinator knew of the wait
 
     def listen(self, loop: Any, heard: Callable[[], object]) -> None:
         """See ``scope.Line``."""

@@ -35,6 +35,9 @@ class Port(Protocol):
 
     def flush(self) -> None: ...
 
+    def give_all_back(self) -> None:
+        """Return the calls that have not begun, where there are any."""
+
 
 class Outbox:
     """Records on their way to the coordinator; all of the worker's threads use it.

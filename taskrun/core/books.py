@@ -78,7 +78,9 @@ class Books:
         self.growing = growing
         most = math.inf if growing else slots
         self.resources = Resources({"cpu": most, **(resources or {})})
-        self.graph = Graph(plan, self._new_call, self._new_calls, recipe_ids, wanted)
+        self.graph = Graph(
+            plan, self._new_call, self._new_calls, recipe_ids, wanted, policy != "keep-going"
+        )
         self._timers = Timers()
         self._out: list[m.Command] = []
         self._workers: dict[int, Worker] = {}

@@ -25,7 +25,7 @@ from typing import Any
 
 from taskrun import calls as state
 from taskrun.calls import FINAL, OK, WAITING, Call
-from taskrun.messages import DROP_VALUE, SAY_BEGAN, WANT_ITEMS
+from taskrun.messages import DROP_VALUE, SAY_BEGAN, STOPS, WANT_ITEMS
 from taskrun.model import Each, Encoded, Plan, Recipe, Result, Task
 from taskrun.recipes import make_recipe
 from taskrun.values import encode
@@ -274,10 +274,11 @@ class Graph:
         new_calls: Callable[..., list[Call]],
         recipe_ids: Iterator[int],
         wanted: Collection[str] = (),
+        stops: bool = False,
     ) -> None:
         """``new_call(recipe, index, family)`` makes a call with an id, ``new_calls`` those of a
         range of positions; ``wanted`` names the tasks whose values are kept until the end of
-        the run."""
+        the run; ``stops``: whether a failure that nobody tolerates stops it."""
         self._new_call = new_call
         self._new_calls = new_calls
         self.ready: list[Call] = []
@@ -289,9 +290,9 @@ class Graph:
         self._axes: dict[object, Axis] = {}
         for order, task in enumerate(plan.tasks):
             self.families[task.name] = self._family(task, order)
-        for family in self.families.values():
-            self._finish(family, plan, recipe_ids, family.name in wanted)
         self._say_what_is_tolerated()
+        for family in self.families.values():
+            self._finish(family, plan, recipe_ids, family.name in wanted, stops)
 
     def begin(self) -> None:
         """Expand every family as far as is known."""
@@ -359,7 +360,9 @@ class Graph:
         item = places[("items", of.name)] if _takes_items(source, of) else None
         return CallWire(name, of, positions, item)
 
-    def _finish(self, family: Family, plan: Plan, recipe_ids: Iterator[int], wanted: bool) -> None:
+    def _finish(
+        self, family: Family, plan: Plan, recipe_ids: Iterator[int], wanted: bool, stops: bool
+    ) -> None:
         """What can only be known when all consumers are."""
         options = family.task.options
         takes_value = wanted or any(
@@ -368,6 +371,7 @@ class Graph:
         flags = SAY_BEGAN if options.timeout is not None or options.label else 0
         flags |= WANT_ITEMS if ("items", family.name) in self._axes else 0
         flags |= 0 if takes_value else DROP_VALUE
+        flags |= STOPS if stops and not family.tolerated else 0
         family.holds += wanted
         family.recipe = make_recipe(
             family.task,

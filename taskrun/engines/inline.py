@@ -233,6 +233,9 @@ class InlineEngine:
         """See ``outbox.Port``."""
         self.tell((m.ITEM, call, attempt, value, time() - seconds, seconds))
 
+    def give_all_back(self) -> None:
+        """See ``outbox.Port``.  Nothing is given in advance."""
+
     def flush(self) -> None:
         """See ``execute.Port``.  What other threads say waits for this one, the core's."""
         if get_ident() != self._thread:

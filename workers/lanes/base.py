@@ -94,6 +94,9 @@ class LaneWorker:
         """Call :meth:`read` when there is something in the call Pipe, until :attr:`is_over`."""
         raise NotImplementedError
 
+    def give_all_back(self) -> None:
+        """See ``outbox.Port``.  Every call begins when it comes."""
+
     def begin(self, running: LaneRunning, args: Any) -> None:
         """Have a call executed, from now on."""
         raise NotImplementedError
