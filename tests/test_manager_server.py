@@ -33,7 +33,9 @@ from manager_support import (
     wait_for,
 )
 
-from taskrun.manager import SyncManager
+from taskrun.manager import SyncManager, blocking
+from taskrun.manager.blocking import Waiter
+from taskrun.manager.objects import Entry
 from taskrun.manager.protocol import Frames, answer_to, framed, header
 
 __all__ = ["deadline"]  # a fixture, used by all
@@ -466,24 +468,40 @@ shared._callmethod("get")
 
 def test_a_thread_that_waits_for_a_dead_client_ends() -> None:
     with running() as server:
-        shared = server.client().Queue()
-        lock = server.client().Lock()
+        manager = server.client()
+        shared, event, lock = manager.Queue(), manager.Event(), manager.Lock()
         lock.acquire()
         code = f"""
 import threading
-def wait(ident, method):
-    proxy("BaseProxy", ident)._callmethod(method)
-for arguments in (({shared._token.id!r}, "get"), ({lock._token.id!r}, "acquire")):
+def wait(ident, method, *args):
+    proxy("BaseProxy", ident)._callmethod(method, args)
+shared, event, lock = {[one._token.id for one in (shared, event, lock)]!r}
+for arguments in ((shared, "get"), (event, "wait"), (lock, "acquire")):
     threading.Thread(target=wait, args=arguments).start()
 say("waiting")
 """
         with Client(server.address, code) as client:
             assert client.hear() == "waiting"
-            wait_for(lambda: len(server.server._promoted) == 3)
+            wait_for(lambda: len(server.server._promoted) == 4)
             client.kill()
             wait_for(lambda: len(server.server._promoted) == 1)
         lock.release()
         assert lock.acquire(True, 20)  # the dead client has not got it
+
+
+def test_a_set_and_clear_between_two_looks_at_its_client_ends_the_wait_for_an_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocking, "SLICE", 0.01)
+    event = threading.Event()
+
+    def look() -> bool:
+        event.set()
+        event.clear()
+        return False
+
+    assert Waiter(look)(Entry("1", "Event", event), "wait", event.wait, (5,), {}) is True
+    assert not event._cond._waiters  # type: ignore[attr-defined]
 
 
 def test_a_client_that_dies_at_a_barrier_has_not_come() -> None:

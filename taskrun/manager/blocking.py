@@ -166,20 +166,26 @@ class Waiter:
         return done
 
     def wait(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
-        return self.slices(value.wait, _timeout(*args, **kwds))
+        # Event.wait() in slices would lose a set() that is followed by a clear() between two.
+        timeout = _timeout(*args, **kwds)
+        with value._cond:
+            return value._flag or self._wait_enlisted(value._cond, timeout)
 
     def wait_notified(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
         timeout = _timeout(*args, **kwds)
-        notified = self._wait_notified(value, timeout)
+        if not value._is_owned():
+            raise RuntimeError("cannot wait on un-acquired lock")
+        notified = self._wait_enlisted(value, timeout, pass_on=value.notify)
         if notified:
             self._undo = value.notify
         return notified
 
-    def _wait_notified(self, condition: Any, timeout: float | None) -> bool:
+    def _wait_enlisted(
+        self, condition: Any, timeout: float | None, pass_on: Callable[[], object] | None = None
+    ) -> bool:
+        """Whether it was notified; ``pass_on`` is called if it was for a client who is gone."""
         # Condition.wait() in slices could lose a notification between two of them, so
         # this waiter stays enlisted: the steps are those of Condition.wait().
-        if not condition._is_owned():
-            raise RuntimeError("cannot wait on un-acquired lock")
         bell = threading.Lock()
         bell.acquire()
         condition._waiters.append(bell)
@@ -194,8 +200,8 @@ class Waiter:
             condition._acquire_restore(saved)
             if not notified:
                 notified = _has_rung(condition, bell)
-            if gone and notified:
-                condition.notify()  # somebody else
+            if gone and notified and pass_on is not None:
+                pass_on()
         return notified
 
     def wait_at_barrier(
