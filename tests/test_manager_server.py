@@ -223,6 +223,29 @@ def test_a_reply_that_cannot_be_pickled_is_told() -> None:
         assert "in fail" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "method", "args", "kwds"),
+    [
+        ("Queue", "put", (), {}),
+        ("Queue", "put", (1, True, 5, True), {}),
+        ("Queue", "put", (1,), {"blocking": True}),
+        ("Queue", "get", (True, 5, True), {}),
+        ("Queue", "get", (), {"item": 1}),
+        ("Lock", "acquire", (True, 5, True), {}),
+        ("Lock", "acquire", (True, None), {}),
+        ("Semaphore", "acquire", (), {"block": True}),
+        ("Event", "wait", (5, True), {}),
+    ],
+)
+def test_arguments_that_a_method_does_not_take_are_a_type_error(
+    kind: str, method: str, args: Any, kwds: Any
+) -> None:
+    with running() as server:
+        shared = getattr(server.client(), kind)()
+        with pytest.raises(TypeError):
+            shared._callmethod(method, args, kwds)
+
+
 def test_a_method_that_exits_ends_its_connection_only() -> None:
     with running(registry=StrangeManager._registry) as server:
         manager = server.client(StrangeManager)
@@ -476,13 +499,13 @@ import threading
 def wait(ident, method, *args):
     proxy("BaseProxy", ident)._callmethod(method, args)
 shared, event, lock = {[one._token.id for one in (shared, event, lock)]!r}
-for arguments in ((shared, "get"), (event, "wait"), (lock, "acquire")):
+for arguments in ((shared, "get"), (event, "wait"), (lock, "acquire"), (lock, "acquire", True, -1)):
     threading.Thread(target=wait, args=arguments).start()
 say("waiting")
 """
         with Client(server.address, code) as client:
             assert client.hear() == "waiting"
-            wait_for(lambda: len(server.server._promoted) == 4)
+            wait_for(lambda: len(server.server._promoted) == 5)
             client.kill()
             wait_for(lambda: len(server.server._promoted) == 1)
         lock.release()

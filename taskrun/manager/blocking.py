@@ -100,7 +100,7 @@ class Waiter:
                 raise Gone
 
     def get(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
-        timeout = _patience(*args, **kwds)
+        timeout = _Patience.get(*args, **kwds)
         item = function(*args, **kwds) if timeout == 0 else self._get(value, timeout)
         self._undo = lambda: _put_back(value, item)
         return item
@@ -125,7 +125,7 @@ class Waiter:
         return item
 
     def put(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
-        timeout = _patience(*args[1:], **{name: kwds[name] for name in kwds if name != "item"})
+        timeout = _Patience.put(*args, **kwds)
         if timeout == 0:
             return function(*args, **kwds)
         item = args[0] if args else kwds["item"]
@@ -154,7 +154,7 @@ class Waiter:
         self.slices(attempt, None)
 
     def acquire(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> bool:
-        timeout = _patience(*args, **kwds)
+        timeout = _PATIENCE_OF.get(type(value), _Patience.acquire)(*args, **kwds)
         if timeout == 0:
             done = bool(function(*args, **kwds))
         else:
@@ -167,12 +167,12 @@ class Waiter:
 
     def wait(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
         # Event.wait() in slices would lose a set() that is followed by a clear() between two.
-        timeout = _timeout(*args, **kwds)
+        timeout = _Patience.wait(*args, **kwds)
         with value._cond:
             return value._flag or self._wait_enlisted(value._cond, timeout)
 
     def wait_notified(self, value: Any, function: Callable[..., Any], args: Any, kwds: Any) -> Any:
-        timeout = _timeout(*args, **kwds)
+        timeout = _Patience.wait(*args, **kwds)
         if not value._is_owned():
             raise RuntimeError("cannot wait on un-acquired lock")
         notified = self._wait_enlisted(value, timeout, pass_on=value.notify)
@@ -209,7 +209,7 @@ class Waiter:
     ) -> int:
         # Barrier.wait() leaves only when the others have come, or breaks it when its time is
         # up; who is gone leaves as if it had not come.  The steps are those of Barrier.wait().
-        timeout = _timeout(*args, **kwds)
+        timeout = _Patience.wait(*args, **kwds)
         with value._cond:
             value._enter()
             place: int = value._count
@@ -243,18 +243,45 @@ def _has_rung(condition: Any, bell: Any) -> bool:
     return False
 
 
-def _patience(block: bool = True, timeout: Any = None, blocking: bool = True) -> float | None:
-    """How long a call waits: None is for ever; 0 is not at all, or so shortly (or so
-    wrongly said) that it needs no slices."""
-    if not (block and blocking):
-        return 0
+class _Patience:
+    """How long a call waits, with the signatures of the methods, so that what they refuse is
+    refused: None is for ever; 0 is not at all, or so shortly (or so wrongly said) that it
+    needs no slices."""
+
+    @staticmethod
+    def get(block: Any = True, timeout: Any = None) -> float | None:
+        return _sliced(timeout) if block else 0
+
+    @staticmethod
+    def put(item: Any, block: Any = True, timeout: Any = None) -> float | None:
+        return _sliced(timeout) if block else 0
+
+    @staticmethod
+    def acquire(blocking: Any = True, timeout: Any = -1) -> float | None:
+        """Of a lock, or a Condition with one."""
+        if not blocking or timeout is None:
+            return 0
+        return None if timeout == -1 else _sliced(timeout)
+
+    @staticmethod
+    def acquire_permit(blocking: Any = True, timeout: Any = None) -> float | None:
+        """Of a semaphore."""
+        return _sliced(timeout) if blocking else 0
+
+    @staticmethod
+    def wait(timeout: float | None = None) -> float | None:
+        return timeout
+
+
+_PATIENCE_OF = dict.fromkeys(
+    (threading.Semaphore, threading.BoundedSemaphore), _Patience.acquire_permit
+)
+
+
+def _sliced(timeout: Any) -> float | None:
     if timeout is None:
         return None
     return timeout if isinstance(timeout, (int, float)) and timeout > SLICE else 0
-
-
-def _timeout(timeout: float | None = None) -> float | None:
-    return timeout
 
 
 def _belongs_to_its_thread(value: Any) -> bool:
