@@ -195,6 +195,11 @@ def test_a_value_that_raises_while_it_is_loaded_is_told_and_the_connection_goes_
         assert shared["a"] == 1
 
 
+class TakesNoAttributes(Exception):
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(name)
+
+
 class Strange:
     def lock(self) -> Any:
         return threading.Lock()
@@ -204,6 +209,9 @@ class Strange:
 
     def fail(self) -> None:
         raise ValueError("by design")
+
+    def fail_strangely(self) -> None:
+        raise TakesNoAttributes("by design")
 
 
 class StrangeManager(SyncManager):
@@ -221,6 +229,14 @@ def test_a_reply_that_cannot_be_pickled_is_told() -> None:
         with pytest.raises(ValueError, match="by design") as caught:
             strange.fail()
         assert "in fail" in caught.value.__notes__[0]
+
+
+def test_an_exception_that_takes_no_note_is_raised_without_one() -> None:
+    with running(registry=StrangeManager._registry) as server:
+        strange = server.client(StrangeManager).Strange()
+        for _ in range(2):  # the connection goes on
+            with pytest.raises(TakesNoAttributes, match="by design"):
+                strange.fail_strangely()
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,19 @@ def _proxy(
 def failure(error: Exception) -> Reply:
     """The reply to a call that raised: the exception, with a note of where in a user's code
     it came from; the traceback itself does not travel."""
+    try:
+        _add_note(error)
+    except Exception:
+        pass  # its class is a user's, and need not take one
+    return "#ERROR", error
+
+
+def _add_note(error: Exception) -> None:
     every = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in every if not frame.filename.startswith(_OURS)]
     if frames and not getattr(error, "__notes__", None):
         lines = "".join(traceback.format_list(frames)).rstrip()
         error.add_note(f"In the manager's server:\n{lines}")
-    return "#ERROR", error
 
 
 _OURS = __file__.rpartition("/")[0]
