@@ -6,6 +6,8 @@ import copy
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -183,6 +185,47 @@ def test_other_options_for_one_name_are_an_error(live: Live) -> None:
     assert run.state_semaphore("s", 2).acquire()
     with pytest.raises(Exception, match="was made with 2, and is now asked for with 3"):
         run.state_semaphore("s", 3).acquire()
+
+
+WITHOUT_TASKRUN = """
+import sys
+from multiprocessing.managers import SyncManager
+class Run(SyncManager):
+    pass
+for typeid in ("state_counter", "state_dict", "state_semaphore"):
+    Run.register(typeid)
+run = Run(sys.argv[1], authkey=bytes.fromhex(sys.argv[2]))
+run.connect()
+for made, method, args in (
+    (run.state_counter("d"), "add", (1,)),
+    (run.state_semaphore("s"), "acquire", (False,)),
+    (run.state_semaphore("t", 3), "acquire", ()),
+    (run.state_dict("d"), "__getitem__", ("b",)),
+):
+    try:
+        made._callmethod(method, args)
+    except Exception as error:
+        print(type(error).__name__, error)
+try:
+    import taskrun
+except ImportError:
+    print("no taskrun")
+"""
+
+
+def test_a_client_without_taskrun_is_told_what_is_wrong_by_builtin_exceptions(live: Live) -> None:
+    ours = live.connect()
+    ours.dict("d")["a"] = 1
+    ours.semaphore("t", 2).acquire()
+    address, key = live.service.address, live.service.authkey.hex()
+    command = [sys.executable, "-I", "-S", "-c", WITHOUT_TASKRUN, str(address), key]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert len(said) == 5, done.stderr
+    assert "RuntimeError 'd' is a dict of this state" in said[0]
+    assert "RuntimeError there is no semaphore 's' yet" in said[1]
+    assert "RuntimeError the semaphore 't' was made with 2" in said[2]
+    assert said[3:] == ["KeyError 'b'", "no taskrun"]
 
 
 def test_a_name_that_is_none_is_told(live: Live) -> None:

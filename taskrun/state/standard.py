@@ -15,7 +15,8 @@
 
 What they share is a handle, which lives in the coordinator and is called on a thread of
 the connection: there, and never on the loop, values are pickled and unpickled.  What a
-connection has acquired is free when it ends.
+connection has acquired is free when it ends.  Errors of ours, which only those could read who
+have taskrun, become builtin ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from taskrun.errors import TaskrunError
 from taskrun.manager import blocking
 from taskrun.state import containers, handles
 from taskrun.state.handles import Handle
@@ -50,14 +52,30 @@ class Guest(LocalClient):
             blocking.waiter().at_end(lambda: self.store.owner_ended(made))
         return owner
 
+    def call(self, request: Request) -> Any:
+        try:
+            return super().call(request)
+        except TaskrunError as error:
+            raise _builtin(error) from None
+
     def wait(self, request: Request, timeout: float | None) -> Any:
-        value = super().wait(request, timeout)
+        try:
+            value = super().wait(request, timeout)
+        except TaskrunError as error:
+            raise _builtin(error) from None
         if request[0] == "queue.get":
             blocking.waiter().undo_by(lambda: self.store.put_back(request, value))
         return value
 
     def _block(self, request: Request, holder: Any, caller: Caller, timeout: float | None) -> bool:
         return blocking.waiter().slices(caller.block, timeout)
+
+
+def _builtin(error: TaskrunError) -> Exception:
+    """The nearest of the exceptions that every client knows."""
+    kinds = (kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    kind = next(kinds)
+    return RuntimeError(str(error)) if kind is Exception else kind(str(error))
 
 
 class _Sent:
