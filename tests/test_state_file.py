@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import signal
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import managers
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from harness import Runs, lines_of, started, wait_until
 from state_support import FORK, Live, own_runtime
 
 from taskrun import connect
+from taskrun.errors import RunError
 from taskrun.manager import SyncManager
+from taskrun.state.connecting import Connected
 from taskrun.state.file import _Tracked
 
 __all__ = ["own_runtime"]
@@ -180,6 +183,65 @@ def test_a_run_whose_state_cannot_be_kept_ends_with_an_error(runs: Runs) -> None
     done = runs.exec(source, "--inline", "--state", "kept.db", "-p", "fails=yes").check(1)
     assert "the last changes of the state could not be written: kept.db" in done.err
     assert "Traceback" not in done.err.replace("Traceback (most recent call last):", "", 2)
+
+
+# -- what cannot be written, or not be read -------------------------------------------
+
+
+def kept_in(path: Path, look: Callable[[Connected], Any]) -> Any:
+    """What ``look`` sees of the state in a file."""
+    live = Live(file=str(path))
+    try:
+        return look(live.connect())
+    finally:
+        live.close()
+
+
+def test_a_name_that_is_no_unicode_is_kept(own_runtime: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for number in (1, 2):
+        assert kept_in(tmp_path / "kept.db", lambda run: run.counter(name).add(1)) == number
+        kept_in(tmp_path / "kept.db", lambda run: run.counter("caf\xe9").add(5))
+    assert kept_in(tmp_path / "kept.db", lambda run: run.counter("caf\xe9").get()) == 10
+
+
+def test_an_object_that_cannot_be_written_keeps_no_other_out_of_the_file(
+    own_runtime: Path, tmp_path: Path
+) -> None:
+    live = Live(file=str(tmp_path / "kept.db"))
+    live.service._file._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+    connected = live.connect()
+    connected.dict("large").update({"a": bytes(20_000), "b": 1})
+    connected.counter("n").add(1)
+    wait_until(lambda: any("'large' is not kept" in notice for notice in live.notices))
+    connected.dict("large")["b"] = 2
+    connected.counter("m").add(1)
+    with pytest.raises(RunError, match=r"could not be written: .*kept\.db: 'large': .*too big"):
+        live.service._file.close()
+    live.service._file = None
+    live.close()
+    assert len(live.notices) == 1
+    names = [("m", "counter", 1), ("n", "counter", 1)]
+    assert kept_in(tmp_path / "kept.db", lambda run: run.names()) == names
+    # What comes into the file later has a number of its own.
+    kept_in(tmp_path / "kept.db", lambda run: run.dict("d").update({"a": 1}))
+    assert kept_in(
+        tmp_path / "kept.db", lambda run: (run.dict("d").copy(), run.counter("m").get())
+    ) == ({"a": 1}, 1)
+
+
+def test_an_object_that_could_not_be_written_is_when_it_has_changed(
+    own_runtime: Path, tmp_path: Path
+) -> None:
+    live = Live(file=str(tmp_path / "kept.db"))
+    live.service._file._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+    d = live.connect().dict("d")
+    d.update({"a": bytes(20_000), "b": 1})
+    wait_until(lambda: live.notices)
+    d["a"] = 2
+    wait_until(lambda: any("'d' is kept again" in notice for notice in live.notices))
+    live.close()
+    assert kept_in(tmp_path / "kept.db", lambda run: run.dict("d").copy()) == {"a": 2, "b": 1}
 
 
 @pytest.mark.parametrize("kind", [managers.SyncManager, SyncManager])

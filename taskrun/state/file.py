@@ -6,7 +6,7 @@ the file is always that of one moment for each object.  Dicts, lists, sets, coun
 and events are kept; locks, semaphores and barriers belong to those who hold them.
 
 A row has an object's number, a place in it, and a key and a value in pickles: a dict's or
-set's item has a place that is never given again, a list's item its index.
+set's item has a place that is never given again, a list's item its index.  A name that is no Unicode, as one of a file may be, is a blob.
 """
 
 from __future__ import annotations
@@ -111,8 +111,10 @@ class StateFile:
         self._reactor = reactor
         self._notice = notice
         self._tracked: dict[str, _Tracked] = {}
+        self._last = 0  # number of an object
         self._changed: set[_Tracked] = set()
-        self._error: sqlite3.Error | None = None  # why the last writing failed
+        self._error: Exception | None = None  # why the last writing failed
+        self._refused: dict[_Tracked, Exception] = {}  # what cannot be written, and why
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="state file", daemon=True)
         self._database = self._open()
@@ -134,11 +136,16 @@ class StateFile:
         self._stopping.set()
         if self._thread.ident is not None:  # it was started, so the file was read
             self._thread.join()
+            self._changed.update(self._refused)
             self._write()
         self._database.close()
+        reasons = [f"{one.hosted.name!r}: {error}" for one, error in self._refused.items()]
         if self._error is not None:
+            reasons = [str(self._error)]
+        if reasons:
             raise RunError(
-                f"the last changes of the state could not be written: {self._path}: {self._error}"
+                "the last changes of the state could not be written: "
+                f"{self._path}: {'; '.join(reasons)}"
             )
 
     def _open(self) -> sqlite3.Connection:
@@ -176,7 +183,10 @@ class StateFile:
     def _load(self) -> None:
         rows = self._database.execute("select id, name, kind, options from object").fetchall()
         for number, name, kind, options in rows:
+            if isinstance(name, bytes):
+                name = name.decode("utf-8", "surrogatepass")
             hosted = self._store.find(kind, name, pickle.loads(options))
+            self._last = max(self._last, number)
             tracked = self._tracked[name] = _Tracked(hosted, number)
             items = self._database.execute(
                 "select place, key, value from item where object = ? order by place", (number,)
@@ -204,8 +214,8 @@ class StateFile:
             return
         tracked = self._tracked.get(hosted.name)
         if tracked is None:
-            number = len(self._tracked) + 1
-            tracked = self._tracked[hosted.name] = _Tracked(hosted, number)
+            self._last += 1
+            tracked = self._tracked[hosted.name] = _Tracked(hosted, self._last)
         tracked.note(action, key, value)
         self._changed.add(tracked)
 
@@ -215,28 +225,30 @@ class StateFile:
             self._write()
 
     def _write(self) -> None:
-        """Write what has changed.  What cannot be written is tried again the next time."""
+        """Write what has changed.  What cannot be written is tried again the next time, or, if
+        it is one object that cannot be, when that has changed."""
         with self._store.mutex:
             changed, self._changed = self._changed, set()
-            taken = [(tracked, *tracked.taken()) for tracked in changed]
+            taken = {tracked: tracked.taken() for tracked in changed}
         if not taken:
             return
         try:
             self._database.execute("begin immediate")
-            for tracked, cleared, since, items in taken:
-                self._write_object(tracked, cleared, since, items)
+            refused = {tracked: self._write_apart(tracked, *taken[tracked]) for tracked in taken}
             self._database.execute("commit")
-        except sqlite3.Error as error:
+        except Exception as error:
             self._put_off(taken, error)
-        else:
-            if self._error is not None:
-                self._notice(f"the state is kept again: {self._path}")
-            self._error = None
+            return
+        if self._error is not None:
+            self._notice(f"the state is kept again: {self._path}")
+        self._error = None
+        for tracked, why in refused.items():
+            self._settle(tracked, taken[tracked], why)
 
-    def _put_off(self, taken: list[tuple[_Tracked, *Taken]], error: sqlite3.Error) -> None:
+    def _put_off(self, taken: dict[_Tracked, Taken], error: Exception) -> None:
         with self._store.mutex:
-            for tracked, cleared, since, items in taken:
-                tracked.give_back(cleared, since, items)
+            for tracked, one in taken.items():
+                tracked.give_back(*one)
                 self._changed.add(tracked)
         if self._error is None:
             self._notice(f"the state is not kept for now, to be tried again: {self._path}: {error}")
@@ -246,6 +258,34 @@ class StateFile:
                 self._database.execute("rollback")
         except sqlite3.Error as second:
             self._error = second  # a disk that fails again; sqlite rolls back by itself
+
+    def _settle(self, tracked: _Tracked, taken: Taken, why: Exception | None) -> None:
+        """The others are written; so is this one, or this is why it is not."""
+        name = tracked.hosted.name
+        if why is not None:
+            with self._store.mutex:
+                tracked.give_back(*taken)
+            if tracked not in self._refused:
+                self._notice(f"{name!r} is not kept as it is now: {self._path}: {why}")
+            self._refused[tracked] = why
+        elif self._refused.pop(tracked, None) is not None:
+            self._notice(f"{name!r} is kept again: {self._path}")
+
+    def _write_apart(
+        self, tracked: _Tracked, cleared: bool, since: int | None, items: Items
+    ) -> Exception | None:
+        """Write one object, or say why it cannot be written.  Raises what keeps out the others
+        too."""
+        self._database.execute("savepoint object")
+        try:
+            self._write_object(tracked, cleared, since, items)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.DataError):
+                raise
+            self._database.execute("rollback to object")
+            return error
+        self._database.execute("release object")
+        return None
 
     def _write_object(
         self,
@@ -257,7 +297,7 @@ class StateFile:
         hosted, number, run = tracked.hosted, tracked.number, self._database
         run.execute(
             "insert or ignore into object values (?, ?, ?, ?)",
-            (number, hosted.name, hosted.kind, _dumps(hosted.options or None)),
+            (number, _kept_name(hosted.name), hosted.kind, _dumps(hosted.options or None)),
         )
         if cleared:
             run.execute("delete from item where object = ?", (number,))
@@ -272,6 +312,14 @@ class StateFile:
             ((number, place, _dumps(item[0]), _dumps(item[1]))
              for place, item in items.items() if item is not None),
         )  # fmt: skip
+
+
+def _kept_name(name: str) -> str | bytes:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
+    return name
 
 
 def _dumps(value: Any) -> bytes:
