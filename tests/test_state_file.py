@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -18,10 +19,12 @@ from harness import Runs, lines_of, started, wait_until
 from state_support import FORK, Live, own_runtime
 
 from taskrun import connect
-from taskrun.errors import RunError
+from taskrun.errors import RunError, UsageError
 from taskrun.manager import SyncManager
+from taskrun.reactor import Reactor
 from taskrun.state.connecting import Connected
-from taskrun.state.file import _Tracked
+from taskrun.state.file import StateFile, _Tracked
+from taskrun.state.store import Store
 
 __all__ = ["own_runtime"]
 pytestmark = pytest.mark.timeout(120)
@@ -242,6 +245,34 @@ def test_an_object_that_could_not_be_written_is_when_it_has_changed(
     wait_until(lambda: any("'d' is kept again" in notice for notice in live.notices))
     live.close()
     assert kept_in(tmp_path / "kept.db", lambda run: run.dict("d").copy()) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "update object set kind = 'lock'",
+        "update object set kind = 'hologram'",
+        "update object set name = x'ff'",
+        "update object set options = x'4b052e'",
+        "update item set value = x'636e6f70650a6e6f70650a2e'",  # nope.nope
+        "update item set value = x'636275696c74696e730a657869740a2874522e'",  # would exit
+        "update item set key = x'80'",
+        "update item set key = null",
+        "drop table item",
+    ],
+)
+def test_whatever_is_damaged_in_a_file_is_a_usage_error_that_names_it(
+    own_runtime: Path, tmp_path: Path, damage: str
+) -> None:
+    path = str(tmp_path / "kept.db")
+    kept_in(tmp_path / "kept.db", lambda run: run.dict("d").update({"a": 1}))
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(damage)
+    with contextlib.closing(Reactor()) as reactor:
+        file = StateFile(path, Store(), reactor, print)
+        with pytest.raises(UsageError, match=r"the state file .*kept\.db is damaged: ."):
+            file.start()
+        file.close()
 
 
 @pytest.mark.parametrize("kind", [managers.SyncManager, SyncManager])

@@ -5,8 +5,9 @@ since into an SQLite file.  So whatever ends the run, at most the last second is
 the file is always that of one moment for each object.  Dicts, lists, sets, counters, queues
 and events are kept; locks, semaphores and barriers belong to those who hold them.
 
-A row has an object's number, a place in it, and a key and a value in pickles: a dict's or
-set's item has a place that is never given again, a list's item its index.  A name that is no Unicode, as one of a file may be, is a blob.
+A row has an object's number, a place in it, and a key and a value in pickles, of plain values
+only (see ``stored``): a dict's or set's item has a place that is never given again, a list's
+item its index.  A name that is no Unicode, as one of a file may be, is a blob.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 from taskrun.errors import RunError, StateError, UsageError
+from taskrun.manager.pickling import load_plain
 from taskrun.reactor import Reactor
 from taskrun.state.kinds import CHANGED, CLEARED, DELETED, REMOVED, Hosted
 from taskrun.state.store import Store
@@ -125,9 +127,9 @@ class StateFile:
         """Load what is in the file, and keep it up to date from now on."""
         try:
             self._load()
-        except (sqlite3.Error, pickle.UnpicklingError, EOFError, LookupError, ValueError,
-                TypeError, StateError) as error:  # fmt: skip
-            raise UsageError(f"the state file {self._path} is damaged: {error}") from None
+        except Exception as error:  # damage may be of any kind
+            why = str(error) or type(error).__name__
+            raise UsageError(f"the state file {self._path} is damaged: {why}") from None
         self._store.ears.append(self._note)
         self._thread.start()
 
@@ -183,9 +185,11 @@ class StateFile:
     def _load(self) -> None:
         rows = self._database.execute("select id, name, kind, options from object").fetchall()
         for number, name, kind, options in rows:
+            if kind not in _KEPT:
+                raise StateError(f"it has a {kind}, which is never kept")
             if isinstance(name, bytes):
                 name = name.decode("utf-8", "surrogatepass")
-            hosted = self._store.find(kind, name, pickle.loads(options))
+            hosted = self._store.find(kind, name, load_plain(options))
             self._last = max(self._last, number)
             tracked = self._tracked[name] = _Tracked(hosted, number)
             items = self._database.execute(
@@ -199,8 +203,8 @@ class StateFile:
         found = []
         by_key = tracked.hosted.kind in ("dict", "set")
         for place, key, value in rows:
-            item = pickle.loads(key) if by_key else place
-            found.append((item, pickle.loads(value)))
+            item = load_plain(key) if by_key else place
+            found.append((item, load_plain(value)))
             tracked.last = max(tracked.last, place)
             if by_key:
                 tracked.places[item] = place
