@@ -35,6 +35,15 @@ def runs(tmp_path: Path, own_runtime: Path) -> Iterator[Runs]:
     yield from started(tmp_path)
 
 
+def kept_in(path: Path, look: Callable[[Connected], Any]) -> Any:
+    """What ``look`` sees of the state in a file."""
+    live = Live(file=str(path))
+    try:
+        return look(live.connect())
+    finally:
+        live.close()
+
+
 HELD = """
 @task
 def work():
@@ -73,6 +82,24 @@ def test_state_is_kept_in_a_file(runs: Runs) -> None:
             "{'a': [1, 2], ('t', 1): 2} ['first', 0, 1, 3, 4, 'last'] ['a', 'c']",
             f"{['y', 'z'] if more == 2 else []} {more} True",
         ]
+
+
+def test_of_two_equal_keys_the_one_that_is_in_the_dict_is_kept(
+    own_runtime: Path, tmp_path: Path
+) -> None:
+    for key in (1, True, 1.0):
+        kept_in(tmp_path / "kept.db", lambda run, key=key: run.dict("d").update({key: "a"}))
+
+    def again(run: Connected) -> list[Any]:
+        d = run.dict("d")
+        d[True] = "b"
+        before = list(d.items())
+        del d[1]
+        d[True] = "c"
+        return [*before, *d.items()]
+
+    assert repr(kept_in(tmp_path / "kept.db", again)) == "[(1, 'b'), (True, 'c')]"
+    assert kept_in(tmp_path / "kept.db", lambda run: repr(run.dict("d").copy())) == "{True: 'c'}"
 
 
 def test_a_killed_run_loses_at_most_the_last_second(runs: Runs) -> None:
@@ -189,15 +216,6 @@ def test_a_run_whose_state_cannot_be_kept_ends_with_an_error(runs: Runs) -> None
 
 
 # -- what cannot be written, or not be read -------------------------------------------
-
-
-def kept_in(path: Path, look: Callable[[Connected], Any]) -> Any:
-    """What ``look`` sees of the state in a file."""
-    live = Live(file=str(path))
-    try:
-        return look(live.connect())
-    finally:
-        live.close()
 
 
 def test_a_name_that_is_no_unicode_is_kept(own_runtime: Path, tmp_path: Path) -> None:

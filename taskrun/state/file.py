@@ -46,26 +46,27 @@ Taken: TypeAlias = tuple[bool, int | None, Items]
 class _Tracked:
     """What has changed of one object since it was last written.
 
-    ``places`` says where each key of a dict or set is.  ``items`` are changed places, None
+    ``places`` says where each key of a dict or set is, and which of the keys that are equal
+    (1, True) it is.  ``items`` are changed places, None
     for what is gone; from index ``since`` on, a list is to be written anew.
     """
 
     def __init__(self, hosted: Hosted, number: int) -> None:
         self.hosted = hosted
         self.number = number
-        self.places: dict[Any, int] = {}
+        self.places: dict[Any, tuple[int, Any]] = {}
         self.last = 0
         self.cleared = False
         self.since: int | None = None
         self.items: Items = {}
 
-    def place(self, key: Any) -> int:
+    def place(self, key: Any) -> tuple[int, Any]:
         if self.hosted.kind not in ("dict", "set"):
-            return key or 0
+            return key or 0, None
         found = self.places.get(key)
         if found is None:
             self.last += 1
-            found = self.places[key] = self.last
+            found = self.places[key] = self.last, key
         return found
 
     def note(self, action: str, key: Any, value: Any) -> None:
@@ -77,10 +78,11 @@ class _Tracked:
         elif action == CHANGED:
             self.since = key if self.since is None else min(self.since, key)
         elif action in (DELETED, REMOVED):
-            self.items[self.place(key)] = None
+            self.items[self.place(key)[0]] = None
             self.places.pop(key, None)
         else:
-            self.items[self.place(key)] = (key, value)
+            place, key = self.place(key)
+            self.items[place] = (key, value)
 
     def taken(self) -> Taken:
         """What is to be written: whether all rows go first, from which place on they go,
@@ -207,7 +209,7 @@ class StateFile:
             found.append((item, load_plain(value)))
             tracked.last = max(tracked.last, place)
             if by_key:
-                tracked.places[item] = place
+                tracked.places[item] = place, item
         return found
 
     # -- writing ----------------------------------------------------------------------
