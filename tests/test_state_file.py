@@ -143,6 +143,14 @@ def test_a_file_that_is_no_state_file_is_refused(runs: Runs, tmp_path: Path) -> 
     assert "no/x.db cannot be used" in runs.exec(source, "--state", "no/x.db").check(2).err
 
 
+def test_no_path_keeps_state_without_a_file(runs: Runs, tmp_path: Path) -> None:
+    done = runs.exec(KEEPS, "--state", "").check(2)
+    assert "the path of the state file is empty" in done.err
+    runs.exec(KEEPS, "--state", ":memory:").check()
+    runs.exec(SHOWS, "--state", ":memory:").check()
+    assert (tmp_path / ":memory:").exists()
+
+
 def test_a_file_belongs_to_one_run_at_a_time(runs: Runs) -> None:
     run = runs.start_exec(HELD, "-j1", "--state", "kept.db")
     run.await_line("filled")

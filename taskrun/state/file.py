@@ -12,6 +12,7 @@ item its index.  A name that is no Unicode, as one of a file may be, is a blob.
 
 from __future__ import annotations
 
+import os
 import pickle
 import sqlite3
 import threading
@@ -153,9 +154,12 @@ class StateFile:
             )
 
     def _open(self) -> sqlite3.Connection:
+        if not self._path:
+            raise UsageError("the path of the state file is empty: is a variable not set?")
         try:
-            made = sqlite3.connect(self._path, timeout=0.2, check_same_thread=False,
-                                   isolation_level=None)  # fmt: skip
+            # Only an absolute path is never a name that means something to SQLite, as :memory:.
+            made = sqlite3.connect(os.path.abspath(self._path), timeout=0.2,
+                                   check_same_thread=False, isolation_level=None)  # fmt: skip
             made.execute("pragma locking_mode = exclusive")
             made.execute("begin immediate")
             self._check(made)
