@@ -329,10 +329,14 @@ def test_taskrun_state_shows_what_it_cannot_load(runs: Runs) -> None:
         """
         class Page: pass
 
+        class Exit:
+            def __reduce__(self): return sys.exit, (7,)
+
         @task
         def work():
             state.dict("pages").update(a=Page(), b=2)
             state.list("l").append(Page())
+            state.list("exits").append(Exit())
             print("filled", flush=True)
             state.queue("go").get(timeout=60)
             state.dict("pages")["c"] = Page()
@@ -345,6 +349,9 @@ def test_taskrun_state_shows_what_it_cannot_load(runs: Runs) -> None:
     said = "<a value that cannot be loaded here: ModuleNotFoundError: No module named 'tasks'>"
     for words in (("get", "pages"), ("dump",), ("dump", "--json"), ("get", "pages", "a")):
         assert said in runs.run("state", *words, cwd=elsewhere).check().out
+    for words in (("get", "exits"), ("dump",), ("dump", "--json")):
+        shown = runs.run("state", *words, cwd=elsewhere).check().out
+        assert "<a value that cannot be loaded here: SystemExit: 7>" in shown
     assert runs.run("state", "get", "pages", "b", cwd=elsewhere).check().out == "2\n"
     with connect() as seen:
         changes = seen.dict("pages").watch()

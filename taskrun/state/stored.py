@@ -66,7 +66,7 @@ def loaded(stored: Stored) -> Any:
     """The value itself, or an Unloadable: for whoever looks at many."""
     try:
         return from_stored(stored)
-    except Exception as error:  # it may be anything, of anybody's code
+    except (Exception, SystemExit) as error:  # it may be anything, of anybody's code
         return Unloadable(error)
 
 
