@@ -132,6 +132,66 @@ def test_the_locks_of_an_attempt_are_free_when_it_has_ended(live: Live) -> None:
     holder.close()
 
 
+def is_taken(live: Live, kind: str) -> bool:
+    """Whether ``x``, of that kind, cannot be acquired by others."""
+    other = live.connect()
+    one = other.lock("x") if kind == "lock" else other.semaphore("x", 1)
+    return not one.acquire(timeout=0.05)
+
+
+@pytest.mark.parametrize("kind", ["lock", "semaphore"])
+def test_what_a_client_holds_lasts_until_it_is_closed_whichever_connections_end(
+    live: Live, kind: str
+) -> None:
+    state = live.connect()
+    held = state.lock("x") if kind == "lock" else state.semaphore("x", 1)
+    begun: list[Any] = []
+
+    async def acquires_and_gives_up_another_wait() -> None:
+        await held.acquire_async()
+        await asyncio.wait_for(state.event("never").wait_async(), 0.05)
+
+    def in_a_thread_that_ends() -> None:
+        state.dict("d").update(dict.fromkeys(range(2500), 0))
+        keys = iter(state.dict("d"))
+        begun.extend((keys, next(keys)))
+        with pytest.raises(TimeoutError):
+            asyncio.run(acquires_and_gives_up_another_wait())
+
+    thread = threading.Thread(target=in_a_thread_that_ends)
+    thread.start()
+    thread.join(20)
+    del thread
+    wait_until(lambda: len(live.service.sessions) == 1)
+    assert is_taken(live, kind)
+    assert len(list(begun[0])) == 2499
+    state.close()
+    wait_until(lambda: not is_taken(live, kind))
+
+
+def test_a_forked_child_of_a_client_holds_what_it_acquires_itself(live: Live) -> None:
+    state, ready, over = live.connect(), FORK.Event(), FORK.Event()
+    state.semaphore("x", 2).acquire()
+
+    def acquires() -> None:
+        state.semaphore("x").acquire()
+
+        async def waits() -> None:
+            await asyncio.wait_for(state.event("never").wait_async(), 0.05)
+
+        with pytest.raises(TimeoutError):
+            asyncio.run(waits())
+        ready.set()
+        over.wait(60)
+
+    child = FORK.Process(target=acquires, daemon=True)
+    child.start()
+    assert ready.wait(20)
+    assert live.service.store.execute(("semaphore.locked", "x", None, ()), None)[1]  # type: ignore[arg-type]
+    kill(child)
+    assert state.semaphore("x").acquire(timeout=20)
+
+
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("kind", ["lock", "semaphore"])
 def test_a_lock_that_did_not_reach_whoever_asked_for_it_is_free(

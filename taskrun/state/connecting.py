@@ -8,7 +8,7 @@ from taskrun import addresses
 from taskrun.authkey import authkey as find_authkey
 from taskrun.state.containers import Dict, List, Set
 from taskrun.state.handles import Barrier, Counter, Event, Lock, Queue, Semaphore, Watch
-from taskrun.state.remote import RemoteClient
+from taskrun.state.remote import Connection, RemoteClient
 from taskrun.state.stored import loaded
 
 
@@ -43,6 +43,24 @@ def connect(
     return Connected(address, find_authkey() if key is None else key, files, run)
 
 
+class _Holding(RemoteClient):
+    """What it has acquired lasts until ``close()``, whichever connections end before: one that
+    nobody speaks on stays open all the time."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._lasting: Connection | None = None
+
+    def connect(self) -> Connection:
+        self.hold()
+        return super().connect()
+
+    def hold(self) -> None:
+        """Have that connection, also where the one before has broken."""
+        if self._lasting is None or self._lasting.ready():  # it is told nothing but its end
+            self._lasting = super().connect()
+
+
 class Connected:
     """The state of another process: the same handles as in ``taskrun.state``.
 
@@ -58,8 +76,8 @@ class Connected:
     ) -> None:
         """``tls``: a certificate, its key, and who signs the others'."""
         self.address = address
-        self._client = RemoteClient(address, authkey, tls=tls, run=run)
-        self._client.connect().close()  # now, rather than at first use, it is told
+        self._client = _Holding(address, authkey, tls=tls, run=run)
+        self._client.hold()  # now, rather than at first use, it is told
 
     def close(self) -> None:
         """End the connection."""
