@@ -6,9 +6,11 @@ import asyncio
 import gc
 import pickle
 import queue
+import signal
 import threading
 import warnings
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -342,13 +344,16 @@ def test_getters_are_served_in_order(made: Any) -> None:
 
 def wait_for_waiting(made: Any, name: str, count: int) -> None:
     """Wait until so many wait in a queue."""
-    store = _store_of(made)
-    for _ in range(2000):
-        hosted = store.objects.get(name)
-        if hosted is not None and len(hosted._getters) == count:
+    objects = _store_of(made).objects
+    wait_until(lambda: name in objects and len(objects[name]._getters) == count)
+
+
+def wait_until(holds: Any) -> None:
+    for _ in range(4000):
+        if holds():
             return
         threading.Event().wait(0.005)
-    raise AssertionError(f"there are not {count} who wait")
+    raise AssertionError("that does not happen")
 
 
 def _store_of(made: Any) -> Any:
@@ -413,6 +418,65 @@ def test_a_barrier_lets_all_go_at_once(made: Any) -> None:
         waits = [in_thread(b.wait) for _ in range(3)]
         assert sorted(joined(one) for one in waits) == [0, 1, 2]
     assert b.n_waiting() == 0
+
+
+@contextmanager
+def interrupted_by(error: BaseException) -> Iterator[threading.Event]:
+    """Raise ``error`` in a signal handler of this thread, once what is given here is set."""
+    me, now = threading.get_ident(), threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        raise error
+
+    def interrupts() -> None:
+        if now.wait(20):
+            signal.pthread_kill(me, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=interrupts, daemon=True)
+    thread.start()
+    try:
+        yield now
+        thread.join(20)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def when_parked(made: Any, name: str, waits: str, then: threading.Event) -> None:
+    """Set ``then`` when somebody waits in the object of that name."""
+
+    objects = _store_of(made).objects
+
+    def watches() -> None:
+        wait_until(lambda: name in objects and len(getattr(objects[name], waits)))
+        then.set()
+
+    threading.Thread(target=watches, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    ("before", "what", "waits"),
+    [
+        (lambda m: m.lock("x").acquire(), lambda m: m.lock("x").__enter__(), "_waits"),
+        (lambda m: m.lock("x").acquire(), lambda m: m.lock("x").acquire(timeout=50), "_waits"),
+        (lambda m: m.semaphore("x", 1).acquire(), lambda m: m.semaphore("x").__enter__(), "_waits"),
+        (lambda m: None, lambda m: m.event("x").wait(), "_waits"),
+        (lambda m: None, lambda m: m.barrier("x", 2).wait(), "_waits"),
+        (lambda m: None, lambda m: m.queue("x").get(), "_getters"),
+        (lambda m: m.queue("x", 1).put(1), lambda m: m.queue("x").put(2), "_putters"),
+    ],
+    ids=["with lock", "lock", "with semaphore", "event", "barrier", "get", "put"],
+)
+def test_a_timeout_error_of_a_signal_handler_that_ends_a_wait_is_the_users(
+    made: Any, before: Any, what: Any, waits: str
+) -> None:
+    joined(in_thread(lambda: before(made)))
+    mine = TimeoutError("my time is up")
+    with pytest.raises(TimeoutError, match="my time is up"), interrupted_by(mine) as now:
+        when_parked(made, "x", waits, now)
+        what(made)
+    hosted = _store_of(made).objects["x"]
+    wait_until(lambda: len(getattr(hosted, waits)) == 0)
 
 
 # -- coroutines -----------------------------------------------------------------------

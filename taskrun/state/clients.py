@@ -13,9 +13,14 @@ from taskrun.errors import StateError
 from taskrun.state.wire import ERROR, TIMED_OUT, Owner, Reply, Request, raised
 
 
+class TimeUp(TimeoutError):
+    """Raised where the time is over that a wait was given; it stays among handles and clients.
+    Whatever other TimeoutError ends a wait is somebody else's, such as a signal handler's."""
+
+
 class Client(Protocol):
     """The way to a store.  ``timeout`` is in seconds, None is for ever; when it is over,
-    TimeoutError is raised."""
+    TimeUp is raised."""
 
     def call(self, request: Request) -> Any:
         """Have something done that takes no time; what it returns."""
@@ -64,7 +69,7 @@ def concluded(reply: Reply) -> Any:
     if kind == ERROR:
         raise raised(content)
     if kind == TIMED_OUT:
-        raise TimeoutError("the time is up")
+        raise TimeUp("the time is up")
     return content
 
 

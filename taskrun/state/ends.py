@@ -7,7 +7,7 @@ from typing import Any
 
 from taskrun.errors import ChannelClosed
 from taskrun.state.channels import CALL, SUBMITTER, of_call, of_child
-from taskrun.state.clients import Client
+from taskrun.state.clients import Client, TimeUp
 from taskrun.state.handles import Handle
 from taskrun.state.home import current
 from taskrun.state.stored import from_stored, to_stored
@@ -38,11 +38,19 @@ class Ends(Handle):
         Raises ChannelClosed where none will come, TimeoutError after ``timeout`` seconds.
         """
         twin = "await channel.recv_async()"
-        return from_stored(self._wait("recv", self._side, True, timeout=timeout, twin=twin))
+        try:
+            stored = self._wait("recv", self._side, True, timeout=timeout, twin=twin)
+        except TimeUp:
+            raise _late() from None
+        return from_stored(stored)
 
     async def recv_async(self, timeout: float | None = None) -> Any:
         """As :meth:`recv`, for coroutines."""
-        return from_stored(await self._await("recv", self._side, True, timeout=timeout))
+        try:
+            stored = await self._await("recv", self._side, True, timeout=timeout)
+        except TimeUp:
+            raise _late() from None
+        return from_stored(stored)
 
     def close(self) -> None:
         """Close this end; the other one notices when it has received what was sent."""
@@ -64,6 +72,10 @@ class Ends(Handle):
 
     def _described(self) -> str:
         return "the call's end" if self._side == CALL else "the submitter's end"
+
+
+def _late() -> TimeoutError:
+    return TimeoutError("no message came in time")
 
 
 def channel_to(key: bytes) -> Ends:

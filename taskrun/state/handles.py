@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from taskrun.state.clients import Changes, Client, place, refuse_to_block
+from taskrun.state.clients import Changes, Client, TimeUp, place, refuse_to_block
 from taskrun.state.home import current
 from taskrun.state.stored import from_stored, loaded, to_stored
 from taskrun.state.wire import CHANGE, Reply, Request
@@ -208,14 +208,14 @@ class Queue(Handle):
                 raise
         try:
             self._wait("put", stored, True, timeout=timeout, twin="await q.put_async(...)")
-        except TimeoutError:
+        except TimeUp:
             raise _full(self) from None
 
     async def put_async(self, value: Any, timeout: float | None = None) -> None:
         """As :meth:`put`, for coroutines."""
         try:
             await self._await("put", to_stored(value), True, timeout=timeout)
-        except TimeoutError:
+        except TimeUp:
             raise _full(self) from None
 
     def put_nowait(self, value: Any) -> None:
@@ -233,7 +233,7 @@ class Queue(Handle):
                 stored = self._wait("get", True, timeout=timeout, twin="await q.get_async()")
             else:
                 stored = self._client.wait(self._request("get", False), None)
-        except TimeoutError:
+        except TimeUp:
             raise _empty(self) from None
         return from_stored(stored)
 
@@ -241,7 +241,7 @@ class Queue(Handle):
         """As :meth:`get`, for coroutines."""
         try:
             return from_stored(await self._await("get", True, timeout=timeout))
-        except TimeoutError:
+        except TimeUp:
             raise _empty(self) from None
 
     def get_nowait(self) -> Any:
@@ -290,7 +290,7 @@ class _Held(Handle):
         try:
             return bool(self._wait("acquire", client.owner(), place(), True, timeout=timeout,
                                    twin=f"write `async with state.{self.kind}(...)`"))  # fmt: skip
-        except TimeoutError:
+        except TimeUp:
             return False
 
     async def acquire_async(self, timeout: float | None = None) -> bool:
@@ -298,7 +298,7 @@ class _Held(Handle):
         owner = self._client.owner()
         try:
             return bool(await self._await("acquire", owner, place(), True, timeout=timeout))
-        except TimeoutError:
+        except TimeUp:
             return False
 
     def release(self) -> None:
@@ -358,14 +358,14 @@ class Event(Handle):
         """Wait until it is set; False where that did not happen in time."""
         try:
             return bool(self._wait("wait", timeout=timeout, twin="await e.wait_async()"))
-        except TimeoutError:
+        except TimeUp:
             return False
 
     async def wait_async(self, timeout: float | None = None) -> bool:
         """As :meth:`wait`, for coroutines."""
         try:
             return bool(await self._await("wait", timeout=timeout))
-        except TimeoutError:
+        except TimeUp:
             return False
 
     def _described(self) -> str:
@@ -382,11 +382,17 @@ class Barrier(Handle):
 
         Raises TimeoutError; the others go on waiting.
         """
-        return int(self._wait("wait", timeout=timeout, twin="await b.wait_async()"))
+        try:
+            return int(self._wait("wait", timeout=timeout, twin="await b.wait_async()"))
+        except TimeUp:
+            raise _late(self) from None
 
     async def wait_async(self, timeout: float | None = None) -> int:
         """As :meth:`wait`, for coroutines."""
-        return int(await self._await("wait", timeout=timeout))
+        try:
+            return int(await self._await("wait", timeout=timeout))
+        except TimeUp:
+            raise _late(self) from None
 
     def n_waiting(self) -> int:
         """How many wait now."""
@@ -394,6 +400,10 @@ class Barrier(Handle):
 
     def _described(self) -> str:
         return f"{self.n_waiting()} waiting"
+
+
+def _late(handle: Handle) -> TimeoutError:
+    return TimeoutError(f"not all came to the barrier {handle.name!r} in time")
 
 
 def items(count: int) -> str:
