@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,28 @@ class Live:
         for client in self._clients:
             client.close()
         self.stop()
+
+
+@contextmanager
+def interrupted_by(error: BaseException) -> Iterator[threading.Event]:
+    """Raise ``error`` in a signal handler of this thread, once what is given here is set."""
+    me, now = threading.get_ident(), threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        raise error
+
+    def interrupts() -> None:
+        if now.wait(20):
+            signal.pthread_kill(me, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=interrupts, daemon=True)
+    thread.start()
+    try:
+        yield now
+        thread.join(20)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from state_support import FORK, Live, live, own_runtime
+from state_support import FORK, Live, interrupted_by, live, own_runtime
 
 from taskrun.errors import StateError, StateLost
 from taskrun.manager.protocol import MANAGER, framed
@@ -225,6 +225,38 @@ def test_a_lock_that_was_acknowledged_stays_with_its_attempt(live: Live) -> None
     asks.close()
     wait_until(lambda: len(live.service.sessions) < before)
     assert not live.connect().lock("x").acquire(blocking=False)
+
+
+@pytest.mark.parametrize("at", ["connect", "sendall"])
+def test_what_a_signal_handler_raises_in_an_operation_is_the_users(live: Live, at: str) -> None:
+    state = live.connect()
+    state.lock("l").acquire()
+    if at == "connect":
+        state._client._thread.connection.close()  # the next operation needs another one
+    raised: list[BaseException] = []
+
+    def interrupted(self: socket.socket, *args: object) -> None:
+        raised.append(TimeoutError("my time is up"))
+        raise raised[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, at, interrupted)
+        with pytest.raises(TimeoutError, match="my time is up"):
+            state.counter("c").add(1)
+    assert len(raised) == 1 and state.counter("c").add(1) == 1
+    assert not live.connect().lock("l").acquire(blocking=False)
+
+
+def test_what_a_signal_handler_raises_before_the_answer_is_there_is_the_users(live: Live) -> None:
+    state = live.connect()
+    c = state.counter("c")
+    c.add(1)
+    mine = TimeoutError("my time is up")
+    mutex = live.service.store.mutex  # the coordinator waits for it
+    with mutex, pytest.raises(TimeoutError, match="my time is up"), interrupted_by(mine) as now:
+        now.set()
+        c.add(1)
+    assert c.add(1) in (2, 3)
 
 
 def test_an_operation_within_another_one_takes_no_reply_of_it(live: Live) -> None:

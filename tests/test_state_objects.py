@@ -6,17 +6,15 @@ import asyncio
 import gc
 import pickle
 import queue
-import signal
 import threading
 import warnings
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-from state_support import Live, live, own_runtime
+from state_support import Live, interrupted_by, live, own_runtime
 
 from taskrun import state
 from taskrun.context import an_import
@@ -375,6 +373,14 @@ def remembered(request: pytest.FixtureRequest) -> Iterator[None]:
     _LIVE.clear()
 
 
+def test_a_wait_may_be_longer_than_the_system_can_count(made: Any) -> None:
+    q = made.queue("q")
+    waits = in_thread(lambda: q.get(timeout=40 * 86_400))
+    wait_for_waiting(made, "q", 1)
+    q.put("came")
+    assert joined(waits) == "came"
+
+
 def test_a_lock_has_one_holder_who_may_come_again(made: Any) -> None:
     lock = made.lock("l")
     with lock, lock:
@@ -418,28 +424,6 @@ def test_a_barrier_lets_all_go_at_once(made: Any) -> None:
         waits = [in_thread(b.wait) for _ in range(3)]
         assert sorted(joined(one) for one in waits) == [0, 1, 2]
     assert b.n_waiting() == 0
-
-
-@contextmanager
-def interrupted_by(error: BaseException) -> Iterator[threading.Event]:
-    """Raise ``error`` in a signal handler of this thread, once what is given here is set."""
-    me, now = threading.get_ident(), threading.Event()
-
-    def handler(number: int, frame: Any) -> None:
-        raise error
-
-    def interrupts() -> None:
-        if now.wait(20):
-            signal.pthread_kill(me, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    thread = threading.Thread(target=interrupts, daemon=True)
-    thread.start()
-    try:
-        yield now
-        thread.join(20)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 def when_parked(made: Any, name: str, waits: str, then: threading.Event) -> None:

@@ -179,6 +179,23 @@ def test_a_timeout_ends_a_wait(runs: Runs) -> None:
     assert "ran longer than 0.3 s" in done.err
 
 
+def test_a_wait_in_a_task_may_be_longer_than_the_system_can_count(runs: Runs) -> None:
+    done = runs.exec(
+        """
+        q = state.queue("q")
+        @task
+        def waits(i=each(range(2))): print(q.get(timeout=40 * 86_400))
+        @task(lane="thread")
+        def waits_too(): print(q.get(timeout=40 * 86_400))
+        @task
+        def gives():
+            for _ in range(3): q.put("came")
+        """,
+        "-j1", "--output", "raw",
+    ).check()  # fmt: skip
+    assert done.out == "came\n" * 3
+
+
 def test_a_killed_worker_holds_no_lock(runs: Runs) -> None:
     done = runs.exec(
         """

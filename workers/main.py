@@ -54,6 +54,7 @@ from taskrun.workers.settings import (
 from taskrun.workers.threads import follow_calls
 
 ALL: Final = 1 << 60  # more calls than there are
+_POLLED: Final = 1_000_000.0  # seconds; poll() takes 24 days at most
 _FAILED: Final = 70  # exit status of a worker that cannot go on, whatever its calls did
 
 
@@ -345,7 +346,7 @@ class Worker:
 
     def _pause(self, poll: select.poll, running: Running, seconds: float | None) -> None:
         running.enter_user()  # here, and only here, may a waiting attempt be interrupted
-        poll.poll(None if seconds is None else seconds * 1000)
+        poll.poll(None if seconds is None else min(seconds, _POLLED) * 1000)
         running.user = False
 
     def _take_what_came(self) -> None:

@@ -15,6 +15,7 @@ import struct
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator
+from math import inf
 from time import monotonic
 from typing import Any, Final, TypeAlias
 
@@ -43,6 +44,7 @@ _READ: Final = 64 * 1024
 _READ_LONG: Final = 1024 * 1024
 _JOINED: Final = 64 * 1024  # a shorter frame is sent in one piece with its length
 _DIAL_SECONDS: Final = 10.0
+_POLLED: Final = 1_000_000.0  # seconds; poll() takes 24 days at most
 _LENGTH = struct.Struct("!i")
 CLOSED: Final = "this connection to shared state was closed"
 MOST_IDLE: Final = 8  # connections that are kept for whoever waits next on an event loop
@@ -75,6 +77,7 @@ class Connection:
         self.alone = False
         self.counted = False
         self.over = False
+        self._open_by = monotonic() + _DIAL_SECONDS
         self._socket = self._dial(address, authkey)
         try:
             self._socket.settimeout(_DIAL_SECONDS)
@@ -87,6 +90,7 @@ class Connection:
             if kind != "#RETURN":
                 raise StateError(f"{shown(address)} holds no shared state of taskrun: {content}")
             self._socket.settimeout(None)
+            self._open_by = inf  # from now on it has all the time
         except BaseException as error:
             self.close()
             if isinstance(error, protocol.ProtocolError):
@@ -99,12 +103,14 @@ class Connection:
         if not self._is_near(address):
             return self._dial_far(address, authkey)
         # Workers are many, and near: this takes a tenth of the time.
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made = self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             made.settimeout(_DIAL_SECONDS)
             made.connect(address)
         except OSError as error:
             made.close()
+            if not self.is_broken_by(error):
+                raise
             raise StateLost(
                 f"the coordinator at {shown(address)} cannot be reached: {error.strerror or error}"
             ) from None
@@ -197,7 +203,17 @@ class Connection:
             raise self._lost()
         return data
 
-    def _failed(self, error: OSError) -> StateLost:
+    def is_broken_by(self, error: BaseException) -> bool:
+        """Whether that says that the connection does not work any more.  A signal handler of
+        the user's may raise an OSError as well: one without the number of the system's."""
+        return isinstance(error, OSError) and (
+            error.errno is not None or monotonic() >= self._open_by
+        )
+
+    def _failed(self, error: OSError) -> OSError:
+        """What to raise for it."""
+        if not self.is_broken_by(error):
+            return error
         if isinstance(error, TimeoutError):
             return StateLost(f"the coordinator at {shown(self._address)} does not answer")
         return self._lost()
@@ -220,6 +236,10 @@ class Connection:
             return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
+        while timeout is not None and timeout > _POLLED:
+            if poll.poll(_POLLED * 1000):
+                return True
+            timeout -= _POLLED
         return bool(poll.poll(None if timeout is None else timeout * 1000))
 
     def close(self) -> None:
@@ -347,7 +367,7 @@ class RemoteClient:
             connection.send(request)
         except BaseException as error:
             self._drop(connection)
-            if fresh or not isinstance(error, OSError):
+            if fresh or not connection.is_broken_by(error):
                 raise
             return self._ask(request, fresh=True)
         return connection
@@ -452,8 +472,10 @@ def _acknowledge(connection: Connection, request: Request, reply: Reply) -> None
     if (request[0] in TAKING or request[0] in LEASED) and reply[0] == OK:
         try:
             connection.send(ACKNOWLEDGE)
-        except OSError:
-            pass  # the coordinator is gone, but an item is here
+        except OSError as error:
+            if not connection.is_broken_by(error):
+                raise
+            # The coordinator is gone, but an item is here.
 
 
 _clients: weakref.WeakSet[RemoteClient] = weakref.WeakSet()
