@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import pickle
 import queue
 import threading
@@ -679,6 +680,30 @@ def test_remove_does_not_take_what_was_put_in_that_place_meanwhile(made: Any) ->
     with pytest.raises(ValueError, match="not in list"):
         items.remove(OnceEqual())
     assert items == ["other", "b"]
+
+
+class EqualsEverything:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_nan_in_a_list_can_be_removed(made: Any) -> None:
+    items = made.list("l")
+    items.extend([math.nan, "a"])
+    items.remove(EqualsEverything())
+    assert items == ["a"]
+
+
+def test_an_index_that_no_list_has_is_an_index_error(made: Any) -> None:
+    items = made.list("l")
+    items.append("a")
+    for index in (1, 10**20, -(10**20)):
+        for wrong in (items.pop, items.__delitem__, items.__getitem__):
+            with pytest.raises(IndexError):
+                wrong(index)
+    assert items == ["a"]
 
 
 def test_index_of_a_list_is_that_of_a_list(made: Any) -> None:

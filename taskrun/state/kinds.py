@@ -221,13 +221,14 @@ class List(Hosted):
     def pop(self, index: int) -> Stored:
         if not self.items:
             raise IndexError(f"pop from empty state list {self.name!r}")
-        value = self.items.pop(index)
+        value = self.items[index]  # where there is none: IndexError, also of 10**20
+        del self.items[index]
         self._moved(index if index >= 0 else len(self.items) + 1 + index)
         return value
 
     def delete_if(self, index: int, moves: int, value: Stored) -> bool:
         """Delete an item, if it is still in that place."""
-        if moves != self.moves or self.items[index] != value:
+        if moves != self.moves or not _same(self.items[index], value):
             return False
         self.pop(index)
         return True
@@ -367,6 +368,11 @@ class Counter(Hosted):
     def restore(self, rows: Iterable[tuple[Any, Stored]]) -> None:
         for _, value in rows:
             self.set(value)
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """NaN does not equal itself."""
+    return one == other or (one != one and other != other)
 
 
 def first(items: Iterable[Any], count: int) -> list[Any]:
