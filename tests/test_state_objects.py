@@ -314,7 +314,7 @@ def test_a_queue_is_first_in_first_out(made: Any) -> None:
     q = made.queue("q", 2)
     q.put({"n": 1})
     q.put_nowait(2)
-    assert q.full() and q.qsize() == 2
+    assert q.full() and q.qsize() == 2 and made.queue("q").full()
     with pytest.raises(queue.Full):
         q.put_nowait(3)
     with pytest.raises(queue.Full, match="stayed full"):
@@ -339,6 +339,18 @@ def test_getters_are_served_in_order(made: Any) -> None:
         wait_for_waiting(made, "q", number + 1)
     q.put_many("abc")
     assert [joined(one) for one in waits] == ["a", "b", "c"]
+
+
+def test_put_many_may_put_in_what_getters_wait_for(made: Any) -> None:
+    q = made.queue("q", 1)
+    waits = []
+    for number in range(2):
+        waits.append(in_thread(q.get))
+        wait_for_waiting(made, "q", number + 1)
+    with pytest.raises(queue.Full):
+        q.put_many("abcd")
+    q.put_many("abc")
+    assert [joined(one) for one in waits] == ["a", "b"] and q.full() and q.get() == "c"
 
 
 def wait_for_waiting(made: Any, name: str, count: int) -> None:

@@ -112,6 +112,13 @@ def test_what_is_changed_by_an_operator_stays_the_shared_object(live: Live) -> N
     assert pages._callmethod("__or__", ({"b": 2},)) == {"a": 1, "b": 2}
 
 
+def test_a_queue_is_full_whoever_says_how_much_it_takes(live: Live) -> None:
+    live.connect().queue("q", 1).put("a")
+    assert stock(live).state_queue("q").full()
+    live.connect().queue("q").get()
+    assert not stock(live).state_queue("q", 1).full()
+
+
 def test_a_lock_is_one_for_both_kinds_of_clients(live: Live) -> None:
     ours, run = live.connect().lock("l"), stock(live)
     lock = run.state_lock("l")

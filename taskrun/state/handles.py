@@ -255,7 +255,7 @@ class Queue(Handle):
 
     def full(self) -> bool:
         """Whether ``put`` would have to wait."""
-        return bool(self._options and 0 < self._options[0] <= self.qsize())
+        return bool(self._do("full"))
 
     __len__ = qsize
 

@@ -37,7 +37,7 @@ _PLAIN = {
     kinds.Counter: "add get set",
 }  # fmt: skip
 _WAITING = {
-    waiting.Queue: "put put_many get size",
+    waiting.Queue: "put put_many get size full",
     waiting.Lock: "acquire release locked",
     waiting.Semaphore: "acquire release locked",
     waiting.Event: "set clear is_set wait",

@@ -128,8 +128,10 @@ class Queue(Hosted):
         """All of them, or none."""
         for value in values:
             _check_stored(value)
-        if self._maxsize and len(self._items) + len(values) > self._maxsize:
-            raise queue.Full
+        if self._maxsize:
+            room = self._maxsize + len(self._getters) - len(self._items)
+            if len(values) > room:
+                raise queue.Full
         for value in values:
             self._put(value)
         return DONE
@@ -180,6 +182,9 @@ class Queue(Hosted):
 
     def size(self, client: Client) -> Reply:
         return OK, len(self._items)
+
+    def full(self, client: Client) -> Reply:
+        return OK, self._is_full()
 
     def exported(self) -> Any:
         return [value for _, value in self._items]
