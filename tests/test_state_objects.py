@@ -90,6 +90,16 @@ def test_an_iteration_sees_a_dict_as_it_was(made: Any) -> None:
     assert [first, *keys] == list(range(2500))
 
 
+def test_a_copy_of_a_large_dict_is_of_one_moment(made: Any) -> None:
+    d = made.dict("d")
+    d.update(dict.fromkeys(range(2500), "before"))
+    items = iter(d.items())
+    first = next(items)
+    d.update(dict.fromkeys(range(2500), "after"))
+    del d[2400]
+    assert dict([first, *items]) == dict.fromkeys(range(2500), "before")
+
+
 def test_keys_are_plain_values_of_any_depth(made: Any) -> None:
     d = made.dict("d")
     for key in ("s", b"b", 1, 2.5, None, ("x", (1, frozenset({2}))), date(2024, 2, 29)):
@@ -218,9 +228,25 @@ def test_a_set_says_what_was_new(made: Any) -> None:
     s |= {"d"}
     s &= {"b", "d"}
     s -= {"b"}
+    s ^= ["x", "d", "x"]
+    assert s == {"x"}
+    s ^= s
+    assert s == set()
+    s ^= {"d"}
     assert s == {"d"} and s.pop() == "d"
     with pytest.raises(KeyError, match="empty"):
         s.pop()
+
+
+def test_a_symmetric_difference_is_one_step(made: Any) -> None:
+    def toggles() -> None:
+        s = made.set("s")
+        for _ in range(50):
+            s ^= range(100)
+
+    for started in [in_thread(toggles) for _ in range(2)]:
+        assert joined(started) is None
+    assert made.set("s") == set()
 
 
 def test_a_counter_adds_and_says_what_it_has_become(made: Any) -> None:

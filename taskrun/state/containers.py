@@ -395,6 +395,13 @@ class Set(_Container, MutableSet[Any]):
         self.discard_many(other)
         return self
 
+    def __ixor__(self, other: Iterable[Any]) -> Set:  # type: ignore[override, misc]
+        if isinstance(other, Set) and self == other:
+            self.clear()  # itself: what comes meanwhile is not to stay
+        else:
+            self._do("toggle_many", _keys(other))
+        return self
+
     def __iand__(self, other: Iterable[Any]) -> Set:
         self._do("keep", _keys(other))
         return self

@@ -321,6 +321,12 @@ class Set(Hosted):
         kept = frozenset(items)
         self.discard_many([item for item in self.items if item not in kept])
 
+    def toggle_many(self, items: Iterable[Any]) -> None:
+        """Remove those that are there, and add those that are not."""
+        for item in dict.fromkeys(items):
+            if not self.discard(item):
+                self.add(item)
+
     def contains_many(self, items: Iterable[Any]) -> list[bool]:
         return [item in self.items for item in items]
 

@@ -33,7 +33,8 @@ _PLAIN = {
                 " update replace delete_many",
     kinds.List: "get set slice set_slice delete_slice append extend insert pop delete_if"
                 " replace_if read reverse clear size",
-    kinds.Set: "add discard contains size pop clear update discard_many keep contains_many",
+    kinds.Set: "add discard contains size pop clear update discard_many keep contains_many"
+    " toggle_many",
     kinds.Counter: "add get set",
 }  # fmt: skip
 _WAITING = {
@@ -213,7 +214,7 @@ class Store:
         hosted: Any = self.find(kind, name, options)
         every = list(hosted.items)
         if kind == "dict" and what == "items":
-            pages = (hosted.get_many(every[at : at + PAGE]) for at in range(0, len(every), PAGE))
+            pages = _pages_of_items(every, list(hosted.items.values()))
         else:
             pages = (every[at : at + PAGE] for at in range(0, len(every), PAGE))
         page: list[Any] = next(pages, [])
@@ -274,6 +275,13 @@ class Store:
         ear = self._watchers.pop(client, None)
         if ear is not None:
             self.ears.remove(ear)
+
+
+def _pages_of_items(keys: list[Any], values: list[tuple[int, Any]]) -> Iterator[list[Any]]:
+    """Of a dict; ``values`` have their versions with them."""
+    for at in range(0, len(keys), PAGE):
+        page = zip(keys[at : at + PAGE], values[at : at + PAGE], strict=True)
+        yield [(key, value) for key, (_, value) in page]
 
 
 def _listed(options: tuple[Any, ...]) -> str:
