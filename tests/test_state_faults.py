@@ -4,11 +4,13 @@ clients at once.  ``TASKRUN_SOAK=1`` for the long forms."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pickle
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -329,6 +331,20 @@ def test_an_answer_that_came_together_with_another_is_seen(live: Live) -> None:
     assert asyncio.run(asyncio.wait_for(_readable(both, None), 20))
     assert both.receive() == (0, 2)
     both.close()
+
+
+def test_an_iterator_that_outlives_its_connection_says_nothing(live: Live) -> None:
+    state = live.connect()
+    state.dict("d").update(dict.fromkeys(range(2500), 0))
+    keys = iter(state.dict("d"))
+    next(keys)
+    state.close()
+    raised: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", raised.append)
+        del keys
+        gc.collect()
+    assert not raised
 
 
 # -- what clients send ----------------------------------------------------------------

@@ -19,8 +19,10 @@ from collections.abc import (
     ValuesView,
 )
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any
 
+from taskrun.errors import StateLost
 from taskrun.state.copies import as_copy
 from taskrun.state.handles import MISSING, Handle, items
 from taskrun.state.stored import Stored, check_key, from_stored, to_stored
@@ -52,7 +54,8 @@ class _Container(Handle):
                 yield page
         finally:
             if cursor:
-                client.call(("stop", self.name, None, (cursor,)))
+                with suppress(StateLost):  # it is over anyway
+                    client.call(("stop", self.name, None, (cursor,)))
 
     def _described(self) -> str:
         return items(len(self))
