@@ -401,7 +401,12 @@ def test_garbage_after_the_handshake_ends_that_client_only(live: Live) -> None:
 def test_a_request_that_names_code_is_not_unpickled(live: Live) -> None:
     wild = dial(live, "wild")
     wild._send_bytes(pickle.dumps(("dict.set", "d", None, ("k", socket.gethostname))))
-    with pytest.raises(StateLost):
+    refused = "the coordinator does not load _socket.gethostname of a request"
+    assert wild.receive() == (1, ("StateError", (refused,)))
+    wild.send(("queue.get", "q", None, (True,)))
+    assert wild.receive() == (2, None)
+    wild._send_bytes(pickle.dumps(socket.gethostname))
+    with pytest.raises(StateLost):  # no request is due
         wild.receive()
     wild.close()
 

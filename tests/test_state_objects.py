@@ -117,6 +117,7 @@ def test_numbers_of_numpy_are_keys_as_pythons_are(made: Any) -> None:
     assert d[1] == "one" and d[2, 0.5] == "pair" and d["s"] == "text"
     assert numpy.int8(1) in d and d.get_many([numpy.uint16(1)]) == {1: "one"}
     assert {type(key) for key in d} == {int, tuple, str}
+    assert d.update_at(numpy.int64(1), str.upper) == "ONE" == d[1]
     assert s.add(numpy.int64(7)) and not s.add(7) and numpy.int64(7) in s
     with pytest.raises(TypeError, match="datetime64 cannot be a key"):
         d[numpy.datetime64("2024-02-29")] = 1

@@ -138,7 +138,8 @@ class Dict(_Container, MutableMapping[Any, Any]):
         runs here, and again where the value has changed meanwhile, so it should do nothing
         but compute.
         """
-        version, stored = self._do("read", check_key(key))
+        key = check_key(key)
+        version, stored = self._do("read", key)
         while True:
             if not version and default is MISSING:
                 raise KeyError(key)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from taskrun.errors import StateError
 from taskrun.manager import pickling, protocol
 from taskrun.reactor import Reactor
 from taskrun.state.store import Store
@@ -21,6 +22,7 @@ from taskrun.state.wire import (
     WITHDRAW,
     Owner,
     Reply,
+    refusal,
 )
 
 _READ: Final = 64 * 1024
@@ -113,12 +115,21 @@ class Session:
     def _handle(self, payload: bytes) -> None:
         try:
             request = pickling.load_plain(payload)
+        except pickling.NotPlain as error:
+            self._refuse(error)
+            return
         except Exception as error:  # a broken pickle raises anything
             raise protocol.ProtocolError(f"no request: {error}") from None
         if self.wait is None and type(request) is tuple:
             self._reply(self._store.execute(request, self))
         else:
             self._on_word(request)
+
+    def _refuse(self, error: pickling.NotPlain) -> None:
+        """It is whole, but with something in it that is not loaded here."""
+        if self.wait is not None:
+            raise protocol.ProtocolError("one request while another waits")
+        self._reply(refusal(StateError(f"the coordinator does not load {error} of a request")))
 
     def _on_word(self, word: Any) -> None:
         if word == ACKNOWLEDGE:
