@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def test_bulk_operations_of_a_dict(made: Any) -> None:
     assert d.delete_many([1, 1, 2, 9999]) == 2
     d.replace({"only": 1})
     assert d == {"only": 1}
-    nan = made.dict("nan")
-    nan[float("nan")] = 2  # cannot be looked up by another one
-    d.update(nan, more=3)
+    other = made.dict("other")
+    other["key"] = 2
+    d.update(other, more=3)
     assert sorted(d.values()) == [1, 2, 3]
-    d.replace(nan)
+    d.replace(other)
     assert list(d.values()) == [2]
 
 
@@ -128,6 +129,15 @@ def test_what_cannot_be_a_key_is_refused_with_a_reason(made: Any) -> None:
         made.dict("d")[Path("x")] = 1
     with pytest.raises(TypeError, match="list cannot be a key"):
         made.set("s").add([1])
+
+
+def test_a_nan_is_no_key(made: Any) -> None:
+    d, s, nan = made.dict("d"), made.set("s"), float("nan")
+    for key in (nan, complex(nan, 1), ("x", (nan,)), frozenset([nan]), Decimal("nan")):
+        for wrong in (lambda key: d.update({key: 1}), d.get, s.add, s.discard):
+            with pytest.raises(ValueError, match="NaN equals nothing"):
+                wrong(key)
+    assert len(d) == len(s) == 0
 
 
 def test_update_at_reads_computes_and_sets_in_one_step(made: Any) -> None:

@@ -79,17 +79,28 @@ def is_stored(value: object) -> bool:
 
 def check_key(key: Any) -> Hashable:
     """``key`` itself, with numbers of numpy as Python's.  Raises TypeError where it is not made
-    of plain values."""
-    if type(key) in _KEY_ATOMS or is_key(key):
+    of plain values, ValueError where there is a NaN in it."""
+    if type(key) in _KEY_ATOMS and key == key:
         return key  # type: ignore[no-any-return]
-    plain = _without_numpy(key)
+    plain = key if is_key(key) else _without_numpy(key)
     if is_key(plain):
+        if _has_nan(plain):
+            raise ValueError(
+                f"{key!r} cannot be a key of shared state: NaN equals nothing, so that nobody "
+                "would find it again"
+            )
         return plain  # type: ignore[no-any-return]
     raise TypeError(
         f"{key!r} of type {type(key).__qualname__} cannot be a key of shared state: it is "
         "compared in another process; keys are str, bytes, numbers, None, dates, UUIDs, and "
         "tuples and frozensets of them"
     )
+
+
+def _has_nan(key: Any) -> bool:
+    if type(key) in (tuple, frozenset):
+        return any(map(_has_nan, key))
+    return bool(key != key)
 
 
 def _without_numpy(key: Any) -> Any:
