@@ -444,6 +444,21 @@ def test_a_lock_has_one_holder_who_may_come_again(made: Any) -> None:
         lock.release()
 
 
+def test_a_lock_that_was_left_held_is_given_to_no_later_thread_or_coroutine(made: Any) -> None:
+    left, also_left = made.lock("l"), made.lock("m")
+    assert joined(in_thread(left.acquire)) is True
+
+    async def in_tasks() -> list[bool]:
+        async def tries() -> bool:
+            return bool(also_left.acquire(blocking=False))
+
+        return [await asyncio.create_task(tries()) for _ in range(20)]
+
+    assert asyncio.run(in_tasks()) == [True] + [False] * 19
+    for _ in range(20):
+        assert joined(in_thread(lambda: left.acquire(blocking=False))) is False
+
+
 def test_a_semaphore_has_so_many_permits(made: Any) -> None:
     s = made.semaphore("s", 2)
     with s, s:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any, Protocol
 
@@ -74,12 +76,24 @@ def concluded(reply: Reply) -> Any:
 
 
 def place() -> tuple[int, int, int]:
-    """Process, thread and coroutine, as numbers: whoever holds a lock is one of these."""
+    """Process, thread (or greenlet) and coroutine, as numbers: whoever holds a lock is one of
+    these."""
     task = None
     asyncio = sys.modules.get("asyncio")
     if asyncio is not None and asyncio._get_running_loop() is not None:
         task = asyncio.current_task()
-    return os.getpid(), threading.get_ident(), 0 if task is None else id(task)
+    thread = threading.current_thread()
+    return os.getpid(), _number_of(thread), 0 if task is None else _number_of(task)
+
+
+# Python and the system give the numbers they have for these again to others that come later.
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next = itertools.count(1)
+
+
+def _number_of(one: Any) -> int:
+    found = _numbers.get(one)
+    return _numbers.setdefault(one, next(_next)) if found is None else found
 
 
 def refuse_to_block(what: str, twin: str) -> None:
