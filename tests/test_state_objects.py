@@ -292,6 +292,14 @@ def test_other_options_for_one_name_are_an_error(made: Any) -> None:
         made.barrier("b").n_waiting()
 
 
+def test_options_may_be_said_by_their_names(made: Any) -> None:
+    made.queue("q", maxsize=1).put("a")
+    assert made.queue(name="q").full()
+    made.semaphore("s", permits=1).acquire()
+    assert made.semaphore("s").locked()
+    assert made.barrier("b", parties=1).wait(timeout=20) == 0
+
+
 def test_a_handle_is_shown_with_what_is_in_it(made: Any) -> None:
     d, lock = made.dict("seen"), made.lock("l")
     d.update(a=1, b=2, c=3)

@@ -113,7 +113,7 @@ def test_what_is_changed_by_an_operator_stays_the_shared_object(live: Live) -> N
 
 
 def test_a_queue_is_full_whoever_says_how_much_it_takes(live: Live) -> None:
-    live.connect().queue("q", 1).put("a")
+    stock(live).state_queue("q", maxsize=1).put("a")
     assert stock(live).state_queue("q").full()
     live.connect().queue("q").get()
     assert not stock(live).state_queue("q", 1).full()

@@ -127,17 +127,17 @@ class Connected:
     def counter(self, name: str) -> Counter:
         return Counter(name, client=self._client)
 
-    def queue(self, name: str, *maxsize: int) -> Queue:
-        return Queue(name, *maxsize, client=self._client)
+    def queue(self, name: str, maxsize: int | None = None) -> Queue:
+        return Queue(name, maxsize, client=self._client)
 
     def lock(self, name: str) -> Lock:
         return Lock(name, client=self._client)
 
-    def semaphore(self, name: str, *permits: int) -> Semaphore:
-        return Semaphore(name, *permits, client=self._client)
+    def semaphore(self, name: str, permits: int | None = None) -> Semaphore:
+        return Semaphore(name, permits, client=self._client)
 
     def event(self, name: str) -> Event:
         return Event(name, client=self._client)
 
-    def barrier(self, name: str, *parties: int) -> Barrier:
-        return Barrier(name, *parties, client=self._client)
+    def barrier(self, name: str, parties: int | None = None) -> Barrier:
+        return Barrier(name, parties, client=self._client)

@@ -399,7 +399,7 @@ class Set(_Container, MutableSet[Any]):
         self.discard_many(other)
         return self
 
-    def __ixor__(self, other: Iterable[Any]) -> Set:  # type: ignore[override, misc]
+    def __ixor__(self, other: Iterable[Any]) -> Set:  # type: ignore[misc]
         if isinstance(other, Set) and self == other:
             self.clear()  # itself: what comes meanwhile is not to stay
         else:

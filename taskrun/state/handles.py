@@ -190,10 +190,22 @@ def _plain(number: Any) -> Any:
 # -- what can be waited for -----------------------------------------------------------
 
 
+def _option(number: int | None) -> tuple[Any, ...]:
+    """None: the object has it already.  Whatever is no number the store refuses."""
+    if number is None:
+        return ()
+    return (int(number),) if hasattr(number, "__index__") else (number,)
+
+
 class Queue(Handle):
     """Values, first in, first out.  With ``maxsize``, ``put`` waits while it is full."""
 
     kind = "queue"
+
+    def __init__(
+        self, name: str, maxsize: int | None = None, *, client: Client | None = None
+    ) -> None:
+        super().__init__(name, *_option(maxsize), client=client)
 
     def put(self, value: Any, block: bool = True, timeout: float | None = None) -> None:
         """Put a value in; raises queue.Full where that is not possible (in time)."""
@@ -339,6 +351,11 @@ class Semaphore(_Held):
 
     kind = "semaphore"
 
+    def __init__(
+        self, name: str, permits: int | None = None, *, client: Client | None = None
+    ) -> None:
+        super().__init__(name, *_option(permits), client=client)
+
 
 class Event(Handle):
     """A flag, which can be waited for."""
@@ -376,6 +393,11 @@ class Barrier(Handle):
     """So many parties wait for each other, again and again."""
 
     kind = "barrier"
+
+    def __init__(
+        self, name: str, parties: int | None = None, *, client: Client | None = None
+    ) -> None:
+        super().__init__(name, *_option(parties), client=client)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until all are there; gives 0 to the first who came, and so on.

@@ -378,7 +378,7 @@ class Counter(Hosted):
 
 def _same(one: Stored, other: Stored) -> bool:
     """NaN does not equal itself."""
-    return one == other or (one != one and other != other)
+    return bool(one == other or (one != one and other != other))
 
 
 def first(items: Iterable[Any], count: int) -> list[Any]:
