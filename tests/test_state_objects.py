@@ -175,8 +175,8 @@ def test_a_lost_change_of_a_nested_value_is_told(made: Any) -> None:
 def test_a_nested_value_that_is_written_back_is_no_lost_change(made: Any) -> None:
     d = made.dict("d")
     d["k"] = {"x": {1}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         value = d["k"]
         value["y"] = 2
         d["k"] = value
@@ -186,7 +186,26 @@ def test_a_nested_value_that_is_written_back_is_no_lost_change(made: Any) -> Non
         scratch.clear()
         del value
         gc.collect()
-    assert d["k"] == {"x": {1}, "y": 2, "z": 3}
+    assert not told and d["k"] == {"x": {1}, "y": 2, "z": 3}
+
+
+def test_a_nested_value_that_is_written_back_as_another_one_is_no_lost_change(made: Any) -> None:
+    d, items = made.dict("d"), made.list("l")
+    d["k"] = []
+    items.append([])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for where, key in ((d, "k"), (items, 0)):
+            value = where[key]
+            value.append(1)
+            where[key] = list(value)
+            del value
+            gc.collect()
+    assert not told and d["k"] == items[0] == [1]
+    type(d["k"])().append(1)  # comes from nowhere
+    with pytest.warns(LostChange):
+        d["k"].append(2)
+        gc.collect()
 
 
 # -- list, set, counter ---------------------------------------------------------------

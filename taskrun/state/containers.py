@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskrun.errors import StateLost
-from taskrun.state.copies import as_copy
+from taskrun.state.copies import as_copy, unsaved
 from taskrun.state.handles import MISSING, Handle, items
 from taskrun.state.stored import Stored, check_key, from_stored, to_stored
 
@@ -72,6 +72,8 @@ class Dict(_Container, MutableMapping[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._do("set", check_key(key), to_stored(value))
+        if unsaved:
+            unsaved.discard(("dict", self.name, key))
 
     def __delitem__(self, key: Any) -> None:
         self._do("delete", check_key(key))
@@ -220,6 +222,8 @@ class List(_Container, MutableSequence[Any]):
             self._do("set_slice", *_parts(index), [to_stored(one) for one in value])
         else:
             self._do("set", _index(index), to_stored(value))
+            if unsaved:
+                unsaved.discard(("list", self.name, index))
 
     def __delitem__(self, index: Any) -> None:
         if isinstance(index, slice):

@@ -3,7 +3,8 @@
 ``d["k"].append(1)`` changes a copy, and the change is lost.  That cannot be seen when it
 happens, since ``x = d["k"]; x.append(1); d["k"] = x`` begins in the same way; but when a
 copy is thrown away that was changed and went nowhere afterwards, a change was lost, most
-likely, and a warning says so.  ``list(d["k"])`` is a plain list, for whoever wants one.
+likely, and a warning says so, unless that place was set since: ``d["k"] = [*x, 1]`` may
+be how it was written back.  ``list(d["k"])`` is a plain list, for whoever wants one.
 """
 
 from __future__ import annotations
@@ -11,18 +12,27 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 
 class LostChange(UserWarning):
     """A copy of a shared value was changed, and not written back."""
 
 
+Place: TypeAlias = tuple[str, str, Any]
+"""Kind and name of an object, and the key in it."""
+
+unsaved: set[Place] = set()
+"""Where copies were read that have been changed, and nothing was set since."""
+
+
 def _noting(kind: type, name: str) -> Callable[..., Any]:
     method = getattr(kind, name)
 
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._changed = True
+        if hasattr(self, "_where"):  # else it was made by type(copy)()
+            self._changed = True
+            unsaved.add(self._where)
         return method(self, *args, **kwargs)
 
     changing.__name__ = name
@@ -35,16 +45,18 @@ class _Copy:
 
     __slots__ = ()
     _changed: bool
-    _where: tuple[str, str, Any]
+    _where: Place
     _plain: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # It goes somewhere: back into the state, or into a result.  Over there it is plain.
         self._changed = False  # type: ignore[misc]
+        unsaved.discard(self._where)
         return self._plain, (self._plain(self),)
 
     def __del__(self) -> None:
-        if getattr(self, "_changed", False) and not sys.is_finalizing():
+        if getattr(self, "_changed", False) and self._where in unsaved and not sys.is_finalizing():
+            unsaved.discard(self._where)
             kind, name, key = self._where
             what = f"state.{kind}({name!r})[{key!r}]"
             warnings.warn(
