@@ -79,6 +79,16 @@ def test_a_bar_shows_what_there_is_room_for(width: int, expected: str) -> None:
     assert render_bar(HALF, width, ascii=True) == expected
 
 
+@pytest.mark.timeout(10)  # what tqdm makes of a width below 0 has no end
+@pytest.mark.parametrize("width", range(-3, 40))
+def test_a_bar_is_never_wider_than_its_room_and_where_that_is_too_small_there_is_none(
+    width: int,
+) -> None:
+    drawn = render_bar(HALF, width, ascii=True)
+    assert len(drawn) <= max(width, 0)
+    assert bool(drawn) == (width >= 10)
+
+
 @pytest.mark.parametrize("width", [1, 10, 20, 39, 79, 81, 500])
 @pytest.mark.parametrize("total", [0, 1, 10**9])
 def test_a_bar_is_never_wider_than_it_may_be(width: int, total: int) -> None:

@@ -24,6 +24,7 @@ FIRST_LINE = 2.0  # seconds: a run that is shorter shows no milestones
 HEARTBEAT = 60.0  # seconds without a milestone, after which one is shown anyway
 WINDOW = 30.0  # seconds over which the rate is taken
 NARROWEST_BAR, WIDEST_BAR = 8, 40
+NARROWEST = 10  # columns: where there are fewer, a bar would say nothing
 NAMES = 3
 SHORTEST_NAME = 16
 NEVER = sys.maxsize
@@ -60,10 +61,13 @@ def render_line(snapshot: Snapshot) -> str:
 
 
 def render_bar(snapshot: Snapshot, width: int, *, ascii: bool = False, colour: bool = False) -> str:
-    """The bar and what fits beside it, in at most ``width`` columns.
+    """The bar and what fits beside it, in at most ``width`` columns; ``""`` where those are
+    too few.
 
     Needs tqdm, whose drawing of a bar and measure of text this uses.
     """
+    if width < NARROWEST:
+        return ""
     from tqdm import tqdm  # heavy; only a terminal needs it
 
     room = width - len("100%|| ") - NARROWEST_BAR
