@@ -173,13 +173,15 @@ class NoMoreWorkers:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """An attempt has begun; starts its timeout."""
+    """An attempt has begun; starts its timeout.  ``age``: so many seconds ago, 0.0 where its
+    worker's clock may be another one."""
 
     worker: WorkerId
     call: CallId
     attempt: int
     wall: float
     label: str | None = None
+    age: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,16 @@ def test_how_long_a_lost_attempt_took_is_known_though_it_told_nothing() -> None:
     assert ended.seconds == pytest.approx(0.1, abs=0.01)
 
 
+def test_how_long_a_lost_attempt_took_counts_from_its_beginning_not_from_the_news_of_it() -> None:
+    sim = Simulation([a_task("work")], {"work": (Run(60.0),)}, slots=1)
+    sim.run(until=1.0)
+    sim.post(m.Began(1, 0, 1, 0.0, age=0.7))
+    sim.now = 1.5
+    sim.post(m.WorkerLost(1, "killed by SIGKILL", (0, 1)))
+    (ended,) = sim.of(m.AttemptEnded)
+    assert ended.seconds == pytest.approx(1.2)
+
+
 def test_a_call_that_kills_its_workers_is_given_up_after_its_limit() -> None:
     sim = one(DIES, retries=2)
     assert sim.outcomes("work") == ["lost"] * 3

@@ -78,6 +78,17 @@ def total(all=result(fine)): return sum(all)
             assert f"last words of {way}" in failure["message"]
 
 
+def test_a_lost_attempt_took_as_long_as_it_ran(runs: Runs) -> None:
+    source = """
+        @task
+        def die():
+            time.sleep(1.45)
+            os._exit(3)
+        """
+    (ended,) = (e for e in runs.json(source).check(1).events if e["event"] == "attempt_ended")
+    assert 1.4 < ended["seconds"] < 10
+
+
 def test_what_is_lost_while_it_waits_names_the_call_that_took_it_along(runs: Runs) -> None:
     """Past four workers a slot, those that wait execute what they wait for themselves."""
     source = """

@@ -23,6 +23,9 @@ class Attempts(Books):
         call.label = event.label or call.label
         call.wall = event.wall
         self._has_begun(call)
+        assert call.began is not None
+        # How long it took counts from its beginning; its timeout from when that was known.
+        call.began = min(call.began, self._now - event.age)
 
     def _has_begun(self, call: Call) -> None:
         if call.began is not None:

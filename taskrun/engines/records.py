@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from math import inf
+from time import time
 from typing import Any, Protocol
 
 from taskrun import messages as m
@@ -182,7 +183,9 @@ class Records:
         return m.WorkerReady(source.id, record[1], source.lane, source.slots, source.node)
 
     def _began(self, source: Source, record: tuple[Any, ...]) -> m.Event:
-        return m.Began(source.id, *record[1:])
+        _, call, attempt, wall, label = record
+        age = 0.0 if source.node else max(0.0, time() - wall)
+        return m.Began(source.id, call, attempt, wall, label, age)
 
     def _define(self, source: Source, record: tuple[Any, ...]) -> None:
         _, reference, name, facts = record
