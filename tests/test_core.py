@@ -151,8 +151,10 @@ def test_a_call_that_is_tried_again_later_holds_no_worker() -> None:
 def test_a_call_may_end_as_skipped() -> None:
     sim = one((Skipped("nothing to do"),))
     assert sim.states("work") == ["skipped"] and sim.scheduler.status == 0
+    (ended,) = sim.of(m.AttemptEnded)
     failure = sim.call("work").failure
     assert failure is not None and failure.message == "nothing to do"
+    assert ended.failure is failure
 
 
 # -- lost workers ---------------------------------------------------------------------
@@ -338,6 +340,17 @@ def test_a_running_call_is_interrupted_when_it_is_cancelled() -> None:
     assert sim.states("work") == ["cancelled"] and sim.ended("work") < 0.6
     failure = sim.call("work").failure
     assert failure is not None and failure.message == "work was cancelled: not needed"
+    (ended,) = sim.of(m.AttemptEnded)
+    assert ended.failure is failure
+
+
+def test_an_attempt_that_ends_with_the_run_says_so() -> None:
+    sim = Simulation([a_task("work")], {"work": SLOW})
+    sim.at(0.5, lambda: sim.post(m.Stop("Ctrl-C")))
+    sim.run()
+    (ended,) = sim.of(m.AttemptEnded)
+    assert ended.failure is not None and ended.failure.kind == "cancelled"
+    assert ended.failure.message == "work was cancelled, because the run was stopped: Ctrl-C"
 
 
 def test_a_value_that_crosses_a_cancellation_is_not_taken() -> None:

@@ -143,7 +143,7 @@ class Attempts(Books):
             self._attempt_failed(call, failure, "retry", retryable=True, asked=after)
         elif kind == "skip":
             call.failure = Failure("skipped", "Skip", str(payload))
-            self._attempt_ended(call, "skip", None, None)
+            self._attempt_ended(call, "skip", call.failure, None)
             self._put_down(call)
             self._end(call, SKIPPED)
         else:
@@ -165,23 +165,24 @@ class Attempts(Books):
             retryable = call.recipe.retry_timeouts
             self._attempt_failed(call, failure, "timeout", retryable=retryable)
             return
-        self._attempt_ended(call, "cancelled", None, None)
+        self._note_cancelled(call)
+        self._attempt_ended(call, "cancelled", call.failure, None)
         self._yielded.pop(call.id, None)
         self._put_down(call)
-        self._end_cancelled(call)
+        self._end(call, CANCELLED)
 
-    def _end_cancelled(self, call: Call) -> None:
+    def _note_cancelled(self, call: Call) -> None:
         if call.failure is None or call.failure.kind != "cancelled":
             why = f", because the run was stopped: {self.stopping}" if self.stopping else ""
             said = f"{call.title} was cancelled{why}"
             call.failure = Failure("cancelled", "CallCancelled", said)
-        self._end(call, CANCELLED)
 
     def _end_untried(self, call: Call) -> None:
         """It is not tried again, since the run is being stopped.  To have asked for that is
         no failure."""
         if call.failure is not None and call.failure.kind == "retry":
-            self._end_cancelled(call)
+            self._note_cancelled(call)
+            self._end(call, CANCELLED)
         else:
             self._end(call, FAILED)
 
