@@ -347,6 +347,8 @@ def each(source: Any, flat: bool = False) -> Any:
     """
     _flag("flat", flat)
     if isinstance(source, Task):
+        if flat:
+            _check_flat(source)
         return Each(task=source, flat=flat)
     if flat:
         raise ValueError("each(): flat=True flattens what a task returns, not literal items")
@@ -356,6 +358,18 @@ def each(source: Any, flat: bool = False) -> Any:
     if not isinstance(source, Iterable):
         raise TypeError(f"each() takes a task or an iterable of items, not {_told(source)}")
     return Each(items=_items(source), identity=id(source))
+
+
+def _check_flat(task: Task) -> None:
+    """Of what is no fan-out the items are taken anyway, and nothing is left to flatten."""
+    if task.is_generator:
+        what = f"{task.name} is a generator, of which each() takes the items that it yields"
+    elif not any(isinstance(source, Each) for source in task.params.values()):
+        what = f"{task.name} makes a single call, of which each() takes the items of its value"
+    else:
+        return
+    raise ValueError(f"each(): flat=True flattens the lists that a fan-out returns, and {what}: "
+                     f"write each({task.name})")  # fmt: skip
 
 
 def _items(source: Iterable[Any]) -> tuple[Any, ...]:

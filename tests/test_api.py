@@ -25,6 +25,11 @@ def urls(seed: str = "http://x/", depth: int = 2) -> list[str]:
     return [f"{seed}{number}" for number in range(depth)]
 
 
+@task
+def streamed():
+    yield 1
+
+
 # -- what a task is -------------------------------------------------------------------
 
 
@@ -301,6 +306,8 @@ NO_ITEMS: list[tuple[Callable[[], Any], str]] = [
     (lambda: each(range(10**12)), "more than 10,000,000 items"),
     (lambda: each([1], flat=True), "flat=True flattens what a task returns"),
     (lambda: each(urls, flat=1), "flat must be True or False"),
+    (lambda: each(urls, flat=True), "urls makes a single call, of which each() takes the items"),
+    (lambda: each(streamed, flat=True), "streamed is a generator, of which each() takes the"),
     (lambda: result("urls"), "not the name 'urls': pass the task itself"),
     (lambda: result(urls, errors="kep"), "did you mean 'keep'?"),
     (lambda: result(urls, errors=3), "it is 'fail', 'skip' or 'keep'"),
