@@ -20,7 +20,7 @@ from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, Protocol
 
-from taskrun.errors import CallSkipped, Skip
+from taskrun.errors import ArgumentError, CallSkipped, Skip
 
 _PENDING: Any = object()
 
@@ -321,7 +321,7 @@ class Standalone:
                 made = make()
                 if isinstance(made, Iterator):
                     self._generators.append(made)
-                    made = next(made)
+                    made = yielded(make, made)
                 self._made[make] = made
             return self._made[make]
 
@@ -333,6 +333,19 @@ class Standalone:
 
     def beneath(self) -> list[tuple[int, int]]:
         return []
+
+
+def yielded(make: Callable[[], Any], generator: Iterator[Any]) -> Any:
+    """The value that the generator of a ``per_worker(make)`` yields.  Raises ArgumentError
+    where that is none."""
+    value = next(generator, _PENDING)
+    if value is not _PENDING:
+        return value
+    name, code = getattr(make, "__name__", make), getattr(make, "__code__", None)
+    where = "" if code is None else f", at {code.co_filename}:{code.co_firstlineno},"
+    raise ArgumentError(
+        f"per_worker({name}) yielded nothing: {name}{where} has to yield its value once"
+    )
 
 
 def _skipped(why: str, error: Exception) -> CallSkipped:

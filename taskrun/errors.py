@@ -133,7 +133,7 @@ class ResultError(CallError):
 
 
 class ArgumentError(CallError):
-    """The call's arguments could not be pickled, or not be unpickled in the worker."""
+    """The call's arguments could not be pickled, or not be unpickled or made in the worker."""
 
 
 class TaskExit(CallError):

@@ -16,7 +16,7 @@ import pytest
 import taskrun
 from taskrun import Future, Skip, as_completed, current, each, per_worker, result, task
 from taskrun.api import collecting
-from taskrun.errors import CallSkipped
+from taskrun.errors import ArgumentError, CallSkipped
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result
 
 
@@ -327,6 +327,17 @@ def test_an_endless_iterable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("taskrun.api.MOST_ITEMS", 1000)
     with pytest.raises(ValueError, match="is the iterable endless"):
         each(itertools.count())
+
+
+def test_a_value_per_worker_that_is_never_yielded_is_an_error_that_says_where() -> None:
+    def empty():
+        yield from ()
+
+    @task
+    def use(it=per_worker(empty)): ...
+
+    with pytest.raises(ArgumentError, match=r"per_worker\(empty\) yielded nothing.*test_api.py:"):
+        use()
 
 
 def test_an_async_function_cannot_make_a_value_per_worker() -> None:

@@ -282,6 +282,22 @@ def test_arguments_come_from_names_constants_and_per_worker(bench: Bench) -> Non
         assert value == (1, page, "b", "connection")
 
 
+def test_a_value_per_worker_that_is_never_yielded_is_an_error_that_says_where(
+    bench: Bench,
+) -> None:
+    def empty():  # type: ignore[no-untyped-def]
+        yield from ()
+
+    @task
+    def takes(client=per_worker(empty)): ...  # type: ignore[no-untyped-def]
+
+    failure, again = bench.run(takes).payload
+    assert not again
+    assert failure.type_name.endswith("ArgumentError")
+    assert failure.message.startswith("per_worker(empty) yielded nothing: empty, at ")
+    assert "test_workers.py:" in failure.message
+
+
 def test_positional_only_run_parameters_are_filled(bench: Bench) -> None:
     @task
     def takes(seed, depth=2, /, page=each([1])):  # type: ignore[no-untyped-def]

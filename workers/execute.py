@@ -490,7 +490,7 @@ class Executor:
                 made = make()
                 if hasattr(made, "__next__"):
                     self._generators.append(made)
-                    made = next(made)
+                    made = context.yielded(make, made)
             finally:
                 self._making -= 1
             self.made[make] = made
