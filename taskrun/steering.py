@@ -192,7 +192,7 @@ class Steering:
         }
 
     def _explain(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
-        answer(explain(self._core, self._find(request["call"])))
+        answer(explain(self._core, self._find(request["call"]), time.monotonic()))
 
     def _stack(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         call = self._find(request["call"])

@@ -414,7 +414,7 @@ class Simulation:
         return self.arguments[(call.id, call.attempt)]
 
     def explain(self, name: str) -> str:
-        return explain(self.scheduler, self.call(name))
+        return explain(self.scheduler, self.call(name), self.now)
 
     def of(self, kind: type) -> list[Any]:
         """The events or commands of one kind, in order."""
@@ -485,7 +485,7 @@ class Simulation:
     def story(self) -> str:
         """What every open call waits for."""
         open_ = [call for call in self.scheduler.calls if call.id not in self.auditor.ended]
-        return "\n".join(explain(self.scheduler, call) for call in open_)
+        return "\n".join(explain(self.scheduler, call, self.now) for call in open_)
 
     def at(self, when: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._heap, (max(when, self.now), next(self._tickets), action))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
+from taskrun.model import Limit
 
 SLOW: Script = (Run(5.0), Value())
 leaf = a_task("leaf")
@@ -78,6 +80,18 @@ def test_a_ready_call_waits_for_a_slot() -> None:
     assert sim.explain("fetch[4]") == ("fetch[4] is ready and waits for a slot: 2 of 2 are taken")
 
 
+def test_a_ready_call_waits_for_a_slot_and_for_its_limit() -> None:
+    hourly = Limit(1, per=3600.0, identity="a")
+    polite = a_task("polite", {"n": each([1, 2])}, limits=(hourly,))
+    other = a_task("other", priority=1)
+    sim = at_one_second(polite, other, does={"polite": SLOW, "other": SLOW}, slots=2)
+    assert sim.states("polite") == ["running", "ready"]
+    assert sim.explain("polite[1]") == (
+        "polite[1] is ready and waits for a slot: 2 of 2 are taken, and until limit(1) per 3600 s "
+        "lets it pass"
+    )
+
+
 def test_a_ready_call_waits_for_a_resource() -> None:
     train = a_task("train", {"n": each([1, 2])}, resources={"gpu": 1})
     sim = at_one_second(train, does={"train": SLOW}, resources={"gpu": 1})
@@ -105,6 +119,18 @@ def test_a_running_call_waits_for_calls_that_it_made() -> None:
     assert sim.explain("root") == "root runs and waits for leaf#0 (running)"
 
 
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [(m.OUTSIDE, "shared state"), (m.OUTSIDE_ALONE, "a lock or a semaphore of the shared state")],
+)
+def test_a_running_call_waits_for_shared_state(key: bytes, what: str) -> None:
+    sim = at_one_second(leaf, does={"leaf": SLOW})
+    sim.post(m.Waiting(1, 0, 1, (key,), False))
+    assert sim.explain("leaf") == f"leaf runs and waits for {what}"
+    sim.post(m.Resumed(1, 0, 1))
+    assert sim.explain("leaf") == "leaf runs in worker w1, attempt 1"
+
+
 def test_a_call_that_returned_futures_waits_for_them() -> None:
     steps = (Submit("a", leaf), Held(("a",)))
     sim = at_one_second(a_task("root"), does={"root": steps, "leaf": SLOW})
@@ -113,9 +139,13 @@ def test_a_call_that_returned_futures_waits_for_them() -> None:
 
 def test_a_sleeping_call_says_what_became_of_its_last_attempt() -> None:
     sim = at_one_second(a_task("work", retries=1, backoff=9), does={"work": (Error("bad row"),)})
-    assert sim.explain("work") == (
-        "work is tried again after a pause (attempt 2); attempt 1 ended with ValueError: bad row"
+    sim.now = 2.0  # it is due after 9 to 11.25 seconds
+    said = re.fullmatch(
+        r"work is tried again in (\d+\.\d) s \(attempt 2\); "
+        "attempt 1 ended with ValueError: bad row",
+        sim.explain("work"),
     )
+    assert said is not None and 7.0 <= float(said[1]) <= 9.3
 
 
 def test_a_call_that_is_tried_again_says_why() -> None:

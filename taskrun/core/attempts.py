@@ -234,13 +234,15 @@ class Attempts(Books):
             return
         call.state = SLEEPING
         attempt = call.attempt
-        self._timers.at(self._now + delay, lambda: self._wake(call, attempt))
+        self._wakings[call.id] = due = self._now + delay
+        self._timers.at(due, lambda: self._wake(call, attempt))
 
     def _backoff(self, call: Call) -> float:
         doubled = call.recipe.backoff * 2.0 ** min(call.attempt - 1, 30)
         return doubled * self._random.uniform(1.0, 1.25)
 
     def _wake(self, call: Call, attempt: int) -> None:
+        del self._wakings[call.id]
         if call.state is SLEEPING and call.attempt == attempt:
             self._queue_again(call)
 

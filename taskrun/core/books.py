@@ -101,6 +101,7 @@ class Books:
         self._idle_deaths: deque[float] = deque()
         self._yielded: dict[int, int] = {}  # how many items the current attempts have delivered
         self._timeouts: dict[int, Timer] = {}
+        self._wakings: dict[int, float] = {}  # when calls that sleep are tried again
         self._now = 0.0
         self._handlers = self._make_handlers()
 
@@ -166,6 +167,14 @@ class Books:
     def parked_at(self, call: Call) -> str | None:
         """The limit that keeps a ready call, for people."""
         return self._limits.why(call)
+
+    def closed_to(self, call: Call, now: float) -> str | None:
+        """The limit that would keep a ready call, too, for people."""
+        return self._limits.closed_to(call, now)
+
+    def wakes(self, call: Call) -> float:
+        """When a sleeping call is tried again."""
+        return self._wakings[call.id]
 
     def home_of(self, call: Call) -> Home:
         """Who gives it to a worker."""

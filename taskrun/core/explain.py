@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from taskrun.calls import (
     FAILED,
@@ -17,48 +17,56 @@ from taskrun.calls import (
 )
 from taskrun.core.graph import CallWire, WholeWire
 from taskrun.core.scheduler import Scheduler
-from taskrun.core.workforce import worker_name
+from taskrun.core.workforce import Wait, worker_name
 
 
-def explain(scheduler: Scheduler, call: Call) -> str:
+def explain(scheduler: Scheduler, call: Call, now: float) -> str:
     """What ``call`` is doing and why, live or afterwards."""
-    sentence = f"{call.title} {_why(scheduler, call)}"
+    sentence = f"{call.title} {_why(scheduler, call, now)}"
     if call.failure is not None and not call.ending and call.state not in FINAL:
         ended = call.attempt if call.state in (READY, SLEEPING) else call.attempt - 1
         sentence += f"; attempt {ended} ended with {call.failure.headline}"
     return sentence
 
 
-def _why(scheduler: Scheduler, call: Call) -> str:
+def _why(scheduler: Scheduler, call: Call, now: float) -> str:
     state = call.state
     if state is WAITING:
         return f"waits for {_awaited(call)}"
     if state is READY:
-        return _why_ready(scheduler, call)
+        return f"is ready and waits{_why_ready(scheduler, call, now)}"
     if state is RUNNING:
         return _what_runs(scheduler, call)
     if state is SLEEPING:
-        return f"is tried again after a pause (attempt {call.attempt + 1})"
+        left = max(0.0, scheduler.wakes(call) - now)
+        return f"is tried again in {left:.1f} s (attempt {call.attempt + 1})"
     if state is HELD:
         return f"returned futures and waits for {_names((call.inputs or {}).values())}"
     return _why_ended(scheduler, call)
 
 
-def _why_ready(scheduler: Scheduler, call: Call) -> str:
+def _why_ready(scheduler: Scheduler, call: Call, now: float) -> str:
     if scheduler.paused:
-        return "is ready and waits, because the run is paused"
+        return ", because the run is paused"
     if (limit := scheduler.parked_at(call)) is not None:
-        return f"is ready and waits until {limit} lets it pass"
+        return f" until {limit} lets it pass"
+    why = _what_is_lacking(scheduler, call)
+    if (limit := scheduler.closed_to(call, now)) is not None:
+        why += f", and until {limit} lets it pass"
+    return why
+
+
+def _what_is_lacking(scheduler: Scheduler, call: Call) -> str:
     if missing := scheduler.missing(call):
-        return f"is ready and waits for a node that has {missing.partition(' (')[0]}"
+        return f" for a node that has {missing.partition(' (')[0]}"
     if lacking := scheduler.lacking(call):
-        return f"is ready and waits until enough {', '.join(lacking)} is free"
+        return f" until enough {', '.join(lacking)} is free"
     if nobody := _who_is_missing(scheduler, call):
-        return f"is ready and waits for {nobody}"
+        return f" for {nobody}"
     placement = scheduler.placement
     if placement.busy_cpu < placement.slots:
-        return "is ready and waits for its turn"
-    return f"is ready and waits for a slot: {placement.busy_cpu:g} of {placement.slots} are taken"
+        return " for its turn"
+    return f" for a slot: {placement.busy_cpu:g} of {placement.slots} are taken"
 
 
 def _who_is_missing(scheduler: Scheduler, call: Call) -> str | None:
@@ -73,11 +81,20 @@ def _who_is_missing(scheduler: Scheduler, call: Call) -> str | None:
 
 def _what_runs(scheduler: Scheduler, call: Call) -> str:
     wait = scheduler.wait_of(call)
-    if wait is not None and wait.pending:
-        return f"runs and waits for {_names(wait.pending.values())}"
+    if wait is not None and (wait.pending or wait.outside):
+        return f"runs and waits for {' and '.join(_what_is_awaited(wait))}"
     worker = scheduler.worker(call.worker) if call.worker is not None else None
     name = worker_name(call.worker, worker.node if worker is not None else "")
     return f"runs in worker {name}, attempt {call.attempt}"
+
+
+def _what_is_awaited(wait: Wait) -> Iterator[str]:
+    if wait.pending:
+        yield _names(wait.pending.values())
+    if wait.hosts:
+        yield "shared state"
+    elif wait.outside:
+        yield "a lock or a semaphore of the shared state"
 
 
 def _why_ended(scheduler: Scheduler, call: Call) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 from taskrun.calls import Call
 from taskrun.core.timers import Timers
@@ -180,6 +180,17 @@ class Limits:
         """What keeps a parked call, for people."""
         parked = self._parked.get(call.id)
         return None if parked is None else str(parked[0].bound)
+
+    def closed_to(self, call: Call, now: float) -> str | None:
+        """What would keep a call that is not considered yet, for people; without its keys, for
+        which code of the task file would have to run."""
+        gates: Iterable[Gate | None] = self._known.get(call.id) or [
+            self._gates.get((bound.identity, None)) for bound in call.recipe.limits
+        ]
+        for gate in gates:
+            if gate is not None and gate.opens(now) != now:
+                return str(gate.bound)
+        return None
 
     # -- gates ------------------------------------------------------------------------
 
