@@ -193,7 +193,9 @@ class Run:
         """Run to the end; gives the exit status."""
         self.began = time.time()
         try:
-            signals = Signals(self.reactor, self._signal, self._here)
+            signals = Signals(
+                self.reactor, self._signal, self._here, lambda: self.observer.signalled()
+            )
             with signals, collecting_rarely:
                 self._run()
                 signals.settle()
@@ -341,6 +343,7 @@ class Run:
     def _signal(self, number: int) -> None:
         """The first one stops the run in order; the second one, or one that comes when there
         is nothing left but to let the workers end, ends it at once."""
+        self.observer.signalled()  # a Ctrl-C that a call has taken first comes here alone
         first, self._signalled = self._signalled is None, number
         if first:
             self._stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

@@ -60,6 +60,10 @@ class Observer:
     def notice(self, text: str) -> None:
         """taskrun itself has something to say to the person."""
 
+    def signalled(self) -> None:
+        """A signal came, which the loop takes when it gets to it.  Perhaps its handler says
+        so, in the middle of anything: it is only to be noted."""
+
     def stopping(self, reason: str) -> None:
         """The run was asked to stop (Ctrl-C, SIGTERM)."""
 

@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM while a run goes on.
 
 A signal comes between any two instructions, so it is only noted, and taken by the loop when
-that gets to it.  A loop that is stuck, writing to a reader that reads nothing, never does:
-the next signal then ends the process as if nobody had asked for it, and the workers with it.
+that gets to it.  ``noted`` is for those who may hold up the loop, writing to a reader that reads
+nothing.  A loop that is stuck for good never gets to it: the next signal then ends the process
+as if nobody had asked for it, and the workers with it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Here(Protocol):
 class Signals(AbstractContextManager[None]):
     """While it lasts, ``take(number)`` is called for each signal, on the loop's thread.
 
-    Where ``here`` takes a Ctrl-C, that is what it gets.  In another thread than the main
+    ``noted`` is called by the signal's handler, in the middle of anything.  Where ``here``
+    takes a Ctrl-C, that is what it gets.  In another thread than the main
     one, where Python handles no signals, nothing happens.
     """
 
@@ -45,10 +47,12 @@ class Signals(AbstractContextManager[None]):
         reactor: Reactor,
         take: Callable[[int], None],
         here: Here | None = None,
+        noted: Callable[[], object] = lambda: None,
     ) -> None:
         self._reactor = reactor
         self._take = take
         self._here = here
+        self._tell_noted = noted
         self._before: dict[int, Any] = {}
         self._wakeup_fd = -1
         self._pid = os.getpid()
@@ -84,6 +88,7 @@ class Signals(AbstractContextManager[None]):
         if self._noted and now - self._noted[0][0] > STUCK:
             _end_by(number)
         self._noted.append((now, number))
+        self._tell_noted()
         self._reactor.post(self.settle, first=True)
         if here is not None:
             here.interrupt()

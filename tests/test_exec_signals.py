@@ -5,15 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import select
 import signal
-import subprocess
 import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
-from harness import SIGNALS, Ended, Running, Runs, started
+from harness import SIGNALS, Ended, Running, Runs, started, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -348,28 +349,60 @@ def test_inline_teardown_runs_after_a_signal(runs: Runs, number: int) -> None:
     assert ended.out == "taken down {'CallCancelled'}\n"
 
 
+SPEAKS = """
+    @task
+    def work(n=each(range(100))): print("x" * 1_000_000)
+    """
+
+
+def until_it_is_full(stream: IO[bytes]) -> None:
+    """Until a pipe, or a terminal, that nobody reads takes nothing more."""
+    wait_until(lambda: not select.select([], [stream], [], 0)[1])
+
+
 @BOTH
+@pytest.mark.parametrize("how", [("-j2",), ("-j2", "--json"), ("--inline",)], ids=" ".join)
 def test_a_reader_that_reads_nothing_does_not_keep_a_run_from_ending(
-    runs: Runs, number: int
+    runs: Runs, number: int, how: tuple[str, ...]
 ) -> None:
-    source = """
-        @task
-        def work(n=each(range(100))):
-            print("x" * 100_000)
-            mark("begun")
-        """
     reader, writer = os.pipe()
     with open(reader, "rb"), open(writer, "wb") as stdout:
-        running = runs.start_exec(source, "-j2", stdout=stdout)
-        running.await_file(runs.folder / "begun")
+        running = runs.start_exec(SPEAKS, *how, stdout=stdout)
+        until_it_is_full(stdout)
         stop(running, number)
-        try:
-            running.process.wait(2)
-        except subprocess.TimeoutExpired:
+        check_stopped(running.end(10), number)
+
+
+@BOTH
+@pytest.mark.parametrize("how", [("-j2",), ("--inline",)], ids=" ".join)
+def test_a_terminal_that_stands_still_does_not_keep_a_run_from_ending(
+    runs: Runs, number: int, how: tuple[str, ...]
+) -> None:
+    main, other = pty.openpty()
+    with open(main, "rb"), open(other, "wb") as terminal:
+        running = runs.start_exec(SPEAKS, *how, stdout=terminal, stderr=terminal)
+        until_it_is_full(terminal)
+        stop(running, number)
+        assert running.end(12).status == SIGNALS[signal.Signals(number)]
+
+
+@BOTH
+def test_who_reads_late_but_reads_gets_all_of_it_after_a_signal(runs: Runs, number: int) -> None:
+    source = """
+        @task
+        def work():
+            print("x" * 1_000_000)
+            print("last", flush=True)
+            doze()
+        """
+    reader, writer = os.pipe()
+    with open(reader, "rb") as stdout:
+        with open(writer, "wb") as other_end:
+            running = runs.start_exec(source, "--output=raw", stdout=other_end)
+            until_it_is_full(other_end)
             stop(running, number)
-        ended = running.end(10)
-    assert ended.status in (SIGNALS[signal.Signals(number)], -number)
-    assert "Traceback" not in ended.err
+        assert len(stdout.read()) == 1_000_001 + len("last\n")
+        check_stopped(running.end(10), number)
 
 
 def test_ctrl_c_typed_at_a_terminal(runs: Runs) -> None:

@@ -481,6 +481,20 @@ def test_a_reader_that_goes_away_is_told_once_and_stops_nobody() -> None:
     assert told == [terminal.broken]
 
 
+def test_in_a_hurry_a_reader_that_reads_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taskrun.reporting.terminal.PATIENCE", 0.1)
+    read, write = os.pipe()
+    terminal = Terminal(write, None, {})
+    terminal.hurry()
+    terminal.write_lines("stdout", "hello")
+    assert os.read(read, 100) == b"hello\n" and not terminal.broken
+    terminal.write_lines("stdout", b"x" * 1_000_000)
+    assert terminal.broken == "cannot write to stdout: nobody reads it"
+    os.close(read)
+
+
 def test_a_descriptor_that_was_closed_from_the_start_is_nowhere() -> None:
     read, write = os.pipe()
     os.close(read)

@@ -71,6 +71,9 @@ class Display(Observer):
         if self._progress is not None:
             self._tick()
 
+    def signalled(self) -> None:
+        self.terminal.hurry()
+
     def _tick(self) -> None:
         assert self._progress is not None
         if self._run.status is None:

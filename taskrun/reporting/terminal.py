@@ -6,6 +6,9 @@ are written and drawn again after them, in the same write where both go to one t
 
 A reader that goes away (``taskrun exec | head``) is not an error of any call: the stream
 is given up, ``broken`` says why, and the run can stop.
+
+A reader that stays and reads nothing holds up the run, as it does any program.  From the
+first signal on (:meth:`Terminal.hurry`) it has a short time, then it counts as gone.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from taskrun.reporting.text import Paint, encode
 
 Target: TypeAlias = int | IO[Any] | None
 CLEAR = b"\r\x1b[K"
+SLICE = 0.1  # seconds between looks whether a signal has come
+PATIENCE = 2.0  # seconds that a reader may read nothing, once there is a hurry
 
 
 class Sink:
@@ -36,6 +41,8 @@ class Sink:
         self.fd: int | None = None
         self._file: IO[Any] | None = None
         self._left = memoryview(b"")
+        self._room = select.poll()
+        self._hurries = False
         if target is None:
             return
         if not isinstance(target, int):
@@ -45,6 +52,7 @@ class Sink:
             self._file = target if not isinstance(target, int) else None
         elif _is_open(fd):
             self.fd = fd
+            self._room.register(fd, select.POLLOUT)
 
     @property
     def is_terminal(self) -> bool:
@@ -67,6 +75,10 @@ class Sink:
             while self._left:
                 self._left = self._left[self._write_some(self.fd) :]
 
+    def hurry(self) -> None:
+        """Wait no longer than ``PATIENCE`` for a reader; a signal handler may say so."""
+        self._hurries = True
+
     def give_up(self) -> None:
         """Take everything from now on, and keep nothing."""
         self.fd = self._file = None
@@ -74,12 +86,35 @@ class Sink:
 
     def _write_some(self, fd: int) -> int:
         try:
-            return os.write(fd, self._left)
-        except BlockingIOError:  # somebody made it non-blocking: wait for room
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll()
+            if self._hurries:
+                return self._write_in_time(fd)
+            # A write that can do a part of its work is ended by a signal, and one that can
+            # do nothing would go on after it.
+            return os.write(fd, self._left) if self._room.poll(SLICE * 1000) else 0
+        except BlockingIOError:  # somebody made it non-blocking
             return 0
+
+    def _write_in_time(self, fd: int) -> int:
+        """Write in a thread, which can be left behind: nothing else ends for certain a write
+        that has room for a part only."""
+        done: list[int | OSError] = []
+        data = self._left
+
+        def write() -> None:
+            try:
+                done.append(os.write(fd, data))
+            except OSError as error:
+                done.append(error)
+
+        if self._room.poll(PATIENCE * 1000):
+            writer = threading.Thread(target=write, daemon=True)
+            writer.start()
+            writer.join(PATIENCE)
+        if not done:
+            raise OSError(0, "nobody reads it")
+        if isinstance(done[0], OSError):
+            raise done[0]
+        return done[0]
 
     def _write_file(self, data: bytes) -> None:
         assert self._file is not None
@@ -187,6 +222,12 @@ class Terminal:
             if bar != self._bar:
                 self._bar = bar
                 self._write("stderr", CLEAR + bar)
+
+    def hurry(self) -> None:
+        """The run is to end: a reader that reads nothing does not keep it.  A signal handler
+        may say so, also in the middle of a write."""
+        for sink in self._sinks.values():
+            sink.hurry()
 
     def _write(self, stream: str, data: bytes) -> None:
         sink = self._sinks[stream]
