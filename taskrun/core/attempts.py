@@ -242,7 +242,7 @@ class Attempts(Books):
         return doubled * self._random.uniform(1.0, 1.25)
 
     def _wake(self, call: Call, attempt: int) -> None:
-        del self._wakings[call.id]
+        self._wakings.pop(call.id, None)
         if call.state is SLEEPING and call.attempt == attempt:
             self._queue_again(call)
 
