@@ -272,6 +272,37 @@ def test_all_who_are_about_to_wait_for_a_result_wait_for_the_same(pool: Pool) ->
     assert steps > 3
 
 
+@pytest.mark.parametrize(
+    "submit", [partial(Pool.apply_async, args=(3,)), partial(Pool.map_async, iterable=range(6))]
+)
+def test_threads_that_get_one_result_at_once_get_the_same(
+    pool: Pool, submit: Callable[[Pool, Any], AsyncResult]
+) -> None:
+    # Also where one of them is interrupted by who waits for another.
+    found: list[Any] = []
+
+    def get(result: AsyncResult) -> None:
+        found.append(result.get(SECONDS))
+
+    def get_in_another_thread(result: AsyncResult) -> None:
+        thread = threading.Thread(target=get, args=(result,), daemon=True)
+        thread.start()
+        thread.join(SECONDS)
+
+    for interrupt in (get, get_in_another_thread):
+        steps = 0
+        while True:
+            result = submit(pool, long)
+            result.wait(SECONDS)
+            if not interrupted_at(steps, partial(get, result), partial(interrupt, result)):
+                break
+            assert len(found) == 2 and found[0] is found[1]
+            found.clear()
+            steps += 1
+        assert steps > 10
+        found.clear()
+
+
 def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(
     pool: Pool, gate: Callable[[], None]
 ) -> None:

@@ -35,6 +35,8 @@ STAYS: Final = (
 )
 _PLAIN: Final = frozenset((int, float, bool, type(None)))
 
+_decided: dict[int, tuple[bool, Any]] = {}  # of results that are being decoded, by their id()
+
 
 class Outcome(NamedTuple):
     """Where and how a call was executed: the worker's name and pid (None where it is gone),
@@ -223,14 +225,25 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
             self.event.set()
 
     def _decoded(self) -> tuple[bool, Any]:
-        if self._success is None:
+        while self._success is None:
             raw = self._raw
             if raw is None:
-                return self._decoded()  # another thread has decoded it just now
-            success, self._value = self._decode(raw)
-            self._success = success  # behind the value, for other threads
+                continue  # another thread has decoded it just now
+            self._decide(self._decode(raw))
             self._raw = None
         return bool(self._success), self._value
+
+    def _decide(self, decoded: tuple[bool, Any]) -> None:
+        """Several threads may have decoded it at the same time: all of them get what the first
+        one did.  No lock: a signal handler may come in between, and wait for another thread
+        that asks for it."""
+        try:
+            success, value = _decided.setdefault(id(self), decoded)
+            if self._success is None:
+                self._value = value
+                self._success = success  # behind the value, for other threads
+        finally:
+            _decided.pop(id(self), None)
 
     def _decode(self, raw: Raw) -> tuple[bool, Any]:
         return decoded(raw)
@@ -332,12 +345,14 @@ class MapResult(AsyncResult, standard.MapResult[Any]):
         if raw[1]:
             return decoded(raw)
         values: list[Any] = []
-        for number, part in enumerate(raw[0]):
-            raw[0][number] = None  # nothing is kept twice
-            success, value = decoded((part, False))
-            if not success:
-                return False, value
-            values += value
+        parts = raw[0]
+        for number, part in enumerate(parts):
+            if type(part) is not list:  # as none is that is not decoded
+                success, part = decoded((part, False))
+                if not success:
+                    return False, part
+                parts[number] = part  # nothing is kept twice, and another thread may be at it
+            values += part
         return True, values
 
 
