@@ -246,6 +246,32 @@ def test_functions_of_a_main_module_that_fresh_workers_cannot_import_go_along(
     assert (done.stdout, done.stderr) == ("[0, 1, 4, 9]\n", "")
 
 
+AGAIN = """
+from multiprocessing import get_context
+from types import FunctionType
+from taskrun import Pool
+
+def h(x, version=1):
+    return version
+
+pool, place, code, others = Pool(1, context=get_context("fork")), id(h), h.__code__, []
+del h
+for _ in range(10_000):
+    h = FunctionType(code, globals(), "h", (2,))
+    if id(h) == place:  # of the one that is there no more
+        break
+    others.append(h)
+print(pool.apply(h, (0,)))
+pool.terminate()
+"""
+
+
+def test_a_function_that_was_defined_again_since_a_fork_is_called_as_it_is_now() -> None:
+    command = [sys.executable, "-c", AGAIN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
 def test_a_script_without_a_main_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(FRESH + "main()\n")
     done = subprocess.run(

@@ -29,7 +29,7 @@ REMEMBERED: Final = 1024  # recipes
 
 Kind = type[Apply] | type[Map] | type[Starmap]
 
-_NAMED = (FunctionType, BuiltinFunctionType, type)
+NAMED: Final = (FunctionType, BuiltinFunctionType, type)
 
 
 class Recipes:
@@ -46,7 +46,7 @@ class Recipes:
         self, kind: Kind, function: Any, timeout: float | None = None, retries: int = 0
     ) -> Recipe:
         """The recipe for calls of ``function``.  Raises what pickling it raises."""
-        named = isinstance(function, _NAMED)
+        named = isinstance(function, NAMED)
         key: Any = (kind, function, timeout, retries)
         known = self._known.get(key) if named else None
         if known is not None:
@@ -67,7 +67,7 @@ class Recipes:
         self, kind: type[Map], function: Any, timeout: float | None, retries: int
     ) -> tuple[Recipe, tuple[Any, ...]]:
         """The recipe for calls with some items each, and the arguments before the items."""
-        if not (isinstance(function, _NAMED) and self._is_found(function)):
+        if not (isinstance(function, NAMED) and self._is_found(function)):
             # What is large in it is there once, as long as there are calls; not in each call,
             # nor in each worker for ever.
             pickled = dumps_call(function)

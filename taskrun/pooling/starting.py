@@ -21,6 +21,7 @@ from itertools import count
 from multiprocessing.context import ForkServerContext
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 from taskrun.engines.links import Link
 from taskrun.engines.local import Launch
@@ -30,6 +31,7 @@ from taskrun.messages import Event
 from taskrun.observers import Observer
 from taskrun.places import Place
 from taskrun.pooling import memory, remote
+from taskrun.pooling.functions import NAMED
 from taskrun.reactor import Reactor
 from taskrun.workers import template
 from taskrun.workers.settings import FORK, FORKSERVER, SPAWN, Settings
@@ -264,8 +266,10 @@ def known_names(method: str) -> Callable[[Any], bool]:
     """Whether a function of ``__main__`` is found there by its name in workers."""
     main = sys.modules["__main__"]
     if method == FORK:
-        known = {name: id(value) for name, value in vars(main).items() if callable(value)}
-        return lambda function: known.get(function.__qualname__) == id(function)
+        # What is there now; later another one may have its name, and even its address.
+        named = {name: value for name, value in vars(main).items() if isinstance(value, NAMED)}
+        known = WeakValueDictionary(named)
+        return lambda function: known.get(function.__qualname__) is function
     imported = _main_is_imported()
     return lambda function: imported and vars(main).get(function.__qualname__) is function
 
