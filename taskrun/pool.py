@@ -14,6 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from multiprocessing import pool as standard
 from pickle import HIGHEST_PROTOCOL, dumps
 from typing import Any, Final, NamedTuple
@@ -24,7 +25,7 @@ from taskrun.model import Failure, Recipe
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.functions import Recipes, checked, dumps_call, is_small, is_stateless
 from taskrun.pooling.inbox import Job
-from taskrun.pooling.iterators import IMapIterator, OrderedIterator, UnorderedIterator
+from taskrun.pooling.iterators import Feeding, IMapIterator, OrderedIterator, UnorderedIterator
 from taskrun.pooling.looping import Loop
 from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap
@@ -414,7 +415,7 @@ class Pool(standard.Pool):
             made.fed(0, error)
             return made
         self._driver.open_feed()
-        args = (self._driver, recipe, items, made)
+        args = (self._driver, recipe, items, [made])
         threading.Thread(target=_feed, args=args, name="taskrun-feed", daemon=True).start()
         return made
 
@@ -511,18 +512,26 @@ def _dumps_scalar(args: tuple[Any, ...]) -> Portable:
 
 
 def _feed(
-    driver: Driver, recipe: Recipe, items: Iterable[tuple[Any, ...]], made: IMapIterator
+    driver: Driver, recipe: Recipe, items: Iterable[tuple[Any, ...]], handed: list[IMapIterator]
 ) -> None:
-    """Submit the calls of an imap, as far ahead as it may."""
+    """Submit the calls of an imap, as far ahead as it may.  ``handed`` has the one iterator, and
+    has it no longer then."""
+    feeding = Feeding(handed[0])
+    made: IMapIterator | None = handed.pop()
     count = 0
     error: BaseException | None = None
     small = recipe.timeout is None and not recipe.retries
+    loop = driver.loop
     try:
         source = iter(items)
-        while True:
-            if not made.await_room():
+        while made is not None:
+            if loop.over:
                 error = driver.why_over()  # not the end of the input: there would be more
                 break
+            if not made.takes_one():
+                made = None  # not kept by this while it waits
+                made = feeding.await_room()
+                continue
             try:
                 args = next(source)
             except StopIteration:
@@ -537,7 +546,8 @@ def _feed(
             count += 1
     except BaseException as raised:
         error = raised
-    driver.post(lambda: made.fed(count, error))
+    if made is not None:
+        driver.post(partial(made.fed, count, error))
     driver.close_feed()
 
 

@@ -441,6 +441,28 @@ def test_an_exhausted_iterator_is_not_kept(pool: Pool) -> None:
     until(lambda: gc.collect() is not None and reference() is None)
 
 
+@pytest.mark.parametrize("kind", ["imap", "imap_unordered"])
+@pytest.mark.parametrize("items", [itertools.count, lambda: iter(lambda: "x" * 1000, "")])
+def test_an_iterator_with_a_buffersize_that_is_let_go_ends_its_feed(kind: str, items: Any) -> None:
+    with forked() as pool:
+        results = getattr(pool, kind)(twice, items(), buffersize=3)
+        next(results)
+        del results
+        pool.close()
+        until(pool._loop.finished.is_set)
+        pool.join()
+
+
+def test_an_iterator_without_a_buffersize_that_is_let_go_has_its_calls_executed(
+    tmp_path: Path,
+) -> None:
+    with forked() as pool:
+        pool.imap(Path.touch, [tmp_path / str(n) for n in range(3000)])  # more than at a time
+        pool.close()
+        pool.join()
+    assert len(os.listdir(tmp_path)) == 3000
+
+
 # -- maxtasksperchild, nesting, forks ---------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import TimeoutError
 from multiprocessing import pool as standard
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from taskrun.flag import Flag
 from taskrun.model import Failure
@@ -169,14 +170,16 @@ class IMapIterator(Waitable, _Base):
         if self._window != self._narrow:
             self._limit(self._narrow)
 
-    def await_room(self) -> bool:
-        """In the feeding thread: wait until one more may be under way; False: no more may."""
+    def takes_one(self) -> bool:
+        """In the feeding thread: whether one more may be under way; then it counts as such."""
         if self._taken - self._over >= self._window:
-            self._room.clear()
-            while self._taken - self._over > self._low and not self._driver.loop.over:
-                self._room.wait(1.0)
+            return False
         self._taken += 1
-        return not self._driver.loop.over
+        return True
+
+    def lacks_room(self) -> bool:
+        """Whether there is less room than it is worth to be woken for."""
+        return self._taken - self._over > self._low
 
     def fed(self, count: int, error: BaseException | None) -> None:
         """On the loop: so many items were submitted, and then ``error`` was raised, if any."""
@@ -189,6 +192,28 @@ class IMapIterator(Waitable, _Base):
             self._pool = self.held = None
         if self.event is not None:
             self.event.set()
+
+
+class Feeding:
+    """Where the feeding thread waits for room.  Meanwhile it does not keep the iterator: who lets
+    go of one that is ``buffered`` wants no more of it.  Of others all calls are executed."""
+
+    def __init__(self, made: IMapIterator) -> None:
+        room = made._room
+        self._room = room
+        self._loop = made._driver.loop
+        self._made = ref(made, lambda _: room.set())
+        self._held = None if made._buffered else made
+
+    def await_room(self) -> IMapIterator | None:
+        """The iterator, once there is room, or the loop is over; None: it is not there any more."""
+        self._room.clear()
+        made = self._made()
+        while made is not None and made.lacks_room() and not self._loop.over:
+            made = None
+            self._room.wait(1.0)
+            made = self._made()
+        return made
 
 
 class OrderedIterator(IMapIterator):
