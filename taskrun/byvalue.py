@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections import ChainMap
 from types import CodeType
 from typing import Any, ClassVar
 
 import cloudpickle
+
+from taskrun.arrays import Reducers
 
 _NOWHERE = "<dynamic-code>"
 _reduce_code = cloudpickle.Pickler.dispatch_table[CodeType]
@@ -26,7 +27,7 @@ def _with_its_file(code: CodeType) -> Any:
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """A ``cloudpickle.Pickler`` that tells where code comes from."""
 
-    dispatch_table: ClassVar[Any] = ChainMap(
+    dispatch_table: ClassVar[Any] = Reducers(
         {CodeType: _with_its_file}, cloudpickle.Pickler.dispatch_table
     )
 

@@ -21,6 +21,7 @@ import pytest
 
 from taskrun import Executor, Pool, blobs, places
 from taskrun.blobs import THRESHOLD, Blob, Draft, Portable, Shared
+from taskrun.pooling import remote
 from taskrun.values import decode, encode
 
 pytestmark = pytest.mark.timeout(120)
@@ -366,6 +367,42 @@ def test_an_array_is_mapped_in_both_directions_and_may_be_changed() -> None:
         assert values[0, 0] == 0 and (result[0] == 99).all() and (result[1:] == values[1:]).all()
         assert result.flags[f"{order}_CONTIGUOUS"]
         result += 1
+
+
+def added_to(values: Any) -> Any:
+    values += 1
+    values.setflags(write=False)
+    return values
+
+
+@pytest.mark.parametrize("count", [10, 300_000])
+@pytest.mark.parametrize("function", [added_to, lambda values: added_to(values)])
+def test_a_read_only_array_may_be_changed_where_it_arrives(count: int, function: Any) -> None:
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    kinds = [("f8", "C"), ("f8", "F"), ("M8[ns]", "C"), (">i4", "C")]
+    with Pool(1) as pool:
+        for kind, order in kinds:
+            values = numpy.array(numpy.arange(count).astype(kind).reshape(5, -1), order=order)
+            values.setflags(write=False)
+            result = pool.apply(function, (values,))
+            assert (result == values + 1).all() and result.dtype == values.dtype
+            assert result.flags.writeable and result.flags[f"{order}_CONTIGUOUS"]
+            assert not values.flags.writeable
+
+
+def test_read_only_arrays_of_all_kinds_are_rebuilt() -> None:
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    record = numpy.dtype([("name", "U3"), ("at", "i4", (2,))], align=True)
+    kinds = [
+        numpy.zeros(3, record), numpy.array(5), numpy.zeros((0, 3)), numpy.array([None, "x"]),
+        numpy.arange(10)[::2], numpy.broadcast_to(numpy.arange(3), (2, 3)), numpy.array([True]),
+        numpy.frombuffer(b"abcdefgh", "V3", 2), numpy.zeros(2, "V0"),
+    ]  # fmt: skip
+    for values in kinds:
+        values.setflags(write=False)
+        found = blobs.loads(remote.dumps(values))
+        assert found.dtype == values.dtype and found.shape == values.shape
+        assert found.flags.writeable and (found == values).all()
 
 
 def test_a_frame_travels() -> None:

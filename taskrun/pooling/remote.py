@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, Final, NamedTuple
 
 from taskrun import blobs, failures
+from taskrun.arrays import Reducers
 from taskrun.blobs import Draft, Portable, Seen
 from taskrun.errors import LoadError
 from taskrun.places import Place
@@ -278,7 +278,7 @@ def dumps(obj: Any, to: Place | None = None, seen: Seen | None = None) -> Portab
         from multiprocessing.reduction import ForkingPickler
 
         extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-        _table = ChainMap(extra, copyreg.dispatch_table)
+        _table = Reducers(extra, copyreg.dispatch_table)
     draft = Draft()
     pickler = pickle.Pickler(draft, PROTOCOL, buffer_callback=draft.keep)
     pickler.dispatch_table = _table
