@@ -117,6 +117,15 @@ def test_idle_workers_may_be_killed(pool: Pool) -> None:
     assert works(pool)
 
 
+def test_idle_workers_may_be_killed_again_and_again_if_they_get_calls_done() -> None:
+    with forked(1) as pool:
+        for _ in range(20):
+            pid = pool.apply(own_pid, (0,))
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: all(worker.pid != pid for worker in pool.workers()))
+        assert works(pool)
+
+
 # -- what cannot be pickled, or not unpickled -------------------------------------------
 
 

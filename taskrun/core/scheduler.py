@@ -38,7 +38,7 @@ from taskrun.errors import RunError
 from taskrun.failures import encode_failure, guarded
 from taskrun.model import Failure
 
-RESTARTS = 10  # idle workers that may die, beside one a slot ...
+RESTARTS = 10  # workers that may die without a call, beside one a slot ...
 RESTART_PERIOD = 10.0  # ... within so many seconds, before the run gives up
 MAKE_DO = 30.0  # seconds for which no more workers are wanted where none could be started
 
@@ -169,7 +169,7 @@ class Scheduler(Bunches):
         worker = home.leave(event.worker)
         if worker is None:
             return
-        if not worker.calls and self._die_too_often():
+        if not worker.given and self._die_too_often():
             self.on_give_up(m.GiveUp(f"workers die while they are idle: {event.reason}"))
             return
         executing = self._current(*event.executing) if event.executing else None
@@ -188,8 +188,8 @@ class Scheduler(Bunches):
         self._requeue(list(worker.calls.values()))
 
     def _die_too_often(self) -> bool:
-        """Whether replacing idle workers is pointless.  Those that die in a call are not
-        counted: the attempts of the call bound them."""
+        """Whether replacing workers is pointless that die before they have executed a call.
+        Others are not counted: the attempts of their calls bound them, and they got some done."""
         deaths = self._idle_deaths
         deaths.append(self._now)
         while self._now - deaths[0] > RESTART_PERIOD:
