@@ -21,6 +21,7 @@ from concurrent.futures.process import (
 from functools import partial
 from typing import Any
 
+from taskrun.calls import RUNNING
 from taskrun.errors import (
     ArgumentError,
     CallCancelled,
@@ -99,6 +100,21 @@ class CallFuture(concurrent.futures.Future[Any]):
             driver.cancel(lambda: [job])
         return True
 
+    def running(self) -> bool:
+        """Whether a worker has the call; it may begin it a moment later, as in the standard
+        library."""
+        driver, job = self._driver, self._job
+        if self.done():
+            return False
+        if driver is None or job is None or job.call is None:
+            return super().running()
+        call = driver._core.find(job.call)
+        return call is None or call.state is RUNNING  # None: it has just ended
+
+    def __repr__(self) -> str:
+        shown = super().__repr__()
+        return shown.replace("state=pending", "state=running") if self.running() else shown
+
 
 class _FutureJob:
     """Takes a call's end to its future; see ``pooling.inbox.Job``."""
@@ -123,9 +139,12 @@ class _FutureJob:
 
     def _settle(self) -> None:
         raw, self.raw, self.executor = self.raw, None, None
+        if raw is None:
+            return
         future = self.future
-        future._job = future.held = None
-        if raw is None or not future.set_running_or_notify_cancel():
+        wanted = future.set_running_or_notify_cancel()
+        future._job = future.held = None  # only now: until then it is asked whether it runs
+        if not wanted:
             return
         success, value = decoded(raw)
         if success:

@@ -58,6 +58,30 @@ def test_a_future_is_cancelled_while_its_call_runs(executor: Executor, tmp_path:
     assert executor.submit(square, 3).result(SECONDS) == 9
 
 
+def wait_for(path: Path) -> None:
+    path.with_suffix(".begun").touch()
+    end = time.monotonic() + SECONDS
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def test_a_future_says_whether_its_call_runs(executor: Executor, tmp_path: Path) -> None:
+    futures = [executor.submit(wait_for, tmp_path / str(n % 2)) for n in range(100)]
+    end = time.monotonic() + SECONDS
+    while len(os.listdir(tmp_path)) < 2 or not futures[1].running():
+        assert time.monotonic() < end
+    assert [future.running() for future in futures] == [True] * 2 + [False] * 98
+    assert "state=running" in repr(futures[0]) and "state=pending" in repr(futures[2])
+    (tmp_path / "0").touch()
+    while futures[0].running():
+        assert time.monotonic() < end
+    assert futures[0].done() and "state=finished" in repr(futures[0])  # nothing in between
+    (tmp_path / "1").touch()
+    futures[99].result(SECONDS)
+    assert not any(future.running() for future in futures)
+    assert futures[99].cancel() is False
+
+
 def test_a_workers_death_is_the_error_of_its_call_only(executor: Executor) -> None:
     future = executor.submit(os._exit, 3)
     with pytest.raises(WorkerLost, match=r"_exit.*status 3") as caught:
