@@ -328,7 +328,7 @@ class _Writer:
     def __init__(self, to: Place, seen: Seen | None) -> None:
         self._to = to
         self._seen = {} if seen is None else seen
-        self._own = to == places.own()
+        self._own = places.is_own_place(to)
         self.trouble: str | None = None
 
     def keep(self, part: Any) -> Any:
@@ -377,8 +377,13 @@ def _sample(view: memoryview) -> int:
 
 
 def _is_same(blob: Blob, view: memoryview) -> bool:
+    """Whether that is in it, as far as can be seen: there may be no descriptor to read it by."""
     buffer = bytearray(_STEP)
-    with FileIO(blob.path) as file:
+    try:
+        file = FileIO(blob.path)
+    except OSError:
+        return False
+    with file:
         for start in range(0, len(view), _STEP):
             part = view[start : start + _STEP]
             if len(part) < _STEP:

@@ -122,8 +122,10 @@ def _pickled_exception(exc: BaseException) -> bytes | None:
 def _picklers() -> Iterator[tuple[Any, bool]]:
     """What to try in turn: a pickler, and whether the chain comes along."""
     yield pickle.Pickler, True
-    from taskrun.byvalue import Pickler  # slow to import, seldom needed
-
+    try:
+        from taskrun.byvalue import Pickler  # slow to import, seldom needed
+    except Exception:
+        return  # perhaps that there are no descriptors left is what is to be told
     yield Pickler, True
     yield Pickler, False
 
@@ -378,8 +380,10 @@ def _frames(traceback: TracebackType | None) -> list[Frame]:
 
 def _rebuild_traceback(frames: list[Frame]) -> TracebackType | None:
     """A real traceback through ``frames``; only their local variables are gone."""
-    from tblib import Traceback  # slow to import, and needed for failures only
-
+    try:
+        from tblib import Traceback  # slow to import, and needed for failures only
+    except OSError:
+        return None  # as above; who gets it will have it
     linked: Any = None
     for filename, name, line, names in reversed(frames):
         code = SimpleNamespace(co_filename=filename, co_name=name)

@@ -73,6 +73,11 @@ def own() -> Place:
     return _own[1]
 
 
+def is_own_place(place: Place) -> bool:
+    """Whether it is :func:`own`'s, which then has been asked for it; opens no file."""
+    return _own == (os.getpid(), place)
+
+
 def is_settled() -> bool:
     """Whether this is a worker."""
     return _settled is not None

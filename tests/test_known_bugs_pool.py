@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from taskrun import places
 from taskrun.errors import (
     ArgumentError,
     CallCancelled,
@@ -212,6 +214,63 @@ def test_a_function_that_is_unknown_in_the_worker_is_an_error() -> None:
         finally:
             del globals()["made_later"]
         assert works(pool)
+
+
+taken: list[int] = []
+
+
+def take_all_descriptors() -> None:
+    few = len(os.listdir("/dev/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_without_descriptors_says_so_and_does_what_needs_none(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_complained", True)  # that its large result goes another way
+    with Pool(1, context=multiprocessing.get_context(method)) as pool:
+        with pytest.raises(OSError, match="Too many open files: '/dev/null'"):
+            pool.apply(take_all_descriptors)
+        first = pool.workers()
+        assert pool.apply(str, (5,)) == "5"
+        assert pool.apply(bytes, (1_000_000,)) == bytes(1_000_000)
+        with pytest.raises(RemoteError, match="Stubborn"):
+            pool.apply(raise_stubborn)
+        assert [worker.pid for worker in pool.workers()] == [worker.pid for worker in first]
+
+
+WITHOUT_DESCRIPTORS = """
+import os, resource
+from multiprocessing import get_context
+from taskrun import Pool
+context = get_context("fork")
+gate = context.Event()
+def wait():
+    gate.wait()
+with Pool(1, context=context) as pool:
+    pool.apply_async(wait)
+    data = bytes(1_000_000)
+    first = pool.map_async(len, [data])
+    few, most = len(os.listdir("/dev/fd")) + 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+    try:
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        pass
+    again = pool.map_async(len, [data, bytes(2_000_000)])
+    gate.set()
+    print(first.get() + again.get())
+"""
+
+
+def test_a_process_without_descriptors_has_large_arguments_travel() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_DESCRIPTORS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.stdout, done.stderr) == ("[1000000, 1000000, 2000000]\n", "")
 
 
 @pytest.mark.parametrize("give", [give_lambda, give_deep])
