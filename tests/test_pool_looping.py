@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
+import os
 import threading
+import time
+from collections.abc import Callable, Iterator
 
+import pytest
 from interrupting import at_each_step
 
+from taskrun.errors import CallCancelled
+from taskrun.pool import Pool
 from taskrun.pooling.looping import Loop, Waitable, _event_of
 from taskrun.reactor import Reactor
 
 SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def forked(processes: int = 2) -> Pool:
+    return Pool(processes, context=multiprocessing.get_context("fork"))
 
 
 class _Delivered(Waitable):
@@ -92,3 +111,55 @@ def test_all_who_begin_to_wait_for_the_same_at_the_same_time_are_woken_by_one_ev
 
     threads: list[threading.Thread] = []
     assert at_each_step(begin, another_begins) > 3
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def at_the_end_of_the_stack(action: Callable[[], object]) -> None:
+    """Do ``action`` with ever less room on the stack, until there is none."""
+    action()
+    at_the_end_of_the_stack(action)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pool: pool.apply(abs, (1,)),
+        lambda pool: pool.map(abs, [1, 2]),
+        lambda pool: list(pool.imap(abs, [1])),
+        lambda pool: pool.apply_async(abs, (1,)).get(),
+    ],
+    ids=["apply", "map", "imap", "apply_async"],
+)
+def test_a_recursion_error_in_who_waits_is_his_own(use: Callable[[Pool], object]) -> None:
+    with forked() as pool:
+        with pytest.raises(RecursionError):
+            at_the_end_of_the_stack(lambda: use(pool))
+        assert pool.map_async(abs, range(4)).get(SECONDS) == [0, 1, 2, 3]
+
+
+def test_what_a_pool_does_at_its_end_is_done_whatever_of_it_fails() -> None:
+    pool = forked(1)
+    result = pool.apply_async(time.sleep, (SECONDS,))
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    shown: list[object] = []
+    usual, threading.excepthook = threading.excepthook, shown.append
+    try:
+        pid = pool._pool[0].pid
+        pool._driver._settle_down = fail  # type: ignore[method-assign]
+        pool._driver._close_engine = fail  # type: ignore[method-assign]
+        pool.terminate()
+    finally:
+        threading.excepthook = usual
+    with pytest.raises(CallCancelled):
+        result.get(SECONDS)
+    assert shown
+    until(lambda: not os.path.exists(f"/proc/{pid}"))

@@ -459,29 +459,35 @@ class Driver:
 
     def _finish(self) -> None:
         """Called once, by the loop's thread."""
-        if not (self._killing or self.error):
-            self._reactor.run_until(lambda: self._engine.settled or self._killing)
-        self._ended = True
-        self._fail_jobs(self.why_over())
+        _each([
+            self._settle_down,
+            lambda: self._fail_jobs(self.why_over()),
+            self._close_engine,
+            self._state.close,
+            self._starter.close,
+            lambda: self._inbox.fail(self.why_over()),
+        ])  # fmt: skip
+
+    def _settle_down(self) -> None:
+        try:
+            if not (self._killing or self.error):
+                self._reactor.run_until(lambda: self._engine.settled or self._killing)
+        finally:
+            self._ended = True
+
+    def _close_engine(self) -> None:
         graceful = not (self._killing or self.error)
         self._engine.close(monotonic() + (CLOSE_SECONDS if graceful else TERMINATE_SECONDS))
-        self._state.close()
-        self._starter.close()
-        self._inbox.fail(self.why_over())
 
     def why_over(self) -> BaseException:
         """What those get who wait for a call that will not end."""
         return self.error or CallCancelled("the pool was terminated before the call had ended")
 
     def _fail_jobs(self, error: BaseException) -> None:
-        jobs, self._jobs = self._jobs, {}
-        for job in jobs.values():
-            if isinstance(job, Bunch):
-                job.owner.items_failed(job.tokens[job.done :], error)
-            else:
-                job.failed(error)
-        if (bunch := self._trips.bunch) is not None:
-            bunch.owner.items_failed(bunch.tokens, error)
+        jobs, self._jobs = [*self._jobs.values()], {}
+        if (bunch := self._trips.give_up()) is not None:
+            jobs.append(bunch)
+        _each([partial(_fail, job, error) for job in jobs])
         self._inbox.fail(self.why_over())
 
     def _broken(self, error: BaseException) -> None:
@@ -493,5 +499,23 @@ class Driver:
         self.loop.end()
         if self.loop.in_thread:
             self._ended = True
-            self._fail_jobs(self.error)
-            self._engine.kill()
+            _each([partial(self._fail_jobs, self.error), self._engine.kill])
+
+
+def _fail(job: Job | Bunch, error: BaseException) -> None:
+    if not isinstance(job, Bunch):
+        job.failed(error)
+    elif job.left:
+        job.owner.items_failed(job.tokens[job.done :], error)
+
+
+def _each(steps: Iterable[Callable[[], object]]) -> None:
+    """Take each step, whatever those before it have raised; then raise the first of that."""
+    failed: BaseException | None = None
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed

@@ -11,6 +11,8 @@ next guest is often there at once; whoever needs the loop meanwhile unparks it.
 leaves the loop alone; it hides it when it leaves, and only then looks for what others have
 posted, who in turn post first and look for a guest then: one of the two sees the other.
 
+A turn is made whole or not at all.  So nobody becomes a guest whose stack is nearly full.
+
 Signals: in the main thread Python's signal handlers may raise between any two steps.  While
 that thread is a guest they are put off until the loop is in order again.
 """
@@ -38,6 +40,9 @@ _PUT_OFF: Final = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
     if (number := getattr(_signal, name, None)) is not None
 )
+
+
+_ROOM: Final = 250  # on the stack, in calls of functions: what a turn may need
 
 
 class Waitable:
@@ -205,6 +210,11 @@ class Loop:
         return self._visit_safely(lambda noted: action(), in_main)
 
     def _visit_safely(self, stay: Callable[[Sequence[int]], None], in_main: bool) -> bool:
+        if not (_is_shallow() or _reaches(_ROOM)):
+            if self.in_thread:
+                raise RecursionError("there is no room on the stack to wait in a callback")
+            self._need()
+            return False
         return self._visit_from_main(stay) if in_main else self._visit(stay, ())
 
     def _visit_from_main(self, stay: Callable[[Sequence[int]], None]) -> bool:
@@ -287,8 +297,10 @@ class Loop:
                         self._owner.release()
                 self._park()
             with self._owner:
-                self.entered(None, None)
-                self.finish()
+                try:
+                    self.entered(None, None)
+                finally:
+                    self.finish()
                 self._closed = True
                 self._close_reactor()
         except BaseException as error:
@@ -349,6 +361,30 @@ def _event_of(waitable: Waitable) -> Flag:
     finally:
         _made.pop(id(waitable), None)  # whoever comes from now on finds the other
     return waitable.event
+
+
+def _is_shallow() -> bool:
+    """Whether so few functions are on the stack that a turn has room, whatever they have called
+    that is not written in Python."""
+    try:
+        sys._getframe(sys.getrecursionlimit() >> 3)
+    except ValueError:
+        return True
+    return False
+
+
+def _reaches(depth: int) -> bool:
+    """Whether there is room on the stack for so many functions."""
+    try:
+        _descend(depth)
+    except RecursionError:
+        return False
+    return True
+
+
+def _descend(depth: int) -> None:
+    if depth:
+        _descend(depth - 1)
 
 
 def _nobody_cares(waitable: Waitable | None, timeout: float | None) -> None:

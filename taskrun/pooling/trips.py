@@ -113,6 +113,11 @@ class Trips:
             trip.link.assigned[trip.call] = self._core.find(trip.call)
             self._trip = None
 
+    def give_up(self) -> Bunch | None:
+        """Nobody will hear of what is under way; gives that."""
+        bunch, self._trip = self.bunch, None
+        return bunch
+
 
 def _answer(trip: _Trip, records: list[Any]) -> Answer | None:
     """What the records say, if that is a plain answer and nothing else."""
