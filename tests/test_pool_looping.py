@@ -5,12 +5,13 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from interrupting import at_each_step
+from interrupting import Broken, at_each_step, interrupted_at
 
 from taskrun.errors import CallCancelled
 from taskrun.pool import Pool
@@ -120,6 +121,49 @@ def until(holds: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """The signals whose handlers were called: those that ``handle`` was given."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield _handled
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, handler)
+        elif signal.getsignal(number) is not handler and callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _handled.clear()
+
+
+_handled: list[int] = []
+
+
+class Raised(Exception):
+    """By the handler of a signal."""
+
+
+def handle(number: int, raises: type[BaseException] | None = None) -> None:
+    """Have a handler for that signal."""
+
+    def handler(number: int, frame: object) -> None:
+        _handled.append(number)
+        if raises is not None:
+            raise raises(number)
+
+    signal.signal(number, handler)
+
+
+def have_it_come_amid_a_turn(pool: Pool, *numbers: int) -> threading.Timer:
+    """While the main thread waits and runs the loop."""
+
+    def come() -> None:
+        for number in numbers:
+            signal.raise_signal(number)
+
+    timer = threading.Timer(0.05, pool._driver.post, [come])
+    timer.start()
+    return timer
+
+
 def at_the_end_of_the_stack(action: Callable[[], object]) -> None:
     """Do ``action`` with ever less room on the stack, until there is none."""
     action()
@@ -145,6 +189,7 @@ def test_a_recursion_error_in_who_waits_is_his_own(use: Callable[[Pool], object]
 
 def test_what_a_pool_does_at_its_end_is_done_whatever_of_it_fails() -> None:
     pool = forked(1)
+    pid = pool.apply(os.getpid)
     result = pool.apply_async(time.sleep, (SECONDS,))
 
     def fail(*args: object) -> None:
@@ -153,7 +198,6 @@ def test_what_a_pool_does_at_its_end_is_done_whatever_of_it_fails() -> None:
     shown: list[object] = []
     usual, threading.excepthook = threading.excepthook, shown.append
     try:
-        pid = pool._pool[0].pid
         pool._driver._settle_down = fail  # type: ignore[method-assign]
         pool._driver._close_engine = fail  # type: ignore[method-assign]
         pool.terminate()
@@ -163,3 +207,56 @@ def test_what_a_pool_does_at_its_end_is_done_whatever_of_it_fails() -> None:
         result.get(SECONDS)
     assert shown
     until(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGVTALRM", "SIGWINCH", "SIGRTMIN"])
+def test_what_the_handler_of_any_signal_raises_costs_no_call(handled: list[int], name: str) -> None:
+    number = int(getattr(signal, name))
+    handle(number, Raised)
+    with forked() as pool:
+        result = pool.apply_async(time.sleep, (0.3,))
+        timer = have_it_come_amid_a_turn(pool, number)
+        with pytest.raises(Raised):
+            result.get(SECONDS)
+        timer.join()
+        assert result.get(SECONDS) is None
+        assert pool.apply(abs, (-1,)) == 1
+    assert handled == [number]
+
+
+def test_of_signals_that_come_together_each_is_handled(handled: list[int]) -> None:
+    numbers = [signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP]
+    for number in numbers:
+        handle(number, None if number is signal.SIGUSR1 else Raised)
+    with forked() as pool:
+        result = pool.apply_async(time.sleep, (SECONDS,))
+        timer = have_it_come_amid_a_turn(pool, *numbers)
+        with pytest.raises(Raised) as raised:
+            result.get(SECONDS)
+        timer.join()
+    assert handled == numbers
+    assert str(raised.value.__context__) == str(int(numbers[0]))
+
+
+def test_a_signal_is_handled_once_wherever_it_comes_and_no_handler_is_lost(
+    handled: list[int],
+) -> None:
+    handle(signal.SIGUSR1, Broken)
+    handle(signal.SIGUSR2)
+    loop = Loop(Reactor(), "loop under test")
+    loop.start()
+    most = 5 * len(signal.valid_signals())
+    try:
+        for step in range(most):
+            came = interrupted_at(
+                step,
+                lambda: loop._visit_from_main(lambda noted: None),
+                lambda: signal.raise_signal(signal.SIGUSR1),
+            )
+            signal.raise_signal(signal.SIGUSR2)
+            assert handled == [signal.SIGUSR1, signal.SIGUSR2][not came :]
+            handled.clear()
+        assert not came
+    finally:
+        loop.end()
+        assert loop.finished.wait(SECONDS)

@@ -14,7 +14,7 @@ posted, who in turn post first and look for a guest then: one of the two sees th
 A turn is made whole or not at all.  So nobody becomes a guest whose stack is nearly full.
 
 Signals: in the main thread Python's signal handlers may raise between any two steps.  While
-that thread is a guest they are put off until the loop is in order again.
+that thread is a guest they are put off, whichever they are, until the loop is in order again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import get_ident
 from time import monotonic
@@ -35,13 +35,7 @@ from taskrun.hunch import Hunch
 from taskrun.reactor import Reactor
 
 PARKED: Final = 0.003  # seconds that the thread leaves the loop alone after a guest
-_PUT_OFF: Final = tuple(
-    number
-    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
-    if (number := getattr(_signal, name, None)) is not None
-)
-
-
+_SIGNALS: Final = tuple(sorted(_signal.valid_signals()))
 _ROOM: Final = 250  # on the stack, in calls of functions: what a turn may need
 
 
@@ -219,24 +213,31 @@ class Loop:
 
     def _visit_from_main(self, stay: Callable[[Sequence[int]], None]) -> bool:
         noted: list[int] = []
+        handlers: dict[int, Any] = {}
+        visiting = True
 
         def note(number: int, frame: Any) -> None:
-            noted.append(number)
-            self.reactor.post(_nothing)
+            if visiting:
+                noted.append(number)
+                self.reactor.post(_nothing)
+            else:  # what another handler raised has kept this one from being put back
+                _signal.signal(number, handlers[number])
+                handlers[number](number, frame)
 
-        handlers: list[tuple[int, Any]] = []
         try:
-            for number in _PUT_OFF:
+            for number in _SIGNALS:
                 handler = _signal.getsignal(number)
                 if callable(handler):
-                    handlers.append((number, handler))
+                    handlers[number] = handler
                     _signal.signal(number, note)
             visited = self._visit(stay, noted)
         finally:
-            for number, handler in handlers:
-                _signal.signal(number, handler)
-        for number in noted:
-            dict(handlers)[number](number, sys._getframe())
+            try:
+                for number in handlers:
+                    _signal.signal(number, handlers[number])
+            finally:
+                visiting = False
+                _handle(noted, handlers)
         return visited or bool(noted)
 
     def _visit(self, stay: Callable[[Sequence[int]], None], noted: Sequence[int]) -> bool:
@@ -361,6 +362,16 @@ def _event_of(waitable: Waitable) -> Flag:
     finally:
         _made.pop(id(waitable), None)  # whoever comes from now on finds the other
     return waitable.event
+
+
+def _handle(noted: Sequence[int], handlers: Mapping[int, Any]) -> None:
+    """Call the handlers of these signals, each of them, whatever those before it raise."""
+    for place, number in enumerate(noted):
+        try:
+            handlers[number](number, sys._getframe())
+        except BaseException:
+            _handle(noted[place + 1 :], handlers)
+            raise
 
 
 def _is_shallow() -> bool:
