@@ -166,7 +166,8 @@ class Pool(standard.Pool):
         retries: int = 0,
     ) -> Any:
         """``func(*args, **kwds)``."""
-        self._check_running()
+        if self._state is not RUN or self._forks != _forks:
+            self._check_running()
         result = AsyncResult(self, self._driver, None, None)
         if not (is_small(func, args, kwds, timeout, retries) and self._direct(result, func, args)):
             self._apply(result, func, args, kwds, timeout, retries, waits=True)

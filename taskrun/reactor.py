@@ -111,6 +111,7 @@ class Reactor:
         self._expecting = False
         self._hunch = Hunch()
         self.thread: int | None = None  # that is in the middle of a turn
+        self._waiting = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -252,16 +253,28 @@ class Reactor:
         read, and nothing else is to be done.  Whatever it is, the next turn finds it."""
         if self._inbox:
             return False
-        return bool(self._poller.poll(self._patience(timeout), _AT_ONCE) == [(fd, _READ)])
+        patience = self._patience(timeout)
+        self._waiting = self.thread is None
+        found = self._poller.poll(patience, _AT_ONCE)
+        self._waiting = False
+        return bool(found == [(fd, _READ)])
+
+    def was_waiting(self) -> bool:
+        """Whether what a turn has raised came while it waited, and called nobody: then another
+        may follow.  To be asked once, by who made it."""
+        waiting, self._waiting = self._waiting, False
+        return waiting
 
     def run_once(self, timeout: float | None = None) -> None:
         """One turn: wait at most ``timeout`` seconds, then call whatever is due."""
         before, self.thread = self.thread, get_ident()
         interests = self._interests
         try:
+            self._waiting = before is None
             found = self._found_soon() if self._expecting else None
             if not found:
                 found = self._poller.poll(self._patience(timeout), _AT_ONCE)
+            self._waiting = False
             for interest, mask in [(interests[fd], mask) for fd, mask in found if fd in interests]:
                 # An error or the end of a connection is for whoever waits, reader or writer.
                 if mask & ~_WRITE and interest.reader is not None:

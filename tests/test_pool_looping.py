@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -209,7 +210,7 @@ def test_what_a_pool_does_at_its_end_is_done_whatever_of_it_fails() -> None:
     until(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGVTALRM", "SIGWINCH", "SIGRTMIN"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGVTALRM", "SIGWINCH"])
 def test_what_the_handler_of_any_signal_raises_costs_no_call(handled: list[int], name: str) -> None:
     number = int(getattr(signal, name))
     handle(number, Raised)
@@ -222,6 +223,30 @@ def test_what_the_handler_of_any_signal_raises_costs_no_call(handled: list[int],
         assert result.get(SECONDS) is None
         assert pool.apply(abs, (-1,)) == 1
     assert handled == [number]
+
+
+def test_what_is_raised_in_who_waits_from_outside_costs_no_call(handled: list[int]) -> None:
+    main = threading.get_ident()
+    handle(signal.SIGRTMIN, Raised)
+
+    def raise_here() -> None:
+        signal.pthread_kill(main, signal.SIGRTMIN)
+
+    def raise_there() -> None:
+        # It is told when the thread comes back to Python code: to end its waiting for that.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(Raised))
+        pool._driver.loop.nudge()
+
+    with forked() as pool:
+        for come in (raise_here, raise_there):
+            result = pool.apply_async(time.sleep, (0.3,))
+            timer = threading.Timer(0.05, come)
+            timer.start()
+            with pytest.raises(Raised):
+                result.get(SECONDS)
+            timer.join()
+            assert result.get(SECONDS) is None
+            assert pool.apply(abs, (-1,)) == 1
 
 
 def test_of_signals_that_come_together_each_is_handled(handled: list[int]) -> None:

@@ -14,7 +14,9 @@ posted, who in turn post first and look for a guest then: one of the two sees th
 A turn is made whole or not at all.  So nobody becomes a guest whose stack is nearly full.
 
 Signals: in the main thread Python's signal handlers may raise between any two steps.  While
-that thread is a guest they are put off, whichever they are, until the loop is in order again.
+that thread is a guest they are put off until the loop is in order again.  What else is raised
+in a guest from outside (by the signals of real time, or for a thread by another) is his own
+while the loop waits, which is nearly always; in the middle of a turn it is the end of the pool.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ from taskrun.hunch import Hunch
 from taskrun.reactor import Reactor
 
 PARKED: Final = 0.003  # seconds that the thread leaves the loop alone after a guest
-_SIGNALS: Final = tuple(sorted(_signal.valid_signals()))
+_HOPELESS: Final = ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
+# Those of which a handler may be told; not of real time, since to ask for each takes a while.
+_PUT_OFF: Final = tuple(
+    {*range(1, 32)} - {int(getattr(_signal, name)) for name in _HOPELESS if hasattr(_signal, name)}
+)
 _ROOM: Final = 250  # on the stack, in calls of functions: what a turn may need
 
 
@@ -204,12 +210,25 @@ class Loop:
         return self._visit_safely(lambda noted: action(), in_main)
 
     def _visit_safely(self, stay: Callable[[Sequence[int]], None], in_main: bool) -> bool:
-        if not (_is_shallow() or _reaches(_ROOM)):
+        try:
+            sys._getframe(sys.getrecursionlimit() >> 3)
+        except ValueError:
+            pass  # so few functions are on the stack that there is room, whatever they called
+        else:
+            if not self._has_room():
+                return False
+        return self._visit_from_main(stay) if in_main else self._visit(stay, ())
+
+    def _has_room(self) -> bool:
+        """Whether there is, on the caller's stack, for a turn; else the thread makes it."""
+        try:
+            _descend(_ROOM)
+        except RecursionError:
             if self.in_thread:
-                raise RecursionError("there is no room on the stack to wait in a callback")
+                raise
             self._need()
             return False
-        return self._visit_from_main(stay) if in_main else self._visit(stay, ())
+        return True
 
     def _visit_from_main(self, stay: Callable[[Sequence[int]], None]) -> bool:
         noted: list[int] = []
@@ -225,7 +244,7 @@ class Loop:
                 handlers[number](number, frame)
 
         try:
-            for number in _SIGNALS:
+            for number in _PUT_OFF:
                 handler = _signal.getsignal(number)
                 if callable(handler):
                     handlers[number] = handler
@@ -237,7 +256,8 @@ class Loop:
                     _signal.signal(number, handlers[number])
             finally:
                 visiting = False
-                _handle(noted, handlers)
+                if noted:
+                    _handle(noted, handlers)
         return visited or bool(noted)
 
     def _visit(self, stay: Callable[[Sequence[int]], None], noted: Sequence[int]) -> bool:
@@ -250,8 +270,12 @@ class Loop:
         try:
             self._take_over()
             stay(noted)
-        except Exception as error:
+        except BaseException as error:
+            if self.reactor.was_waiting():
+                raise
             self.broken(error)  # a bug of ours: the thread sees to what follows
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._visited = True
             self._guest = False
@@ -372,25 +396,6 @@ def _handle(noted: Sequence[int], handlers: Mapping[int, Any]) -> None:
         except BaseException:
             _handle(noted[place + 1 :], handlers)
             raise
-
-
-def _is_shallow() -> bool:
-    """Whether so few functions are on the stack that a turn has room, whatever they have called
-    that is not written in Python."""
-    try:
-        sys._getframe(sys.getrecursionlimit() >> 3)
-    except ValueError:
-        return True
-    return False
-
-
-def _reaches(depth: int) -> bool:
-    """Whether there is room on the stack for so many functions."""
-    try:
-        _descend(depth)
-    except RecursionError:
-        return False
-    return True
 
 
 def _descend(depth: int) -> None:
