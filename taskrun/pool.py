@@ -26,7 +26,7 @@ from taskrun.pooling.driver import Driver
 from taskrun.pooling.functions import Recipes, checked, dumps_call, is_small, is_stateless
 from taskrun.pooling.inbox import Job
 from taskrun.pooling.iterators import Feeding, IMapIterator, OrderedIterator, UnorderedIterator
-from taskrun.pooling.looping import Loop
+from taskrun.pooling.looping import FOREIGN, Loop
 from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap
 from taskrun.pooling.results import (
@@ -55,7 +55,6 @@ SMALLER: Final = 4  # ... so many times more while their arguments are plain num
 Size = int | str | None  # of memory
 
 _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
-_FOREIGN = "this Pool belongs to the process that this one was forked from"
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 _forks = 0  # how many there are between this process and the one that imported this
@@ -434,11 +433,14 @@ class Pool(standard.Pool):
         self._driver.terminate()
 
     def join(self) -> None:
-        """Wait until all workers have ended, after ``close()`` or ``terminate()``."""
+        """Wait until all workers have ended, after ``close()`` or ``terminate()``.  Raises
+        RuntimeError in a callback, which they wait for."""
         if self._state == RUN:
             raise ValueError("Pool is still running")
         if not self._loop.is_here:
-            raise ValueError(_FOREIGN)
+            raise ValueError(FOREIGN)
+        if self._loop.in_thread or self._loop.is_run_here:
+            raise RuntimeError("cannot join current thread")
         self._loop.finished.wait()
 
     def __enter__(self) -> Pool:
@@ -482,7 +484,7 @@ class Pool(standard.Pool):
         if self._state != RUN:
             raise ValueError("Pool not running")
         if not self._loop.is_here:
-            raise ValueError(_FOREIGN)
+            raise ValueError(FOREIGN)
 
     def __repr__(self) -> str:
         kind = type(self)

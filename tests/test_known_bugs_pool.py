@@ -765,3 +765,117 @@ def test_an_executor_whose_workers_are_replaced_goes_on(method: str, most: int) 
         # It is idle now, and has a worker that may do no more.
         pids = [executor.submit(own_pid, number).result(SECONDS) for number in range(4)]
     assert max(map(pids.count, pids)) <= most
+
+
+# -- where nobody may wait -------------------------------------------------------------
+
+
+def test_join_in_a_callback_is_an_error(pool: Pool) -> None:
+    raised: list[object] = []
+
+    def join(value: object) -> None:
+        pool.close()
+        try:
+            pool.join()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    pool.apply_async(twice, (1,), callback=join).wait(SECONDS)
+    assert raised == ["cannot join current thread"]
+    pool.join()
+
+
+class Collected:
+    """Does something where the garbage collector finds it."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.itself = self
+        self.action = action
+        self.raised: list[BaseException] = []
+
+    def __del__(self) -> None:
+        try:
+            self.action()
+        except Exception as error:
+            self.raised.append(error)
+
+
+@pytest.mark.parametrize("guest", [True, False], ids=["guest", "thread"])
+def test_what_is_collected_amid_the_pools_work_cannot_wait_for_it(guest: bool) -> None:
+    pool, raised = forked(), []
+    actions: list[Callable[[], object]] = [
+        lambda: pool.apply(twice, (1,)),
+        lambda: pool.map(twice, [1]),
+        lambda: pool.apply_async(time.sleep, (0.1,)).get(SECONDS),
+        lambda: next(pool.imap(twice, [1])),
+    ]
+
+    def collect() -> None:
+        gc.collect()
+        done.set()
+
+    for action in actions:
+        done = threading.Event()
+        raised.append((found := Collected(action)).raised)
+        del found
+        result = pool.apply_async(time.sleep, (0.3,))
+        threading.Timer(0.05, pool._driver.post, [collect]).start()
+        if guest:
+            result.get(SECONDS)
+        assert done.wait(SECONDS)
+        assert works(pool)
+    assert ["in the middle of its own work" in str(errors[0]) for errors in raised] == [True] * 4
+    for end in (pool.terminate, pool.join):
+        done = threading.Event()
+        raised.append((found := Collected(end)).raised)
+        del found
+        pool._driver.post(collect)
+        pool._driver.loop.finished.wait(SECONDS) if end == pool.join else done.wait(SECONDS)
+    pool.join()
+
+
+def test_a_callback_that_hangs_does_not_keep_the_interpreter_from_its_end(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, threading\n"
+        "from taskrun import Pool\n"
+        "from taskrun.pooling import driver\n"
+        "if __name__ == '__main__':\n"
+        "    driver.END_SECONDS = 0.5\n"
+        "    pool = Pool(1, context=multiprocessing.get_context('fork'))\n"
+        "    began = threading.Event()\n"
+        "    def hang(value):\n"
+        "        began.set()\n"
+        "        threading.Event().wait()\n"
+        "    pool.apply_async(abs, (1,), callback=hang)\n"
+        "    assert began.wait(20)\n"
+    )
+    subprocess.run([sys.executable, script], timeout=SECONDS, check=True)
+
+
+def test_who_waits_in_a_forked_child_gives_up_in_time_and_disturbs_nothing() -> None:
+    with forked() as pool:
+        workers = len(pool._pool)
+        result = pool.apply_async(time.sleep, (1.0,))
+        values = pool.imap(time.sleep, [1.0])
+        began = [pool.apply_async(twice, (1,)) for _ in range(2)]
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                for wait in (
+                    lambda: result.get(0.02),
+                    lambda: values.next(0.02),
+                    lambda: result.get(),
+                ):
+                    with pytest.raises((multiprocessing.TimeoutError, ValueError)):
+                        wait()
+                result.wait(0.02)
+                assert not result.ready() and len(pool._pool) == workers
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert [each.get(SECONDS) for each in (result, *began)] == [None, 2, 2]
+        assert values.next(SECONDS) is None
+        assert works(pool)

@@ -33,6 +33,7 @@ from taskrun.reactor import Reactor
 
 CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
 TERMINATE_SECONDS: Final = 2.0
+END_SECONDS: Final = 20.0  # that somebody waits for the end, at most: a callback may hang
 WINDOW: Final = 512  # calls for each worker that the core is given at a time
 AHEAD: Final = 8  # bunches for each worker that it is given
 ENOUGH: Final = 2  # ... and with which it does not wait for more that are not full
@@ -241,12 +242,13 @@ class Driver:
             self.loop.end()
 
     def terminate(self) -> None:
-        """End now."""
+        """End now.  Who runs the loop, or its thread, does not wait for that; nor for ever who
+        waits for a user's callback to return first."""
         if self.loop.is_here:
             self._killing = True
             self.loop.end()
-            if not self.loop.in_thread:
-                self.loop.finished.wait()
+            if not (self.loop.in_thread or self.loop.is_run_here):
+                self.loop.finished.wait(END_SECONDS)
 
     def post(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called on the loop, in turn with what was submitted."""
@@ -256,10 +258,12 @@ class Driver:
             self.loop.post(callback)
 
     def await_start(self) -> None:
-        """Wait until the workers that are wanted have started."""
+        """Wait until the workers that are wanted have started; not in a forked process."""
         started = _Started(self._engine)
         deadline = monotonic() + START_SECONDS
-        while not started.settled() and not self.loop.over and monotonic() < deadline:
+        while self.loop.is_here and not (started.settled() or self.loop.over):
+            if monotonic() >= deadline:
+                break
             self.loop.wait(started, 0.05)
 
     def _to_loop(self, callback: Callable[[], object]) -> None:

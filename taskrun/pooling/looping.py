@@ -29,13 +29,18 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import get_ident
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final
 
 from taskrun.flag import Flag
 from taskrun.hunch import Hunch
 from taskrun.reactor import Reactor
 
+FOREIGN: Final = "this Pool belongs to the process that this one was forked from"
+AMID: Final = (
+    "the pool cannot be waited for in the middle of its own work "
+    "(in a __del__, where the garbage collector has called it there)"
+)
 PARKED: Final = 0.003  # seconds that the thread leaves the loop alone after a guest
 _HOPELESS: Final = ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 # Those of which a handler may be told; not of real time, since to ask for each takes a while.
@@ -84,6 +89,7 @@ class Loop:
         self.finished = Flag()
         self._pid = os.getpid()  # of the process that it runs in
         self._owner = threading.Lock()
+        self._runner: int | None = None  # the thread that holds it
         self._posting: set[int] = set()  # threads that are in the middle of it
         self._closed = False
         self._visitors = threading.Lock()
@@ -114,6 +120,11 @@ class Loop:
     def in_thread(self) -> bool:
         """Whether the caller is the loop's own thread."""
         return get_ident() == self._thread.ident
+
+    @property
+    def is_run_here(self) -> bool:
+        """Whether the caller is in the middle of running it, wherever that has called him."""
+        return self._runner == get_ident()
 
     # -- from any thread --------------------------------------------------------------
 
@@ -171,17 +182,30 @@ class Loop:
     # -- waiting ----------------------------------------------------------------------
 
     def wait(self, waitable: Waitable, timeout: float | None) -> bool:
-        """Wait until ``waitable`` has settled; False where ``timeout`` seconds came first."""
+        """Wait until ``waitable`` has settled; False where ``timeout`` seconds came first.
+        Raises ValueError where it never could, in a forked process, and RuntimeError where the
+        caller would wait for himself."""
         deadline = None if timeout is None else monotonic() + timeout
         in_main = threading.current_thread() is threading.main_thread()
+        hopeless = self.is_run_here or not self.is_here
         while not waitable.settled():
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
                 return False
+            if hopeless:
+                self._wait_in_vain(left)
+                continue
             stay = partial(self._stay, waitable, deadline)
             if self.over or not self._visit_safely(stay, in_main):
                 self._sleep(waitable, left)
         return True
+
+    def _wait_in_vain(self, left: float | None) -> None:
+        if self.is_here:
+            raise RuntimeError(AMID)
+        if left is None:
+            raise ValueError(FOREIGN)
+        sleep(left)
 
     def _sleep(self, waitable: Waitable, left: float | None) -> None:
         """Another guest runs the loop, or nobody any more."""
@@ -269,6 +293,7 @@ class Loop:
         self._guest = True
         try:
             self._take_over()
+            self._runner = get_ident()
             stay(noted)
         except BaseException as error:
             if self.reactor.was_waiting():
@@ -279,6 +304,7 @@ class Loop:
         finally:
             self._visited = True
             self._guest = False
+            self._runner = None
             self._owner.release()
             self._visitors.release()
             if self._sleepers or self.over or self.reactor.patience() == 0.0:
@@ -315,13 +341,16 @@ class Loop:
                 self._run_callbacks()
                 # Not waited for: the guest that has it may wait for a callback of ours.
                 if self._owner.acquire(blocking=False):
+                    self._runner = get_ident()
                     try:
                         self.entered(None, None)
                         self._run_loop()
                     finally:
+                        self._runner = None
                         self._owner.release()
                 self._park()
             with self._owner:
+                self._runner = get_ident()
                 try:
                     self.entered(None, None)
                 finally:
