@@ -414,9 +414,15 @@ class Pool(standard.Pool):
         except Exception as error:
             made.fed(0, error)
             return made
-        self._driver.open_feed()
-        args = (self._driver, recipe, items, [made])
-        threading.Thread(target=_feed, args=args, name="taskrun-feed", daemon=True).start()
+        feed = object()
+        args = (self._driver, recipe, items, [made], feed)
+        thread = threading.Thread(target=_feed, args=args, name="taskrun-feed", daemon=True)
+        try:
+            self._driver.open_feed(feed)
+            thread.start()
+        except BaseException:  # of a signal handler, perhaps: the thread may have started
+            self._driver.close_feed(feed)
+            raise
         return made
 
     # -- the end ----------------------------------------------------------------------
@@ -515,10 +521,14 @@ def _dumps_scalar(args: tuple[Any, ...]) -> Portable:
 
 
 def _feed(
-    driver: Driver, recipe: Recipe, items: Iterable[tuple[Any, ...]], handed: list[IMapIterator]
+    driver: Driver,
+    recipe: Recipe,
+    items: Iterable[tuple[Any, ...]],
+    handed: list[IMapIterator],
+    feed: object,
 ) -> None:
-    """Submit the calls of an imap, as far ahead as it may.  ``handed`` has the one iterator, and
-    has it no longer then."""
+    """Submit the calls of an imap, as far ahead as it may and ``feed`` is open.  ``handed`` has
+    the one iterator, and has it no longer then."""
     feeding = Feeding(handed[0])
     made: IMapIterator | None = handed.pop()
     count = 0
@@ -527,7 +537,7 @@ def _feed(
     loop = driver.loop
     try:
         source = iter(items)
-        while made is not None:
+        while made is not None and driver.is_fed_by(feed):
             if loop.over:
                 error = driver.why_over()  # not the end of the input: there would be more
                 break
@@ -551,7 +561,7 @@ def _feed(
         error = raised
     if made is not None:
         driver.post(partial(made.fed, count, error))
-    driver.close_feed()
+    driver.close_feed(feed)
 
 
 def _initializer_failed(failure: Failure) -> BaseException | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,50 @@ def test_who_interrupts_a_submission_may_wait_for_what_another_thread_submits(po
         assert pool.apply(double, (large,)) == 2 * large  # and what was submitted is taken
         steps += 1
     assert steps > 10
+
+
+# Where it comes while a weak reference is let go of, it is only shown.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_amid_an_imap_keeps_nobody_from_joining_the_pool() -> None:
+    steps = 0
+
+    def begin() -> None:
+        with suppress(RuntimeError):  # so says the standard library's lock, broken off
+            pool.imap(double, itertools.repeat(1, 3))
+
+    with Pool(2, context=multiprocessing.get_context("fork")) as pool:
+        while broken_off_at(steps, begin):
+            steps += 1
+        pool.close()
+        assert pool._driver.loop.finished.wait(SECONDS)
+    assert steps > 10
+
+
+def test_an_imap_that_could_not_begin_reads_no_more(pool: Pool) -> None:
+    # Its thread may have started, and the interrupt come while that was waited for.
+    started, read = threading.Event(), threading.Event()
+
+    def endless() -> Iterator[int]:
+        started.set()
+        assert read.wait(SECONDS)
+        yield from itertools.repeat(1)
+
+    usual = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        usual(thread)
+        assert started.wait(SECONDS)
+        raise KeyboardInterrupt
+
+    threading.Thread.start = start  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.imap(double, endless())
+    finally:
+        threading.Thread.start = usual  # type: ignore[method-assign]
+        read.set()
+    pool.close()
+    assert pool._driver.loop.finished.wait(SECONDS)
 
 
 def test_all_who_are_about_to_wait_for_a_result_wait_for_the_same(pool: Pool) -> None:

@@ -77,7 +77,7 @@ class Driver:
         self._added: list[Job] = []
         self._posted = False
         self._asking = False  # whether it is not known that _take was posted
-        self._feeds: list[None] = []  # one for each: to add and take is one step, without a lock
+        self._feeds: set[object] = set()  # to add and discard is one step, without a lock
         self._low = 0  # calls at which more are taken, once there was no room for all
         self._waits = False
         # Whether small calls may go to an idle worker directly.
@@ -220,13 +220,17 @@ class Driver:
 
         self._to_loop(ask)
 
-    def open_feed(self) -> None:
-        """More calls will come, after ``close`` as well."""
-        self._feeds.append(None)
+    def open_feed(self, feed: object) -> None:
+        """More calls will come, after ``close`` as well, until :meth:`close_feed`."""
+        self._feeds.add(feed)
 
-    def close_feed(self) -> None:
-        """They have come."""
-        self._feeds.pop()
+    def is_fed_by(self, feed: object) -> bool:
+        """Whether it is open."""
+        return feed in self._feeds
+
+    def close_feed(self, feed: object) -> None:
+        """They have come, or will not; it may have been closed before."""
+        self._feeds.discard(feed)
         self._to_loop(self._close_if_fed)
 
     def close(self) -> None:
