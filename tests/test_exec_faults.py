@@ -547,6 +547,28 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
     assert running.end().check().out == "[0, 1, 2, 3]\n"
 
 
+@pytest.mark.parametrize(
+    "how", [("--start-method=forkserver",), ("--start-method=spawn",), ("--inline",)]
+)
+def test_who_starts_a_run_may_ignore_the_ends_of_children(runs: Runs, how: tuple[str, ...]) -> None:
+    source = """
+        import subprocess
+        assert subprocess.call(["sh", "-c", "exit 3"]) == 3
+
+        @task
+        def work():
+            print(subprocess.call(["sh", "-c", "exit 4"]), sh("exit 5", check=False).returncode)
+        """
+    ended = runs.exec(
+        source,
+        *how,
+        "--output=raw",
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+    ).check()
+    assert ended.out == "4 5\n"
+    assert "Traceback" not in ended.err
+
+
 @pytest.mark.parametrize("hard", [24, 512])
 def test_with_few_descriptors_there_are_fewer_workers_or_more_descriptors(
     runs: Runs, hard: int

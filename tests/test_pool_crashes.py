@@ -302,3 +302,21 @@ def test_a_crash_in_a_callback_is_raised_by_its_get(
         found = outcome(lambda result=result: result.get(SECONDS))
         assert isinstance(found, Boom if fault is fail else SystemExit)
     assert works(pool)
+
+
+# -- what the parent ignores ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_parent_that_ignores_the_ends_of_children_can_have_a_pool(method: str) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Pool(1, context=multiprocessing.get_context(method)) as pool:
+            assert pool.apply_async(twice, (2,)).get(SECONDS) == 4
+            assert pool.apply_async(os.system, ("exit 3",)).get(SECONDS) == 3 << 8
+            pool.close()
+            pool.join()
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCHLD, before)

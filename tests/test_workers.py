@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +19,11 @@ from taskrun import messages as m
 from taskrun.api import each, per_worker, result, task
 from taskrun.context import Future
 from taskrun.engines.capture import Stream
-from taskrun.engines.nursery import how_it_ended
+from taskrun.engines.nursery import Nursery, how_it_ended
 from taskrun.errors import CallError, Interrupted, LoadError, Retry, Skip
 from taskrun.ledger import Ledger, shared_file
 from taskrun.model import Failure, Task
+from taskrun.reactor import Reactor
 from taskrun.values import decode, dumps_arguments, encode, encode_failure
 from taskrun.workers.capture import MARK_BYTES, mark
 from taskrun.workers.execute import Executor, Running
@@ -629,6 +632,36 @@ def test_a_mark_is_short_enough_to_be_written_in_one_piece() -> None:
 )
 def test_an_exit_status_is_said_in_words(status: Any, words: str) -> None:
     assert how_it_ended(status) == words
+
+
+@pytest.mark.parametrize("end", ["seen", "killed", "abandoned"])
+def test_a_template_whose_end_was_taken_by_nobody_has_ended(end: str) -> None:
+    """As in a process that ignores SIGCHLD: its number may be somebody else's by then."""
+
+    def launch(fd: int) -> int:
+        pid = os.posix_spawn("/bin/true", ["true"], {})
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, 0)  # it is gone
+        return pid
+
+    reactor, said = Reactor(), []
+    settings: Any = ()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        nursery = Nursery(
+            settings, reactor, lambda worker: None, lambda message: None, said.append, launch
+        )
+        if end == "killed":
+            nursery.kill()
+        elif end == "abandoned":
+            assert nursery.abandon(time.monotonic() + 10)
+        else:
+            assert reactor.run_until(lambda: bool(said), time.monotonic() + 10)
+            assert said == ["ended"]
+        assert nursery.pid is None
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        reactor.close()
 
 
 @pytest.fixture

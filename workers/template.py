@@ -389,6 +389,7 @@ def _leave_the_terminal() -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the import would know no exit status
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # Workers inherit these very objects, and what the task file may keep of them.  Lines are
     # written whole, also where PYTHONUNBUFFERED is set.

@@ -55,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     _take_sigterm()
+    _keep_exit_statuses()
     import click
 
     from taskrun.cli.group import cli
@@ -86,6 +87,16 @@ def _take_sigterm() -> None:
     here = threading.current_thread() is threading.main_thread()
     if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminated)
+
+
+def _keep_exit_statuses() -> None:
+    """Whoever started us may ignore SIGCHLD, and so would we: the system then keeps no exit
+    status of any child."""
+    import signal
+
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _tell(error: TaskrunError) -> int:

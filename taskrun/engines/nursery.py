@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+from taskrun import sessions
 from taskrun.errors import RunError
 from taskrun.reactor import Reactor
 from taskrun.wire import FrameReader, header
@@ -48,6 +49,7 @@ class Nursery:
         self._on_their_way: set[int] = set()
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
         self._is_up = False
+        self._how = ""  # it ended, once that is known
         self.pid: int | None = None
         self._sock, theirs = socket.socketpair()
         try:
@@ -93,7 +95,6 @@ class Nursery:
     def kill(self) -> None:
         """End the template at once; its workers die with it."""
         if self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)
             self._over()
 
     def abandon(self, deadline: float) -> bool:
@@ -107,9 +108,7 @@ class Nursery:
             return False
         self.quit(0.0)
         self._sock.shutdown(socket.SHUT_WR)
-        while time.monotonic() < deadline:
-            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
+        while time.monotonic() < deadline and not self._reap(os.WNOHANG):
             time.sleep(0.005)  # nothing else is left to be done
         self.kill()
         return True
@@ -163,8 +162,7 @@ class Nursery:
         for frame in self._reader.read():
             self._take(pickle.loads(frame))
         if self._reader.at_end and self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)  # if it has not ended, it is of no use
-            self._ended(self._over())
+            self._ended(self._over())  # if it has not ended, it is of no use
 
     def _take(self, message: Message) -> None:
         if message[0] == UP:
@@ -175,21 +173,32 @@ class Nursery:
         self._ask()
 
     def _over(self) -> str:
-        """Take its exit status and let go of it; gives how it ended."""
-        assert self.pid is not None
+        """Kill it, if it has not ended, and let go of it; gives how it ended."""
         self._reactor.remove_reader(self._sock.fileno())
         if self._outgoing:
             self._reactor.remove_writer(self._sock.fileno())
             self._forget_outgoing()
         self._sock.close()
         self._is_up = False
-        try:
-            _, status = os.waitpid(self.pid, 0)
-        except ChildProcessError:  # somebody else in this process waits for all children
-            return "ended"
-        finally:
-            self.pid = None
-        return how_it_ended(os.waitstatus_to_exitcode(status))
+        if not self._reap(os.WNOHANG):
+            assert self.pid is not None
+            sessions.send([self.pid], signal.SIGKILL)
+            self._reap(0)
+        self.pid = None
+        return self._how
+
+    def _reap(self, options: int) -> bool:
+        """Take its exit status, if it has ended.  From then on its number may be a stranger's."""
+        if not self._how:
+            assert self.pid is not None
+            try:
+                pid, status = os.waitpid(self.pid, options)
+            except ChildProcessError:
+                # This process ignores SIGCHLD, or somebody else in it waits for all children.
+                self._how = "ended"
+            else:
+                self._how = how_it_ended(os.waitstatus_to_exitcode(status)) if pid else ""
+        return bool(self._how)
 
 
 def how_it_ended(status: int | str) -> str:
