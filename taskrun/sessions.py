@@ -2,17 +2,24 @@
 
 On Linux the members are read from /proc.  Elsewhere only the worker's own process group
 is known, which is what most programs started by a task stay in.
+
+A resource tracker (of multiprocessing, or of loky) is spared: when all who use it have ended,
+it removes the semaphores, shared memory and folders that they have left, and ends.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 _LINUX: Final = sys.platform == "linux"
+_TRACKER: Final = re.compile(
+    rb"\0from ([\w.]+\.)?(multiprocessing|loky\.backend)\.resource_tracker import main"
+)  # its command line
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -66,6 +73,21 @@ def members(session: int) -> list[int]:
     return [process.pid for process in processes() if process.session == session]
 
 
+def is_tracker(pid: int) -> bool:
+    """Whether a process is a resource tracker (Linux)."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return _TRACKER.search(file.read(4096)) is not None
+    except OSError:
+        return False  # it has ended, or this system does not tell
+
+
+def others() -> list[int]:
+    """The session of this process, which leads it, without itself and resource trackers."""
+    own = os.getpid()
+    return [pid for pid in members(own) if pid != own and not is_tracker(pid)]
+
+
 def send(pids: Iterable[int], number: int) -> int:
     """Signal each process; gives how many there were to be signalled."""
     reached = 0
@@ -79,7 +101,8 @@ def send(pids: Iterable[int], number: int) -> int:
 
 
 def signal_session(session: int, number: int) -> None:
-    """Signal all processes of a session; with SIGKILL also those forked meanwhile."""
+    """Signal all processes of a session but resource trackers; with SIGKILL also those forked
+    meanwhile."""
     if not _LINUX:
         try:
             os.killpg(session, number)
@@ -88,7 +111,7 @@ def signal_session(session: int, number: int) -> None:
         return
     seen: set[int] = set()
     while found := set(members(session)) - seen:
-        send(found, number)
+        send((pid for pid in found if not is_tracker(pid)), number)
         seen |= found
         if number != signal.SIGKILL:
             return

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -420,6 +421,75 @@ def test_threads_that_never_end_do_not_keep_the_run(runs: Runs) -> None:
     ended = runs.exec(source, "-j2", "--output=raw").check()
     assert ended.out == "4\n"
     assert ended.seconds < 15
+
+
+MADE = {
+    "semaphore": """
+        def make():
+            lock = get_context("spawn").Lock()
+            return lock, "/dev/shm/sem." + lock._semlock.name.lstrip("/")
+        """,
+    "manager": """
+        def make():
+            manager = get_context("spawn").Manager()
+            return manager, os.path.dirname(manager.address)
+        """,
+}
+TASKS = {
+    "imported": "made = make(); mark('made', made[1])\n@task\ndef work(): pass",
+    "kept": """
+@task
+def work():
+    global made
+    made = make()
+    mark("made", made[1])
+    assert os.path.exists(made[1])
+""",
+}
+TASKS["kept, in a thread"] = TASKS["kept"].replace("@task", "@task(lane='thread')")
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("when", TASKS)
+@pytest.mark.parametrize("what", MADE)
+def test_what_multiprocessing_has_made_ends_with_the_run(
+    runs: Runs, what: str, when: str, method: str
+) -> None:
+    # The coordinator, which imports the file as well, makes one, too: the last is a worker's.
+    source = "from multiprocessing import get_context\n" + textwrap.dedent(MADE[what])
+    ended = runs.exec(source + TASKS[when], "--start-method", method).check()
+    made = Path((runs.folder / "made").read_text())
+    assert not made.exists()
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("way", ["timeout", "killed", "template"])
+def test_shared_memory_of_a_worker_that_is_killed_ends_with_the_run(runs: Runs, way: str) -> None:
+    source = """
+        from multiprocessing.shared_memory import SharedMemory
+
+        @task(timeout=TIMEOUT)
+        def work():
+            memory = SharedMemory(create=True, size=30_000_000)
+            mark("made", memory.name)
+            while True:
+                try: time.sleep(60)
+                except BaseException: pass
+        """.replace("TIMEOUT", "1" if way == "timeout" else "None")
+    running = runs.start_exec(source)
+    name = running.await_file(runs.folder / "made")
+    made = Path("/dev/shm", name)
+    if way == "killed":
+        running.signal(signal.SIGKILL)
+    elif way == "template":
+        (template,) = [
+            process
+            for process, parent in running.parents().items()
+            if parent == running.process.pid
+        ]
+        template.kill()
+    running.end()
+    assert not made.exists()
 
 
 # -- a coordinator that is killed -----------------------------------------------------

@@ -270,8 +270,7 @@ def serve(fd: int, parent: int) -> NoReturn:
         while data := line.recv(READ_SIZE):
             for frame in decoder.feed(data):
                 _answer(line, *pickle.loads(frame))
-    own = os.getpid()
-    sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
+    sessions.send(sessions.others(), signal.SIGKILL)
     os._exit(0)
 
 

@@ -79,8 +79,7 @@ class Control(threading.Thread):
         os.close(self._fd)
 
     def _end_with_all(self) -> None:
-        own = os.getpid()
-        sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
+        sessions.send(sessions.others(), signal.SIGKILL)
         os._exit(_GONE)
 
     # -- what is asked ----------------------------------------------------------------
@@ -108,7 +107,7 @@ class Control(threading.Thread):
             return
         # Found before the attempt is looked at once more: nothing that a later call starts
         # is among them.
-        others = [pid for pid in sessions.members(os.getpid()) if pid != os.getpid()]
+        others = sessions.others()
         running = worker.executor.interrupt(call, attempt, reason)
         if running is None:
             worker.refuse_queued(call, attempt, reason)  # it may have come just now
@@ -168,7 +167,7 @@ def _start_timer(seconds: float, action: Callable[..., None], *args: Any) -> Non
 
 
 def _kill_survivors(pids: set[int]) -> None:
-    sessions.send(pids.intersection(sessions.members(os.getpid())), signal.SIGKILL)
+    sessions.send(pids.intersection(sessions.others()), signal.SIGKILL)
 
 
 def _stack_of(thread: int) -> str:

@@ -34,6 +34,7 @@ from taskrun.messages import (
     TASK,
 )
 from taskrun.wire import READ_SIZE, Decoder
+from taskrun.workers import leaving
 from taskrun.workers.capture import Capture, Uncaptured
 from taskrun.workers.control import Control, tell_why
 from taskrun.workers.execute import Executor, Running
@@ -72,7 +73,7 @@ def run(
         _make(settings, birth, fds, preloaded).run()
         status = 0
     except ConnectionError:
-        _end_with_session()  # the coordinator is gone
+        sessions.send(sessions.others(), signal.SIGKILL)  # the coordinator is gone
     except BaseException as error:
         tell_why(error)
     finally:
@@ -193,7 +194,7 @@ class Worker:
             self.flush()
 
     def _finish(self) -> None:
-        """Finish what per_worker() made, within a time."""
+        """Finish what per_worker() made, and what multiprocessing did, within a time."""
         alarm = threading.Timer(FINISH_SECONDS, os._exit, [0])
         alarm.daemon = True
         with suppress(RuntimeError):  # no thread is to be had: the coordinator sees to it
@@ -203,6 +204,8 @@ class Worker:
             from taskrun.pooling import remote
 
             remote.end()
+        else:
+            leaving.clean_up()
         places.leave()
         self._capture.flush()
         self.flush()
@@ -393,11 +396,6 @@ def _is_readable(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _end_with_session() -> None:
-    own = os.getpid()
-    sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
 
 
 def _close_stdin() -> None:

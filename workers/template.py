@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from taskrun import addresses, places, sessions
 from taskrun.ledger import shared_file
 from taskrun.wire import Decoder, send_frame
-from taskrun.workers import main
+from taskrun.workers import leaving, main
 from taskrun.workers.settings import (
     EXITED,
     FORK,
@@ -55,6 +55,7 @@ from taskrun.workers.settings import (
 FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
 GREEN = "green"  # the lane whose workers are patched before they import anything
 _LOOK = 1.0  # seconds between two looks at the clock, where there is a lease
+_CLEANING = 2.0  # seconds that resource trackers have when all else has ended
 _PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
 
 
@@ -316,13 +317,15 @@ class Template:
 
     def _end(self, grace: float) -> None:
         """End all workers and all that they started: TERM, a while, KILL."""
+        leaving.clean_up()  # what the import has made; nothing is forked any more
+        leaving.let_go_of_trackers()
         if grace > 0:
             self._signal_all(signal.SIGTERM)
             self._await_ends(time.monotonic() + grace)
-        deadline = time.monotonic() + _PATIENCE
-        while self._reap() and time.monotonic() < deadline:
+        began = time.monotonic()
+        while self._reap() and (passed := time.monotonic() - began) < _PATIENCE:
             # What dies leaves its children to us: again, until none is left.
-            if not self._signal_all(signal.SIGKILL):
+            if not self._signal_all(signal.SIGKILL, trackers=passed > _CLEANING):
                 break
             self._await_ends(time.monotonic() + 0.05, once=True)
 
@@ -333,8 +336,9 @@ class Template:
                 if once:
                     return
 
-    def _signal_all(self, number: int) -> int:
-        """Signal every process below this one; gives how many could be."""
+    def _signal_all(self, number: int, *, trackers: bool = False) -> int:
+        """Signal every process below this one, resource trackers only if so told; gives how
+        many are left."""
         own = os.getpid()
         found = list(sessions.processes())
         if not found:  # this system does not tell
@@ -347,7 +351,8 @@ class Template:
             for process in found
             if process.pid in children or process.session in children or process.parent in children
         ]
-        return sessions.send(below, number)
+        spared = set() if trackers else set(filter(sessions.is_tracker, below))
+        return len(spared) + sessions.send(set(below) - spared, number)
 
 
 _SPAWNED = "spawned([int(fd) for fd in sys.argv[-1].split(',')])"

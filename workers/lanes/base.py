@@ -30,7 +30,7 @@ from taskrun.messages import (
     TASK,
 )
 from taskrun.wire import READ_SIZE, Decoder
-from taskrun.workers import native
+from taskrun.workers import leaving, native
 from taskrun.workers.execute import Running
 from taskrun.workers.lanes.calls import RUNNING, LaneExecutor, LaneRunning, interrupted
 from taskrun.workers.lanes.control import LaneControl
@@ -179,9 +179,10 @@ class LaneWorker:
         return self.quitting and not self.executor.live
 
     def _finish(self) -> None:
-        """Finish what per_worker() made, within a time."""
+        """Finish what per_worker() made, and what multiprocessing did, within a time."""
         native.start_new_thread(_exit_in, (FINISH_SECONDS,))
         self.executor.close()
+        leaving.clean_up()
         self.close()
         self._output.flush_own()
         self.outbox.flush()

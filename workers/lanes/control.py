@@ -101,8 +101,7 @@ class LaneControl:
             pass  # as good as the end of the Pipe
         except BaseException as error:
             tell_why(error)
-        own = os.getpid()
-        sessions.send([pid for pid in sessions.members(own) if pid != own], signal.SIGKILL)
+        sessions.send(sessions.others(), signal.SIGKILL)
         os._exit(_GONE)
 
     # -- what is asked ----------------------------------------------------------------
