@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from taskrun import messages as m
+from taskrun import sessions
 from taskrun.alarm import Alarm
 from taskrun.core.scheduler import Scheduler
 from taskrun.core.workforce import worker_name
@@ -57,8 +58,17 @@ def execute(
     from taskrun.reporting.display import Display  # its parts come only with a run
 
     reactor = Reactor()
+    reactor.call_soon(lambda: _adopt(settings))
     display = Display(settings, reactor, stdout)
     return Run(plan, settings, [*display.observers, *more], reactor).execute()
+
+
+def _adopt(settings: Settings) -> None:
+    """Where the template is killed, be the one who ends what it has left.  Called in the first
+    turn, while the template starts: it takes a moment.  Not for a Pool's or run()'s process,
+    which is its user's."""
+    if not settings.inline and settings.engine is None:
+        sessions.adopt_orphans()
 
 
 class Run:
@@ -375,6 +385,7 @@ def execute_map(
     from taskrun.reporting.display import Display
 
     reactor = Reactor()
+    reactor.call_soon(lambda: _adopt(settings))
     display = Display(settings, reactor, stdout, results=True)
     results = Results(display.show_result, keep_order)
     plan = Plan((), frozenset([task.name]), file=loaded.file, module=loaded.module)

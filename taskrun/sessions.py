@@ -13,15 +13,21 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final, NamedTuple
 
-_LINUX: Final = sys.platform == "linux"
+LINUX: Final = sys.platform == "linux"
+CLEANING: Final = 2.0  # seconds that resource trackers have when all else has ended
+_PATIENCE: Final = 5.0  # seconds after which what cannot even be killed is left alone
 _TRACKER: Final = re.compile(
     rb"\0from ([\w.]+\.)?(multiprocessing|loky\.backend)\.resource_tracker import main"
 )  # its command line
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+_adopting: int | None = None  # this process, if it has called adopt_orphans()
 
 
 class Process(NamedTuple):
@@ -34,7 +40,7 @@ class Process(NamedTuple):
 
 def processes() -> Iterator[Process]:
     """All living processes; on Linux only, elsewhere none."""
-    if not _LINUX:
+    if not LINUX:
         return
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -57,7 +63,7 @@ def _living(pid: int, line: bytes) -> Process | None:
 
 def has_ended(pid: int) -> bool:
     """Whether a process is known to have ended, though perhaps not to its parent (Linux)."""
-    if not _LINUX:
+    if not LINUX:
         return False
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -103,7 +109,7 @@ def send(pids: Iterable[int], number: int) -> int:
 def signal_session(session: int, number: int) -> None:
     """Signal all processes of a session but resource trackers; with SIGKILL also those forked
     meanwhile."""
-    if not _LINUX:
+    if not LINUX:
         try:
             os.killpg(session, number)
         except (ProcessLookupError, PermissionError):
@@ -126,11 +132,46 @@ def die_with_parent(parent: int) -> None:
 
 def adopt_orphans() -> None:
     """Become the parent of all descendants that lose theirs (Linux)."""
+    global _adopting
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _adopting = os.getpid()
+
+
+def below(but: Callable[[Process], bool] = lambda child: False) -> list[int]:
+    """The processes below this one (Linux): its children, ``but`` for some, theirs, and the
+    sessions of its children."""
+    own = os.getpid()
+    found = list(processes())
+    children = {process.pid for process in found if process.parent == own and not but(process)}
+    return [
+        process.pid
+        for process in found
+        if process.pid in children or process.session in children or process.parent in children
+    ]
+
+
+def end_adopted(templates: Collection[int]) -> None:
+    """Kill what this process has adopted, if it is one that does.
+
+    That was below a template, so it is in another session.  Children that are in this one are
+    this process's own, and so are the ``templates`` that live.
+    """
+    if _adopting != os.getpid():
+        return
+    session = os.getsid(0)
+
+    def is_own(child: Process) -> bool:
+        return child.session == session or child.pid in templates
+
+    began = time.monotonic()
+    # What dies leaves its children to us: again, until none is left.
+    while (left := below(is_own)) and (passed := time.monotonic() - began) < _PATIENCE:
+        send((pid for pid in left if passed > CLEANING or not is_tracker(pid)), signal.SIGKILL)
+        time.sleep(0.005)
 
 
 def _prctl(option: int, value: int) -> None:
-    if _LINUX:
-        import ctypes  # slow to import; the coordinator never needs it
+    if LINUX:
+        import ctypes  # slow to import; the coordinator does it while the template starts
 
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

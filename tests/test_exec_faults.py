@@ -617,6 +617,44 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
     assert running.end().check().out == "[0, 1, 2, 3]\n"
 
 
+def test_what_a_template_leaves_when_it_is_killed_ends_and_nothing_else(runs: Runs) -> None:
+    source = """
+        import subprocess
+        if not os.path.exists("own"):  # the coordinator is the first to import this
+            mark("own", str(subprocess.Popen(["sleep", "300"]).pid))
+
+        @task(retries=1)
+        def work(n=each(range(2))):
+            if current().attempt == 1:
+                subprocess.Popen(["setsid", "sh", "-c", "trap '' TERM; sleep 300; sleep 300"])
+                subprocess.Popen(["sleep", "300"], start_new_session=True)
+                mark(f"begun{n}")
+                doze()
+
+        @task
+        def last(after=result(work)):
+            mark("last")
+            while not os.path.exists("go"): time.sleep(0.01)
+        """
+    running = runs.start_exec(source, "-j2")
+    for n in range(2):
+        running.await_file(runs.folder / f"begun{n}")
+    (template,) = [
+        process
+        for process, parent in running.parents().items()
+        if parent == running.process.pid and process.cmdline()[0] != "sleep"
+    ]
+    template.kill()
+    running.await_file(runs.folder / "last")
+    own = psutil.Process(int((runs.folder / "own").read_text()))
+    assert own.is_running() and own.status() != psutil.STATUS_ZOMBIE
+    left = [process for process in running.others() if process.cmdline()[0] in ("sleep", "sh")]
+    assert left == [own]
+    own.kill()
+    (runs.folder / "go").touch()
+    running.end().check()
+
+
 @pytest.mark.parametrize(
     "how", [("--start-method=forkserver",), ("--start-method=spawn",), ("--inline",)]
 )

@@ -55,7 +55,6 @@ from taskrun.workers.settings import (
 FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
 GREEN = "green"  # the lane whose workers are patched before they import anything
 _LOOK = 1.0  # seconds between two looks at the clock, where there is a lease
-_CLEANING = 2.0  # seconds that resource trackers have when all else has ended
 _PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
 
 
@@ -325,7 +324,7 @@ class Template:
         began = time.monotonic()
         while self._reap() and (passed := time.monotonic() - began) < _PATIENCE:
             # What dies leaves its children to us: again, until none is left.
-            if not self._signal_all(signal.SIGKILL, trackers=passed > _CLEANING):
+            if not self._signal_all(signal.SIGKILL, trackers=passed > sessions.CLEANING):
                 break
             self._await_ends(time.monotonic() + 0.05, once=True)
 
@@ -339,20 +338,13 @@ class Template:
     def _signal_all(self, number: int, *, trackers: bool = False) -> int:
         """Signal every process below this one, resource trackers only if so told; gives how
         many are left."""
-        own = os.getpid()
-        found = list(sessions.processes())
-        if not found:  # this system does not tell
+        if not sessions.LINUX:  # this system does not tell
             for pid in self._workers:
                 sessions.signal_session(pid, number)
             return sessions.send(self._workers, number)
-        children = {process.pid for process in found if process.parent == own}
-        below = [
-            process.pid
-            for process in found
-            if process.pid in children or process.session in children or process.parent in children
-        ]
+        below = set(sessions.below())
         spared = set() if trackers else set(filter(sessions.is_tracker, below))
-        return len(spared) + sessions.send(set(below) - spared, number)
+        return len(spared) + sessions.send(below - spared, number)
 
 
 _SPAWNED = "spawned([int(fd) for fd in sys.argv[-1].split(',')])"

@@ -19,6 +19,10 @@ from taskrun.workers.settings import LEASE, QUIT, SIGNAL, START, UP, Settings, p
 
 ON_THEIR_WAY: Final = 8  # workers asked for at a time: each takes descriptors meanwhile
 
+_IN_ORDER: Final = "exited with status 0"
+
+_living: set[int] = set()  # templates of this process
+
 Message = tuple[Any, ...]
 Open = Callable[[int], tuple[Any, list[int]] | None]
 
@@ -59,6 +63,7 @@ class Nursery:
             raise RunError(f"cannot start a worker process: {error}") from error
         finally:
             theirs.close()
+        _living.add(self.pid)
         self._sock.setblocking(False)
         self._reader = FrameReader(self._sock.fileno())
         reactor.add_reader(self._sock.fileno(), self._on_readable)
@@ -180,11 +185,14 @@ class Nursery:
             self._forget_outgoing()
         self._sock.close()
         self._is_up = False
+        assert self.pid is not None
         if not self._reap(os.WNOHANG):
-            assert self.pid is not None
             sessions.send([self.pid], signal.SIGKILL)
             self._reap(0)
+        _living.discard(self.pid)
         self.pid = None
+        if self._how != _IN_ORDER:
+            sessions.end_adopted(_living)  # what it can end no more
         return self._how
 
     def _reap(self, options: int) -> bool:
