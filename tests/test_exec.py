@@ -228,6 +228,12 @@ def test_parameters_of_every_type_arrive_converted(runs: Runs) -> None:
     assert "needs" in runs.exec(source, "show").check(2).err
 
 
+def test_a_parameter_may_be_longer_than_what_is_read_at_a_time(runs: Runs) -> None:
+    source = "@task\ndef show(text: str): print(len(text))\n"
+    ended = runs.exec(source, "-p", f"text={'x' * 120_000}").check()
+    assert "120000" in ended.out
+
+
 # -- failures and what they do --------------------------------------------------------
 
 FAILING = """

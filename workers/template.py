@@ -97,8 +97,9 @@ class Template:
         """Import the task file, serve requests until told to quit, end all workers."""
         _leave_the_terminal()
         sessions.adopt_orphans()
-        if not self._receive():
-            return
+        while not self._requests:  # it may come in several pieces
+            if not self._receive():
+                return
         self._settings: Settings = self._requests.popleft()[0]
         apply(self._settings)
         self._preload()
