@@ -98,6 +98,28 @@ def test_a_server_that_hangs_up_at_once_is_not_dialled_without_a_pause() -> None
     assert min(later - earlier for earlier, later in pairwise(came)) > 0.09
 
 
+def test_what_a_server_says_at_once_is_taken_by_the_node_that_goes_on_there() -> None:
+    reactor = Reactor()
+    first = [take_in(DRAIN)]  # and nothing to whoever comes again
+
+    def on_connection(peer: Any) -> None:
+        peer.listen(lambda frame: first and first.pop()(peer), lambda reason: None)
+
+    listener = transport.listen(("127.0.0.1", 0), KEY, reactor, on_connection)
+    dial = partial(transport.dial, listener.address, KEY, reactor, ROLE)
+    offer = Offer("lab", 1, {})
+    node = Node(reactor, offer, dial)
+    give_up = reactor.call_at(monotonic() + 10, partial(pytest.fail, "it was not told to leave"))
+    try:
+        assert node.run() == 0 and node.server is not None
+        host = Host(reactor, *node.server, offer, dial, no_part, lambda text: None)
+        assert host.run() == 0
+    finally:
+        give_up.cancel()
+        listener.close()
+        reactor.close()
+
+
 @pytest.mark.parametrize("rubbish", [b"rubbish", b"[]", b'{"take": 3}', b"\xff", b"[" * 100_000])
 def test_a_server_that_says_what_no_server_says_is_dialled_again(rubbish: bytes) -> None:
     status, came = serve(take_in(rubbish), take_in(DRAIN))

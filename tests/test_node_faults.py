@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_a_node_that_meets_another_coordinator_ends_its_calls_and_joins_it(grid:
     grid.open(port)
     grid.shop.until(lambda: grid.joined == 1)
     assert gone(*pids, seconds=0.5)
+    (worker,) = grid.shop.workers()
+    assert grid.shop.do(worker, "same", 5) == 5
+
+
+def test_a_node_misses_nothing_of_what_another_coordinator_says_while_it_ends_its_calls(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.node(4)
+    port = grid.listener.address[1]
+    for worker in grid.shop.workers(4):
+        grid.shop.start(worker, "tick", str(grid.folder / f"ticks{worker}"))
+    grid.shop.until(lambda: len(list(grid.folder.glob("ticks*[0-9]"))) == 4)
+    grid.kill()
+    # To tell a node of the job now takes several frames.
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *("x" * 120_000 for _ in range(3))])
+    grid.open(port)
+    grid.shop.until(lambda: grid.joined == 1)
     (worker,) = grid.shop.workers()
     assert grid.shop.do(worker, "same", 5) == 5
 

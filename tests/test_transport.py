@@ -122,6 +122,21 @@ def test_what_goes_first_overtakes_the_frames_that_wait(meeting: Meeting) -> Non
     assert [*came[:first], *came[first + 2 :]] == frames
 
 
+def test_what_came_before_a_pause_waits_and_comes_before_the_end(meeting: Meeting) -> None:
+    here, there = meeting.meet()
+    meeting.there.on_frame = lambda peer, frame: frame.endswith(b"wait") and peer.pause()
+    for frame in (b"wait", b"two", b"and wait", b"four"):
+        here.send(frame)  # all in one piece
+    meeting.until(lambda: meeting.there.frames)
+    assert not meeting.reactor.run_until(lambda: len(meeting.there.frames) > 1, monotonic() + 0.1)
+    here.finish()
+    there.resume()
+    meeting.until(lambda: len(meeting.there.frames) == 3)
+    there.listen(lambda frame: meeting.there.hear(there, bytes(frame)), meeting.there.ends.append)
+    meeting.until(lambda: meeting.there.ends)
+    assert meeting.there.frames == [b"wait", b"two", b"and wait", b"four"]
+
+
 # -- who is not let in ----------------------------------------------------------------
 
 

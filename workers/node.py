@@ -171,6 +171,7 @@ class Node:
         self._said_waiting = False
         session = self._session
         if session is None or not welcome.resumed or session.id != welcome.session:
+            peer.pause()  # what it says meanwhile is for the new session
             self._end_session("it has another session", 0.0)
             if self.status is not None:
                 return

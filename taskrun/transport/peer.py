@@ -44,6 +44,7 @@ class Peer:
         self._socket = connection
         self._decoder = Decoder()
         self._rest = rest
+        self._frames: deque[memoryview] = deque()  # that came, and wait to be taken
         self._on_frame: OnFrame = _ignore
         self._on_end: OnEnd = _ignore
         self._queue: deque[memoryview] = deque()
@@ -66,9 +67,8 @@ class Peer:
         is no frame; not after :meth:`close`."""
         self._on_frame = on_frame
         self._on_end = on_end
-        rest, self._rest = self._rest, b""
-        if rest:
-            self._reactor.call_soon(lambda: self._take(rest))
+        if self._is_behind:
+            self._reactor.call_soon(self._catch_up)
         self.resume()
 
     def limit(self, size: int) -> None:
@@ -76,7 +76,8 @@ class Peer:
         self._decoder.most = size
 
     def pause(self) -> None:
-        """Receive no more for now: the other end has to wait."""
+        """Receive no more for now: the other end has to wait.  What has come already is kept,
+        also where this is called by ``on_frame``."""
         if self._listening:
             self._listening = False
             self._reactor.remove_reader(self._socket.fileno())
@@ -86,8 +87,23 @@ class Peer:
         if not self._listening and not self.closed:
             self._listening = True
             self._reactor.add_reader(self._socket.fileno(), self._on_readable)
+            if self._is_behind:
+                self._reactor.call_soon(self._catch_up)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether something came that was not taken."""
+        return bool(self._frames or self._rest)
+
+    def _catch_up(self) -> None:
+        if self._listening:
+            rest, self._rest = self._rest, b""
+            self._take(rest)
 
     def _on_readable(self) -> None:
+        if self._is_behind:
+            self._catch_up()  # what is to be read came later
+            return
         try:
             # With TLS this takes the whole of a record: what it left would not be seen.
             data = self._socket.recv(_READ)
@@ -102,17 +118,16 @@ class Peer:
             self._end("the other end closed the connection")
 
     def _take(self, data: bytes) -> None:
-        if self._finishing:
+        if self.closed or self._finishing:
             return
         try:
-            frames = self._decoder.feed(data)
+            self._frames.extend(self._decoder.feed(data))
         except WireError as error:
             self._end(str(error))
             return
-        for frame in frames:
-            if self.closed or self._finishing:
-                return
-            self._on_frame(frame)
+        frames = self._frames
+        while frames and self._listening:
+            self._on_frame(frames.popleft())
 
     # -- sending ----------------------------------------------------------------------
 
@@ -224,6 +239,7 @@ class Peer:
             return
         self._finishing = True
         self._on_end = _ignore
+        self._forget_frames()
         self._reactor.call_at(monotonic() + _PATIENCE, self.close)
         self.resume()
         if not self._waits:
@@ -248,10 +264,15 @@ class Peer:
         self.closed = True
         self._reactor.remove_reader(self._socket.fileno())
         self._reactor.remove_writer(self._socket.fileno())
+        self._forget_frames()
         self._queue.clear()
         self._first.clear()
         self.unsent = 0
         self._socket.close()
+
+    def _forget_frames(self) -> None:
+        self._frames.clear()
+        self._rest = b""
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the connection is the parent's."""
