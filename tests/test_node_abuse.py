@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import random
+import select
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 from grid import KEY, LEASE, Grid, grid_in
 from harness import Running, Runs, started
 from stubs import Stub, dialler
+from transport_support import unix_path
 
 from taskrun import messages as m
 from taskrun.addresses import parse
@@ -228,8 +231,6 @@ def test_a_node_that_does_not_end_a_garbled_worker_is_lost(grid: Grid) -> None:
 
 
 def test_a_connection_to_the_state_cannot_be_opened_twice(grid: Grid) -> None:
-    import socket
-
     ours, theirs = socket.socketpair()
     connect: Callable[[], socket.socket] = lambda: ours  # noqa: E731
     with theirs:
@@ -239,6 +240,43 @@ def test_a_connection_to_the_state_cannot_be_opened_twice(grid: Grid) -> None:
             bad.talk.send(ch.of_state(1), ch.OPEN, b"")
         grid.shop.until(lambda: not grid.nodes.nodes)
         goes_on(grid)
+
+
+@pytest.mark.timeout(30)
+def test_a_connection_to_the_state_waits_for_room_and_the_run_goes_on_meanwhile(
+    grid: Grid, tmp_path: Path
+) -> None:
+    # The run's own thread is to let in those who wait: it must not be one of them.
+    path = unix_path()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(0)
+        others = fill_queue(path)
+        grid.nodes._state = lambda: (path, b"")
+        made = stub(grid)
+        (worker,) = grid.shop.workers()
+        for channel, data in ((ch.OPEN, b""), (ch.PASS, b"hel"), (ch.PASS, b"lo"), (ch.CLOSE, b"")):
+            made.talk.send(ch.of_state(1), channel, data)
+        assert grid.shop.do(worker, "same", 7) == 7
+        for other in others:
+            listening.accept()[0].close()
+            other.close()
+        grid.shop.until(lambda: select.select([listening], [], [], 0)[0])
+        with listening.accept()[0] as accepted:
+            grid.shop.until(lambda: len(accepted.recv(9, socket.MSG_PEEK)) == 5)
+            assert accepted.recv(9) == b"hello"
+            grid.shop.until(lambda: accepted.recv(9) == b"")
+
+
+def fill_queue(path: str) -> list[socket.socket]:
+    """Connections that wait at a Unix socket, so many that there is no room for one more."""
+    made: list[socket.socket] = []
+    while True:
+        made.append(socket.socket(socket.AF_UNIX))
+        made[-1].setblocking(False)
+        if made[-1].connect_ex(path):
+            made.pop().close()
+            return made
 
 
 # -- who steers -----------------------------------------------------------------------

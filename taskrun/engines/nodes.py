@@ -203,11 +203,13 @@ class Nodes:
         return self._made_bundle.data
 
     def connect_to_state(self) -> socket.socket:
-        """A connection to the shared state.  Raises OSError."""
+        """A connection to the shared state.  Raises OSError, and BlockingIOError where there is
+        no room for one more yet: it may be this very thread that has to let others in."""
         if self._state is None:
             raise ConnectionRefusedError
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            made.setblocking(False)
             made.connect(self._state()[0])
         except BaseException:
             made.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import Final
 
 from taskrun.errors import WireError
@@ -18,6 +19,7 @@ from taskrun.network.conversation import Conversation, Data
 from taskrun.reactor import Reactor
 
 _READ: Final = 64 * 1024
+_AGAIN: Final = 0.01  # seconds until it is tried again where many connect at once
 _MOST_WAITING: Final = 8 * 1024 * 1024  # bytes in the conversation; then nothing more is read
 
 
@@ -30,11 +32,13 @@ class Relay:
         conversation: Conversation,
         connect: Callable[[], socket.socket] | None = None,
     ) -> None:
-        """``connect`` makes the other connection for one that was opened over there."""
+        """``connect`` makes the other connection for one that was opened over there; it raises
+        OSError, and BlockingIOError where that is to be tried again."""
         self._reactor = reactor
         self._conversation = conversation
         self._connect = connect
         self._ends: dict[int, _End] = {}
+        self._opening: dict[int, list[tuple[int, Data]]] = {}  # what came for them meanwhile
         self._next = 0
 
     def carry(self, connection: socket.socket) -> None:
@@ -48,14 +52,14 @@ class Relay:
 
     def take(self, number: int, channel: int, data: Data) -> None:
         """A message came for one of them."""
-        end = self._ends.get(number)
+        end, opening = self._ends.get(number), self._opening.get(number)
         if channel == ch.OPEN and self._connect is not None:
-            if end is not None:
+            if end is not None or opening is not None:
                 raise WireError(f"connection {number} was opened twice")
-            try:
-                self._add(number, self._connect())
-            except OSError:
-                self.say(number, ch.CLOSE, b"")  # nobody is there any more
+            self._opening[number] = []
+            self._open(number, self._connect)
+        elif opening is not None:
+            opening.append((channel, data))
         elif end is None:
             return  # it was closed here at the same time
         elif channel == ch.PASS:
@@ -63,6 +67,23 @@ class Relay:
         elif channel == ch.CLOSE:
             del self._ends[number]
             end.finish()
+
+    def _open(self, number: int, connect: Callable[[], socket.socket]) -> None:
+        if number not in self._opening:
+            return  # all were closed
+        try:
+            connection = connect()
+        except BlockingIOError:
+            # Others have to be let in first, perhaps on this very thread; nobody says when.
+            self._reactor.call_at(monotonic() + _AGAIN, lambda: self._open(number, connect))
+            return
+        except OSError:
+            del self._opening[number]
+            self.say(number, ch.CLOSE, b"")  # nobody is there any more
+            return
+        self._add(number, connection)
+        for channel, data in self._opening.pop(number):
+            self.take(number, channel, data)
 
     def say(self, number: int, channel: int, data: bytes) -> None:
         """Tell the other side."""
@@ -89,6 +110,7 @@ class Relay:
 
     def close(self) -> None:
         """Close all."""
+        self._opening.clear()
         ends, self._ends = self._ends, {}
         for end in ends.values():
             end.close()
