@@ -6,6 +6,7 @@ from __future__ import annotations
 import builtins
 import os
 import random
+import resource
 import shutil
 import socket
 import ssl
@@ -396,6 +397,26 @@ def test_a_callback_that_raises_ends_its_connection_only() -> None:
         assert "ZeroDivisionError" in meeting.reports[0]
         meeting.here.take = take  # type: ignore[method-assign]
         meeting.meet()
+
+
+def test_who_has_no_descriptor_left_is_told_so_and_may_try_again() -> None:
+    with closing(Meeting(PLAIN)) as meeting, no_descriptors():
+        meeting.dial()
+        meeting.until(lambda: meeting.there.failures)
+    assert meeting.there.failures[0].retry
+    assert "Too many open files" in str(meeting.there.failures[0])
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open no more files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with closing(socket.socket()) as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # -- certificates ---------------------------------------------------------------------

@@ -163,8 +163,8 @@ class Dialling:
             self._fail(f"cannot be reached: {self._last.strerror or self._last}", retry=True)
             return
         family, target = self._targets.popleft()
-        self._socket = made = socket.socket(family, socket.SOCK_STREAM)
         try:
+            self._socket = made = socket.socket(family, socket.SOCK_STREAM)
             prepare(made)
             begun = made.connect_ex(target)
             if begun not in (0, errno.EINPROGRESS):
