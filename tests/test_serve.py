@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Ended, Running, Runs, started, wait_until
+from harness import TASKRUN, Ended, Running, Runs, started, wait_until
 
 import taskrun
 from taskrun.addresses import parse
@@ -434,6 +434,30 @@ def test_a_submission_that_cannot_be_begun_ends_nothing_but_itself(site: Site) -
         said = [bytes(wire.recv(10)) for _ in range(3)]
     assert b"cannot be started: embedded null byte" in said[1] and b'"ended": 3' in said[2]
     assert [run["state"] for run in site.status()["runs"]] == ["ended"]
+
+
+@pytest.mark.parametrize("stderr", ["no room", "no reader", "closed"])
+def test_what_cannot_be_said_ends_neither_a_server_nor_a_node(
+    site: Site, socket_folder: Path, stderr: str
+) -> None:
+    path = socket_folder / "server"
+    reads, writes = os.pipe()
+    os.close(reads)
+    site.address = f"unix:{path}"
+    with open(writes, "wb") as nobody, open("/dev/full", "wb") as full:
+        file = full if stderr == "no room" else nobody
+        how: dict[str, Any] = {"env": site.variables, "stderr": file}
+        if stderr == "closed":
+            how["program"] = ("sh", "-c", f'exec {TASKRUN} "$@" 2>&-', "sh")
+        server = site.runs.start("serve", "--listen", site.address, "-j", "0", **how)
+        wait_until(path.exists)
+        node = site.runs.start("worker", site.address, "-j", "2", "--name", "lab", **how)
+    site.go_on()
+    assert "total | 28" in site.submit().end().check().out
+    node.signal(signal.SIGTERM)
+    node.end().check()
+    server.signal(signal.SIGTERM)
+    server.end().check()
 
 
 def test_a_pool_that_says_what_no_pool_says_gives_its_slots_back(site: Site) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -25,6 +23,7 @@ from taskrun.network.channels import Offer
 from taskrun.network.joining import Answer, Hello, Hosting, hello_frame, read_answer
 from taskrun.reactor import Reactor, Timer
 from taskrun.signals import Signals
+from taskrun.telling import tell_traceback
 
 BEAT: Final = 1.0  # seconds
 SILENCE: Final = 7.5  # seconds without an answer, after which the connection is given up
@@ -251,9 +250,8 @@ class Host:
         except TaskrunError as error:
             self._say(f"{run}: {error}")
         except BaseException:
-            traceback.print_exc()
+            tell_traceback()
         finally:
-            sys.stderr.flush()
             os._exit(status)
 
     def _reap(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from taskrun.cli.options import (
 )
 from taskrun.errors import UsageError
 from taskrun.model import LANES
+from taskrun.telling import tell
 
 if TYPE_CHECKING:
     from taskrun.network.channels import Offer
@@ -132,12 +132,12 @@ def _serve(server: Coordinator, offer: Offer, idle_exit: float | None) -> int:
     while True:
         reactor = Reactor()
         dial = server.dialler(reactor, ROLE)
-        node = Node(reactor, offer, dial, address=server.shown, say=_say, idle_exit=idle_exit)
+        node = Node(reactor, offer, dial, address=server.shown, say=tell, idle_exit=idle_exit)
         status = node.run()
         if node.server is None:
             return status
         part = partial(take_part, server)
-        host = Host(reactor, *node.server, offer, dial, part, _say, idle_exit)
+        host = Host(reactor, *node.server, offer, dial, part, tell, idle_exit)
         ended = host.run()
         reactor.close()
         if ended is not None:
@@ -152,8 +152,4 @@ def take_part(server: Coordinator, run: str, offer: Offer) -> int:
     reactor = Reactor()
     dial = server.dialler(reactor, ROLE + b"@" + run.encode())
     shown = f"{server.shown} for {run}"
-    return Node(reactor, offer, dial, address=shown, say=_say, once=True).run()
-
-
-def _say(text: str) -> None:
-    print(f"taskrun: {text}", file=sys.stderr, flush=True)
+    return Node(reactor, offer, dial, address=shown, say=tell, once=True).run()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from itertools import count
 from time import monotonic
 from typing import Any, Final
 
-from taskrun import transport
+from taskrun import telling, transport
 from taskrun.errors import MALFORMED, UsageError
 from taskrun.model import nearest
 from taskrun.network.bundles import digest_of
@@ -385,4 +384,4 @@ def _json(**what: Any) -> bytes:
 
 def tell(text: str) -> None:
     """Write a line for people."""
-    print(f"taskrun: {one_line(text)}", file=sys.stderr, flush=True)
+    telling.tell(one_line(text))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -272,7 +270,9 @@ class Service:
 
     def report(self) -> None:
         """In an ``except`` block: what should not happen is shown."""
-        traceback.print_exc(file=sys.stderr)
+        from taskrun.telling import tell_traceback
+
+        tell_traceback()
 
 
 _INSECURE: Final = (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from taskrun.addresses import Address, Tls, prepare_unix, secured, shown
 from taskrun.authkey import check_length
 from taskrun.errors import UsageError
 from taskrun.reactor import Reactor
+from taskrun.telling import tell_traceback
 from taskrun.transport.gate import HANDSHAKE_TIMEOUT, MOST_GREETING, Admitted, Gate
 from taskrun.transport.peer import Peer
 
@@ -24,10 +23,6 @@ def _no_notice(text: str) -> None:
     """Nobody wants to know."""
 
 
-def _print_traceback() -> None:
-    traceback.print_exc(file=sys.stderr)
-
-
 def listen(
     address: Address,
     key: bytes,
@@ -37,7 +32,7 @@ def listen(
     tls: Certificates | None = None,
     insecure_plain: bool = False,
     notice: Callable[[str], object] = _no_notice,
-    report: Callable[[], object] = _print_traceback,
+    report: Callable[[], object] = tell_traceback,
     timeout: float = HANDSHAKE_TIMEOUT,
     most_greeting: int = MOST_GREETING,
 ) -> Listener:
