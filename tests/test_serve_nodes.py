@@ -16,7 +16,8 @@ from harness import Running, started, wait_until
 from test_serve import KEY, LONG, TASKS, Site
 
 from taskrun.addresses import parse
-from taskrun.network.joining import Refused, read_answer
+from taskrun.network.channels import Offer
+from taskrun.network.joining import Hello, Hosting, Refused, hello_frame, read_answer
 from taskrun.transport import dial_blocking
 
 pytestmark = pytest.mark.timeout(120)
@@ -165,6 +166,19 @@ def test_a_node_that_was_away_when_a_run_ended_is_told_so(site: Site) -> None:
     with dial_blocking(parse(site.address), KEY.encode(), b"node@r1") as wire:
         answer = read_answer(memoryview(bytes(wire.recv(10))))
     assert answer == Refused("r1 has ended", later=False)
+
+
+@pytest.mark.parametrize("rubbish", [b"rubbish", b"[]", b"\xff", b"[" * 200_000])
+def test_a_node_that_says_what_no_node_says_is_lost_and_the_server_goes_on(
+    site: Site, rubbish: bytes
+) -> None:
+    server = site.serve(1)
+    with dial_blocking(parse(site.address), KEY.encode(), b"node") as wire:
+        wire.send(hello_frame(Hello(Offer("lab", 1, {}), "", 0)))
+        assert isinstance(read_answer(memoryview(bytes(wire.recv(10)))), Hosting)
+        wire.send(rubbish)
+        server.await_line("node lab says what no node says", err=True)
+    site.submit(source="@task\ndef one(): pass\n").end().check()
 
 
 def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:

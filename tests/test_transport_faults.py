@@ -396,6 +396,13 @@ def test_a_callback_that_raises_ends_its_connection_only() -> None:
         meeting.until(lambda: meeting.there.ends)
         assert "ZeroDivisionError" in meeting.reports[0]
         meeting.here.take = take  # type: ignore[method-assign]
+        _, there = meeting.meet()
+        meeting.here.on_frame = lambda peer, frame: 1 / 0
+        there.send(b"one")
+        there.send(b"two")
+        meeting.until(lambda: len(meeting.there.ends) == 2)
+        assert "ZeroDivisionError" in meeting.reports[1] and meeting.here.frames == [b"one"]
+        assert meeting.here.ends == ["what it said could not be taken"]
         meeting.meet()
 
 

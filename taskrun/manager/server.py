@@ -173,7 +173,7 @@ class Server:
     def _on_admitted(self, admitted: Admitted) -> None:
         take = None if admitted.role is None else self._roles.get(admitted.role)
         if take is not None:
-            take(peer_of(self.reactor, admitted))
+            take(peer_of(self.reactor, admitted, self.report))
             return
         peer = Peer(self, admitted.socket, guest=admitted.role == protocol.GUEST)
         self._peers.add(peer)

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import transport
-from taskrun.errors import UsageError
+from taskrun.errors import MALFORMED, UsageError
 from taskrun.network.channels import Offer
 from taskrun.network.joining import Hosting, Refused, answer_frame, read_hello
 from taskrun.reactor import Reactor
@@ -166,7 +166,7 @@ class Hosts:
         try:
             said = json.loads(bytes(frame))
             draining = said.get("draining")
-        except (ValueError, AttributeError) as error:
+        except MALFORMED as error:
             self._lose(host, f"says what no node says: {error}")
             return
         if draining:

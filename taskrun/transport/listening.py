@@ -41,13 +41,14 @@ def listen(
     Loopback and Unix sockets are plain, everything else is TLS, with the certificate of
     ``tls`` (see :func:`open_door`), unless ``insecure_plain`` is said.
     ``notice`` gets a line for each peer that is turned away; ``report`` is called in an
-    ``except`` block where ``on_peer`` raises.  ``timeout``: seconds for the handshake as a
-    whole.  Raises UsageError for an address or a key that cannot be used.
+    ``except`` block where ``on_peer`` raises, or what it has the Peer call for a frame.
+    ``timeout``: seconds for the handshake as a whole.  Raises UsageError for an address or a
+    key that cannot be used.
     """
     check_length(key, "the authkey")
 
     def on_admitted(admitted: Admitted) -> None:
-        on_peer(peer_of(reactor, admitted))
+        on_peer(peer_of(reactor, admitted, report))
 
     gate = Gate(
         key, reactor, on_admitted, stock=False, notice=notice, report=report,
@@ -56,10 +57,10 @@ def listen(
     return Listener(gate, open_door(gate, address, tls, insecure_plain=insecure_plain))
 
 
-def peer_of(reactor: Reactor, admitted: Admitted) -> Peer:
+def peer_of(reactor: Reactor, admitted: Admitted, report: Callable[[], object]) -> Peer:
     """The Peer of a connection that was let in with a role of our own."""
     assert admitted.role is not None
-    return Peer(reactor, admitted.socket, admitted.name, admitted.role, admitted.rest)
+    return Peer(reactor, admitted.socket, admitted.name, admitted.role, admitted.rest, report)
 
 
 Roles = Mapping[bytes, Callable[[Peer], object]]

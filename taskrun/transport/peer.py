@@ -32,9 +32,16 @@ class Peer:
     """
 
     def __init__(
-        self, reactor: Reactor, connection: socket.socket, name: str, hello: bytes, rest: bytes
+        self,
+        reactor: Reactor,
+        connection: socket.socket,
+        name: str,
+        hello: bytes,
+        rest: bytes,
+        report: Callable[[], object] | None = None,
     ) -> None:
-        """``rest``: what has been received already."""
+        """``rest``: what has been received already.  ``report`` is called in an ``except``
+        block where ``on_frame`` raises, which then ends this connection only."""
         self.name = name
         self.hello = hello
         self.unsent = 0  # bytes that wait
@@ -44,6 +51,7 @@ class Peer:
         self._socket = connection
         self._decoder = Decoder()
         self._rest = rest
+        self._report = report
         self._frames: deque[memoryview] = deque()  # that came, and wait to be taken
         self._on_frame: OnFrame = _ignore
         self._on_end: OnEnd = _ignore
@@ -126,8 +134,14 @@ class Peer:
             self._end(str(error))
             return
         frames = self._frames
-        while frames and self._listening:
-            self._on_frame(frames.popleft())
+        try:
+            while frames and self._listening:
+                self._on_frame(frames.popleft())
+        except Exception:
+            if self._report is None:
+                raise
+            self._report()
+            self._end("what it said could not be taken")
 
     # -- sending ----------------------------------------------------------------------
 
