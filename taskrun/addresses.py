@@ -21,7 +21,9 @@ class Tls(NamedTuple):
 Address = Any
 """The path of a Unix socket, (host, port) without TLS, or Tls."""
 
-_LONGEST_PATH: Final = 100  # bytes; a Unix socket's path has room for 107
+_LONGEST_PATH: Final = 100  # bytes, of those that we make
+_MOST_OF_PATH: Final = 107  # bytes that a Unix socket's path has room for
+_MOST_OF_PORT: Final = 5  # digits
 _PREFIX: Final = "run-"
 _SUFFIX: Final = ".sock"
 _LOOPBACK_NAMES: Final = ("localhost", "::1")
@@ -30,20 +32,23 @@ _LOOPBACK_NAMES: Final = ("localhost", "::1")
 # -- how they are written -------------------------------------------------------------
 
 
-def parse(text: str, *, insecure_plain: bool = False) -> Address:
+def parse(text: str, *, insecure_plain: bool = False, to_listen: bool = False) -> Address:
     """``HOST:PORT``, ``tls://HOST:PORT`` or ``unix:PATH``.
 
     A bare HOST:PORT is plain exactly where HOST, as written, is this machine itself, and
-    TLS everywhere else; with ``insecure_plain`` it is plain everywhere.  Raises UsageError
-    for what is no address.
+    TLS everywhere else; with ``insecure_plain`` it is plain everywhere.  Port 0 is any that
+    is free, and only ``to_listen``.  Raises UsageError for what is no address.
     """
-    if text.startswith("unix:"):
-        return text.removeprefix("unix:")
-    if text.startswith("/"):
-        return text
+    if text.startswith(("unix:", "/")):
+        path = text.removeprefix("unix:")
+        _check_path(path, _LONGEST_PATH if to_listen else _MOST_OF_PATH)
+        return path
     found = host_and_port(text.removeprefix("tls://").removeprefix("tcp://"))
     if found is None:
         raise UsageError(f"an address is HOST:PORT, tls://HOST:PORT or unix:PATH, not {text!r}")
+    if found[1] == 0 and not to_listen:
+        raise UsageError(f"{text}: nobody can be reached at port 0; say the one that the other "
+                         "side is listening on")  # fmt: skip
     if text.startswith("tls://"):
         return Tls(*found)
     return found if insecure_plain else secured(found)
@@ -53,11 +58,27 @@ def host_and_port(text: str) -> tuple[str, int] | None:
     """The parts of ``HOST:PORT``, or None where it is not that."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isdecimal() and int(port) < 65536):
+    if not (colon and port.isdecimal() and len(port) <= _MOST_OF_PORT and int(port) < 65536):
         return None
-    if "/" in host or any(map(str.isspace, host)):
-        return None  # another scheme's, or a slip of the keyboard: no host has such a name
-    return host, int(port)
+    return (host, int(port)) if _is_host(host) else None
+
+
+def _is_host(text: str) -> bool:
+    """Whether a host may be called so: no other scheme's address is, nor is ``a..b``."""
+    if not text or " " in text or "/" in text or not text.isprintable():
+        return False
+    try:
+        text.encode("idna")  # as whoever looks it up does: no part is empty, or too long
+    except UnicodeError:
+        return False
+    return True
+
+
+def _check_path(path: str, longest: int) -> None:
+    if not path:
+        raise UsageError("unix: is an address only with the PATH of a socket behind it")
+    if len(os.fsencode(path)) > longest:
+        raise UsageError(f"unix:{path}: a socket's path has at most {longest} bytes")
 
 
 def secured(address: Address) -> Address:
@@ -103,8 +124,7 @@ def shown(address: Address) -> str:
 def prepare_unix(path: str) -> None:
     """See to it that a Unix socket can be made at ``path``, in a folder that is this user's
     alone; one that nobody listens on any more is removed.  Raises UsageError."""
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        raise UsageError(f"unix:{path}: a socket's path has at most {_LONGEST_PATH} bytes")
+    _check_path(path, _LONGEST_PATH)
     try:
         make_private(os.path.dirname(path) or os.curdir)
     except UsageError as error:

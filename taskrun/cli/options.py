@@ -227,7 +227,10 @@ def check_certificates(context: click.Context, address: str | None) -> None:
     from taskrun import addresses
 
     plain = bool(context.params.get("insecure_plain"))
-    found = addresses.parse(address, insecure_plain=plain) if address else addresses.find()
+    if address:
+        found = addresses.parse(address, insecure_plain=plain, to_listen=True)  # or to dial
+    else:
+        found = addresses.find()
     if isinstance(found, addresses.Tls):
         return
     shown = addresses.shown(found)

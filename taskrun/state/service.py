@@ -99,7 +99,7 @@ class Service:
         """The path of the Unix socket that is wanted, if one is."""
         if self._more is None:
             return None
-        address = addresses.parse(self._more, insecure_plain=self._insecure_plain)
+        address = addresses.parse(self._more, insecure_plain=self._insecure_plain, to_listen=True)
         return address if isinstance(address, str) else None
 
     def _find_key(self) -> bytes:
@@ -146,7 +146,7 @@ class Service:
 
     def _listen_to(self, text: str) -> None:
         assert self._socket is not None
-        address = addresses.parse(text, insecure_plain=self._insecure_plain)
+        address = addresses.parse(text, insecure_plain=self._insecure_plain, to_listen=True)
         self.reactor.remove_reader(self._socket.fileno())
         found = self._serve(self._socket).open(
             address, self._files(), insecure_plain=self._insecure_plain

@@ -358,8 +358,12 @@ def _plain_form(address: Address) -> str:
 
 
 def _targets(address: Address, flags: int) -> list[tuple[int, Any]]:
+    """Raises OSError."""
     host, port = address[:2]
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError:  # a part of the name is empty, or too long
+        raise socket.gaierror(socket.EAI_NONAME, "no host can have this name") from None
     return [(family, target) for family, _, _, _, target in found]
 
 
