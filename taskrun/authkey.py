@@ -83,6 +83,11 @@ def _read(path: str) -> bytes:
             )
         return data.strip()
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise UsageError(
+                f"the authkey file {path} is a link to {os.readlink(path)}, where no file is: put "
+                "the key there, or remove the link"
+            ) from None
         if path == own_file():
             raise
         raise UsageError(

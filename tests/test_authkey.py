@@ -89,6 +89,22 @@ def test_a_key_file_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
             authkey.authkey(str(path))
 
 
+def test_a_key_file_that_is_a_link_to_nothing_is_refused_with_what_it_leads_to(
+    own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_folder.mkdir(parents=True, mode=0o700)
+    own, named = own_folder / "authkey", tmp_path / "named"
+    for path in (own, named):
+        path.symlink_to(tmp_path / "gone")
+    reason = f"is a link to {tmp_path}/gone, where no file is: put the key there"
+    for given in (None, str(named)):
+        for take in (authkey.authkey, authkey.made_file):
+            with pytest.raises(UsageError, match=reason):
+                take(given)
+    assert main(["key"]) == main(["worker", "127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err.count(f"the authkey file {own} {reason}") == 2
+
+
 def test_whitespace_around_a_key_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text(f"\n {KEY} \n")
