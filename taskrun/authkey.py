@@ -7,6 +7,7 @@ part of a message, and never passed on in the environment.
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from typing import Final
@@ -81,7 +82,7 @@ def _read(path: str) -> bytes:
             raise UsageError(
                 f"the authkey file {path} has more than {LONGEST} bytes: that is no key"
             )
-        return data.strip()
+        return data.removeprefix(codecs.BOM_UTF8).strip()  # some editors begin with one
     except FileNotFoundError:
         if os.path.islink(path):
             raise UsageError(

@@ -105,9 +105,12 @@ def test_a_key_file_that_is_a_link_to_nothing_is_refused_with_what_it_leads_to(
     assert capsys.readouterr().err.count(f"the authkey file {own} {reason}") == 2
 
 
-def test_whitespace_around_a_key_is_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["\n ", "\ufeff", "\ufeff\r\n"])
+def test_whitespace_around_a_key_and_a_byte_order_mark_before_it_are_ignored(
+    tmp_path: Path, before: str
+) -> None:
     path = tmp_path / "key"
-    path.write_text(f"\n {KEY} \n")
+    path.write_text(f"{before}{KEY} \r\n", encoding="utf-8")
     path.chmod(0o600)
     assert authkey.authkey(str(path)) == KEY.encode()
 
