@@ -107,7 +107,8 @@ def _check_file(path: str, status: os.stat_result) -> None:
     own = status.st_uid == os.getuid()
     if status.st_mode & (stat.S_IRWXO | (stat.S_IRWXG if own else 0)):
         raise UsageError(f"the authkey file {path} can be read by others: chmod 600 {path}")
-    _check_folder(os.path.dirname(path) or os.curdir)
+    for name in (path, os.path.realpath(path)):  # a link can be replaced, and where it leads
+        _check_folder(os.path.dirname(name) or os.curdir)
 
 
 def check_length(key: bytes, what: str) -> None:

@@ -80,6 +80,19 @@ def test_a_key_is_not_taken_from_where_others_could_replace_it(
     assert authkey.authkey(str(path)) == KEY.encode()
 
 
+def test_a_link_to_a_key_that_others_could_replace_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    path, link = shared / "key", tmp_path / "link"
+    path.write_text(KEY)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    assert authkey.authkey(str(link)) == KEY.encode()
+    shared.chmod(0o777)
+    with pytest.raises(UsageError, match=f"the folder {shared} .* can be changed by others"):
+        authkey.authkey(str(link))
+
+
 def test_a_key_file_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     pipe, folder, device = tmp_path / "pipe", tmp_path / "folder", Path(os.devnull)
     os.mkfifo(pipe, 0o600)
