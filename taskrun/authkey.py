@@ -148,10 +148,8 @@ def _made(path: str) -> bytes:
         _make_folder(os.path.dirname(path) or os.curdir)
         fd = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, key + b"\n")
-        finally:
-            os.close(fd)
-        try:
+            with open(fd, "wb") as file:
+                file.write(key + b"\n")
             os.link(begun, path)  # of all who do this at the same time, one succeeds
         except FileExistsError:
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ def test_a_key_is_not_made_where_others_could_replace_it(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="can be changed by others: chmod 700"):
         authkey.made_file(str(shared / "key"))
     assert list(shared.iterdir()) == []
+
+
+def test_a_key_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))  # bytes, of any file
+    try:
+        with pytest.raises(UsageError, match="cannot be made: File too large"):
+            authkey.made_file(str(tmp_path / "key"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("permissions", [0o770, 0o702])
