@@ -68,6 +68,17 @@ def own_file() -> str:
     return os.path.join(folder, "taskrun", "authkey")
 
 
+def _check_home(path: str) -> None:
+    """Raises UsageError where this user's own file would be in a home that is not there: what
+    is made there then, nobody looks for."""
+    home = os.path.expanduser("~")
+    if not os.environ.get("XDG_CONFIG_HOME") and not os.path.isdir(home):
+        raise UsageError(
+            f"the authkey file {path} cannot be made: there is no home folder {home}; set HOME, "
+            "or name another file with --authkey-file"
+        )
+
+
 def _read(path: str) -> bytes:
     """The key in a file; FileNotFoundError only for this user's own."""
     try:
@@ -144,6 +155,8 @@ def _made(path: str) -> bytes:
     """A new key, in a file that is complete as soon as it is there."""
     key = os.urandom(32).hex().encode()
     begun = f"{path}.{os.getpid()}"
+    if path == own_file():
+        _check_home(path)
     try:
         _make_folder(os.path.dirname(path) or os.curdir)
         fd = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

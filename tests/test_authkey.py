@@ -130,6 +130,23 @@ def test_a_key_file_that_is_a_link_to_nothing_is_refused_with_what_it_leads_to(
     assert capsys.readouterr().err.count(f"the authkey file {own} {reason}") == 2
 
 
+def test_a_key_is_not_made_in_a_home_that_is_not_there_and_a_run_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["key"]) == 2
+    assert f"there is no home folder {tmp_path}/home" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.py").write_text("from taskrun import *\n@task\ndef hello(): print('here')")
+    assert main(["exec", "tasks.py"]) == 0
+    assert "here" in capfd.readouterr().out
+    assert not (tmp_path / "home").exists()
+    (tmp_path / "home").mkdir()
+    assert main(["key"]) == 0
+
+
 @pytest.mark.parametrize("before", ["\n ", "\ufeff", "\ufeff\r\n"])
 def test_whitespace_around_a_key_and_a_byte_order_mark_before_it_are_ignored(
     tmp_path: Path, before: str
