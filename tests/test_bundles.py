@@ -94,6 +94,32 @@ def test_a_pattern_that_cannot_be_meant_is_an_error(
         make_bundle(str(tmp_path / "tasks.py"), [pattern])
 
 
+def test_folders_that_are_links_travel_with_what_they_lead_to(tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    write(folder, "tasks.py", "pack/__init__.py", "data/a.csv")
+    write(tmp_path, "shared/part/b.py", "shared/c.csv")
+    (folder / "pack" / "one").symlink_to(tmp_path / "shared")
+    (folder / "pack" / "same").symlink_to(tmp_path / "shared")
+    (folder / "data" / "more").symlink_to(tmp_path / "shared" / "part")
+    assert names(make_bundle(str(folder / "tasks.py"), ["data"]).data) == [
+        "data/a.csv", "data/more/b.py", "pack/__init__.py", "pack/one/c.csv",
+        "pack/one/part/b.py", "pack/same/c.csv", "pack/same/part/b.py", "tasks.py",
+    ]  # fmt: skip
+
+
+def test_folders_that_lead_back_to_themselves_come_to_an_end(tmp_path: Path) -> None:
+    write(tmp_path, "tasks.py", "pack/__init__.py", "pack/deep/x.py", "away/y.py")
+    (tmp_path / "pack" / "all").symlink_to("..")
+    (tmp_path / "pack" / "root").symlink_to("/")
+    (tmp_path / "pack" / "deep" / "self").symlink_to(".")
+    (tmp_path / "pack" / "deep" / "away").symlink_to(tmp_path / "away")
+    (tmp_path / "away" / "back").symlink_to(tmp_path / "pack")
+    assert names(make_bundle(str(tmp_path / "tasks.py")).data) == [
+        "away/back/__init__.py", "away/back/deep/x.py", "away/y.py",
+        "pack/__init__.py", "pack/deep/away/y.py", "pack/deep/x.py", "tasks.py",
+    ]  # fmt: skip
+
+
 def test_the_same_files_make_the_same_bundle_whenever_they_were_written(tmp_path: Path) -> None:
     made = []
     for folder, when in (("one", 1_000_000_000), ("two", 1_700_000_000)):

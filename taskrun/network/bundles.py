@@ -99,13 +99,31 @@ def _package(folder: str, name: str) -> Iterator[str]:
 
 
 def _files(folder: str, below: str) -> Iterator[str]:
-    """All files below ``folder/below``, as names below ``folder``."""
-    for path, folders, files in os.walk(os.path.join(folder, below)):
-        folders[:] = [name for name in folders if not _is_left_out(name, path)]
+    """All files below ``folder/below``, as names below ``folder``; those of folders that are
+    links, too."""
+    for path, folders, files in os.walk(os.path.join(folder, below), followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not _is_left_out(name, path) and not _leads_back(os.path.join(path, name))
+        ]
         for name in files:
             full = os.path.join(path, name)
             if not _is_left_out(name) and os.path.isfile(full):
                 yield os.path.relpath(full, folder)
+
+
+def _leads_back(path: str) -> bool:
+    """Whether a folder is a link to one of those on the way to it: there would be no end."""
+    return os.path.islink(path) and any(os.path.samefile(path, above) for above in _way_to(path))
+
+
+def _way_to(path: str) -> Iterator[str]:
+    """The folders that a path goes through, from the last to the root."""
+    path, above = os.path.abspath(path), os.path.dirname(os.path.abspath(path))
+    while above != path:
+        yield above
+        path, above = above, os.path.dirname(above)
 
 
 def _is_left_out(name: str, folder: str = "") -> bool:
