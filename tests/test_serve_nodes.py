@@ -49,6 +49,19 @@ def node(site: Site, name: str = "lab") -> Any:
     return next((node for node in site.status()["nodes"] if node["node"] == name), None)
 
 
+def test_what_bundle_names_reaches_a_node_and_a_folder_without_files_is_no_error_there(
+    site: Site,
+) -> None:
+    for name in ("data/deep", "empty"):
+        (site.folder / name).mkdir(parents=True)
+    (site.folder / "data" / "deep" / "words.txt").write_text("seven words")
+    site.serve(0)
+    join(site)
+    source = "@task\ndef read(): print(open('data/deep/words.txt').read())"
+    ended = site.submit("--bundle", "empty", "--bundle", "data", source=source).end().check()
+    assert "read | seven words" in ended.out
+
+
 def test_a_run_is_executed_on_a_node_where_the_server_has_no_slots(site: Site) -> None:
     site.serve(0)
     client = site.submit(source=WHERE)

@@ -13,7 +13,7 @@ from taskrun.errors import UsageError
 from taskrun.loading import check_file, find_file
 
 _OURS = frozenset(
-    "words address detach jobs authkey_file tls_cert tls_key tls_ca insecure_plain".split()
+    "words address detach jobs bundle authkey_file tls_cert tls_key tls_ca insecure_plain".split()
 )
 """What is for this side, or said in another way."""
 _NOT_THERE = frozenset("inline joblog state listen engine".split())
@@ -22,13 +22,16 @@ _NOT_THERE = frozenset("inline joblog state listen engine".split())
 
 def submit(context: click.Context, address: str, words: Sequence[str], detach: bool) -> int:
     """Submit what the command line of ``exec`` says; gives the run's exit status."""
-    said = [*split_words(words)[1], *_options(context)]
-    from taskrun.network.bundles import make_bundle
+    file, targets = split_words(words)
+    said = [*targets, *_options(context)]
+    from taskrun.network.bundles import make_bundle, naming
     from taskrun.serving.client import submission
 
     given = context.params
-    file = split_words(words)[0]
-    bundle = make_bundle(check_file(find_file() if file is None else file), given["bundle"])
+    file = check_file(find_file() if file is None else file)
+    bundle = make_bundle(file, given["bundle"])
+    # Nodes of the server get their files from the copy there.
+    said += _said("--bundle", tuple(naming(file, given["bundle"])))
     jobs = given["jobs"] if _is_said(context, "jobs") else None
     return follow(address, submission(bundle, said, jobs), given, detach=detach)
 

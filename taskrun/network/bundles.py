@@ -152,6 +152,12 @@ def _matching(folder: str, patterns: Sequence[str]) -> Iterator[str]:
             yield from _files(folder, name) if os.path.isdir(path) else (name,)
 
 
+def naming(file: str, patterns: Iterable[str]) -> Iterator[str]:
+    """The patterns that name any file: in a copy of what they name, the others name nothing."""
+    folder = os.path.dirname(os.path.realpath(file))
+    return (pattern for pattern in patterns if any(_matching(folder, [pattern])))
+
+
 def _check_size(folder: str, names: Iterable[str]) -> None:
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in names}
     if sum(sizes.values()) > MOST_BYTES:
