@@ -26,7 +26,7 @@ from taskrun.addresses import Tls
 from taskrun.errors import DialError, UsageError
 from taskrun.manager.protocol import CHALLENGE, WELCOME, Frames, framed
 from taskrun.reactor import Reactor
-from taskrun.transport import certificates, dial_blocking, listen
+from taskrun.transport import certificates, dial_blocking, gate, listen
 from taskrun.transport.proof import HELLO
 from taskrun.transport.tls import Certificates, for_dialling, for_listening
 
@@ -313,6 +313,34 @@ def test_a_length_that_no_handshake_has_closes_the_connection(address: Any, size
         stranger.sendall(size.to_bytes(4, "big", signed=True) + bytes(20))
         assert meeting.beside(lambda: is_closed(stranger))
         assert meeting.here.peers == []
+
+
+def test_numbers_that_a_stranger_chooses_make_no_new_notices() -> None:
+    with closing(Meeting(PLAIN)) as meeting:
+        for size in range(300, 320):
+            with raw(meeting.address) as stranger:
+                stranger.sendall(size.to_bytes(4, "big"))
+                assert meeting.beside(lambda stranger=stranger: is_closed(stranger))
+        assert [notice.partition(": ")[2] for notice in meeting.here.notices] == [
+            "300 bytes before the proof of the key"
+        ]
+
+
+def test_after_many_notices_there_are_new_ones_as_soon_as_the_old_ones_are_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    with closing(Meeting(PLAIN)) as meeting:
+        monkeypatch.setattr(gate, "monotonic", lambda: now)
+        tell = meeting.listener._gate.tell
+        for number in range(200):
+            tell("turned away", "it is odd" + "!" * number)
+        assert len(meeting.here.notices) == 100
+        now += 61
+        tell("turned away", "it is odd")
+        tell("turned away", "it is even")
+        tell("turned away", "it is even")
+        assert meeting.here.notices[100:] == ["turned away: it is odd", "turned away: it is even"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become another user")

@@ -32,7 +32,8 @@ HANDSHAKE_TIMEOUT: Final = 10.0  # seconds
 MOST_GREETING: Final = 256  # peers in the handshake at a time
 _OLD_GREETING: Final = 1.0  # seconds; an honest peer is through in milliseconds
 _QUIET: Final = 60.0  # seconds between two notices of the same kind
-_MOST_REASONS: Final = 100  # kinds of notices
+_MOST_REASONS: Final = 100  # kinds of notices in that time
+_NO_DIGITS: Final = str.maketrans("", "", "0123456789")
 _READ: Final = 16 * 1024
 _UNSENT: Final = 256 * 1024  # bytes that the system takes before it can send them
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -92,7 +93,7 @@ class Gate:
         self.report = report
         self.doors: list[Door] = []
         self._notice = notice
-        self._told: dict[str, float] = {}  # reason -> when it was told last
+        self._told: dict[str, float] = {}  # reason without numbers -> when it was told last
         self._on_admitted = on_admitted
         self._timeout = timeout
         self._most_greeting = most_greeting
@@ -188,8 +189,10 @@ class Gate:
     def tell(self, what: str, why: str) -> None:
         """A notice; strangers cannot make us say the same again and again."""
         now = monotonic()
-        if now - self._told.get(why, -_QUIET) >= _QUIET and len(self._told) < _MOST_REASONS:
-            self._told[why] = now
+        kind = why.translate(_NO_DIGITS)  # which a stranger may choose
+        self._told = {old: when for old, when in self._told.items() if now - when < _QUIET}
+        if kind not in self._told and len(self._told) < _MOST_REASONS:
+            self._told[kind] = now
             self._notice(f"{what}: {why}")
 
     def admit(self, admitted: Admitted) -> None:
