@@ -11,3 +11,9 @@ def allow(files: int) -> None:
     wanted = files if hard == resource.RLIM_INFINITY else min(hard, files)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def allowed() -> float:
+    """How many it may have open now."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return float("inf") if soft == resource.RLIM_INFINITY else soft

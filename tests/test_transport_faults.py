@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import AuthenticationError, connection
 from pathlib import Path
 from time import monotonic
@@ -255,6 +255,20 @@ def test_300_silent_connections_keep_nobody_out_and_are_gone_in_time(address: An
         meeting.until(lambda: not meeting.listener._gate.is_busy)
         for stranger in silent:
             assert is_closed(stranger)
+        meeting.meet()
+
+
+def test_strangers_have_a_quarter_of_the_descriptors_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+    with closing(Meeting(PLAIN)) as meeting, ExitStack() as kept:
+        for _ in range(60):
+            kept.enter_context(raw(meeting.address))
+        greeting = meeting.listener._gate._greeting
+        meeting.until(lambda: len(greeting) > 15)
+        meeting.reactor.run_until(lambda: len(greeting) > 16, monotonic() + 0.2)
+        assert len(greeting) == 16
         meeting.meet()
 
 

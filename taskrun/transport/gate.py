@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from taskrun import descriptors
 from taskrun.addresses import Address, Tls, shown
 from taskrun.manager.listening import Listener
 from taskrun.manager.protocol import ProtocolError, framed
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from taskrun.transport.tls import Secured, Security
 
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds
-MOST_GREETING: Final = 256  # peers in the handshake at a time
+MOST_GREETING: Final = 256  # peers in the handshake at a time ...
+_FILES_FOR_ONE: Final = 4  # ... and descriptors of this process for each: work needs some, too
 _OLD_GREETING: Final = 1.0  # seconds; an honest peer is through in milliseconds
 _QUIET: Final = 60.0  # seconds between two notices of the same kind
 _MOST_REASONS: Final = 100  # kinds of notices in that time
@@ -96,7 +98,7 @@ class Gate:
         self._told: dict[str, float] = {}  # reason without numbers -> when it was told last
         self._on_admitted = on_admitted
         self._timeout = timeout
-        self._most_greeting = most_greeting
+        self._most_greeting = min(most_greeting, descriptors.allowed() / _FILES_FOR_ONE)
         self._greeting: dict[Greeting, float] = {}  # in order of arrival; when it began
         self._timing = False
 
