@@ -27,7 +27,7 @@ from taskrun.errors import DialError, UsageError
 from taskrun.manager.protocol import CHALLENGE, WELCOME, Frames, framed
 from taskrun.reactor import Reactor
 from taskrun.transport import certificates, dial_blocking, gate, listen
-from taskrun.transport.proof import HELLO
+from taskrun.transport.proof import HELLO, USE_TLS
 from taskrun.transport.tls import Certificates, for_dialling, for_listening
 
 TLS = Tls("127.0.0.1", 0)
@@ -204,6 +204,17 @@ def test_a_client_of_the_standard_library_shows_its_user_what_to_write() -> None
         with pytest.raises((AssertionError, AuthenticationError), match=said):  # since 3.12
             meeting.beside(lambda: connection.Client(plain, authkey=KEY))
         assert "TLS is expected there" in meeting.here.notices[0]
+
+
+def test_to_begin_tls_too_late_is_worth_another_try() -> None:
+    def tell_at_once(accepted: socket.socket) -> None:
+        accepted.sendall(framed(USE_TLS + b" this address speaks TLS"))
+        is_closed(accepted)
+
+    with serving(tell_at_once) as address, pytest.raises(DialError) as caught:
+        dial_blocking(Tls(*address), KEY, b"node", DEADLINE)
+    assert "did not wait until TLS had begun" in str(caught.value)
+    assert caught.value.retry
 
 
 def test_tls_1_2_is_refused_and_named_on_both_sides() -> None:

@@ -219,6 +219,9 @@ class Dialling:
         from taskrun.transport import tls
 
         try:
+            if tls.is_sent_off(secured):
+                self._fail("did not wait until TLS had begun", retry=True)
+                return
             waits_for = tls.shake_hands(secured)
         except OSError as error:
             self._break(error)

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from taskrun.errors import UsageError
+from taskrun.transport.proof import USE_TLS
 
+_LENGTH: Final = 4  # bytes, before a message
+_MOST_TOLD: Final = _LENGTH + len(USE_TLS)
 _PIECE: Final = 64 * 1024  # bytes of one write
 _PEM_END: Final = "-----END CERTIFICATE-----"
 
@@ -204,6 +207,16 @@ def shake_hands(connection: Secured) -> str:
     except ssl.SSLWantWriteError:
         return "write"
     return "done"
+
+
+def is_sent_off(connection: Secured) -> bool:
+    """Whether a listener with TLS, where that has not begun in time, says that it is needed:
+    this process, or its machine, stood still.  Raises OSError."""
+    try:
+        told = socket.socket.recv(connection, _MOST_TOLD, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    return told[_LENGTH:].startswith(USE_TLS)
 
 
 # -- what went wrong ------------------------------------------------------------------
