@@ -120,12 +120,18 @@ class Hosts:
             env={**self.variables, **variables},
         )  # fmt: skip
 
-    def listen(self, source: str, *words: str) -> Running:
+    def have(self, address: str, number: int) -> None:
+        """Give a host one more address, of IPv6.  Skips the test where there is none."""
+        try:
+            self._inside(f"taskrun-{self._id}-{number}", "addr", "add", f"{address}/64",
+                         "dev", "eth0", "nodad")  # fmt: skip
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no IPv6 here: {error.stderr.decode().strip()}")
+
+    def listen(self, source: str, *words: str, at: str = "0.0.0.0:7077") -> Running:
         """Start a run on the coordinator's host."""
         file = str(self.runs.write(source))
-        run = self.start(
-            1, "exec", file, "-j", "0", "--listen", "0.0.0.0:7077", "--lease", LEASE, *words
-        )
+        run = self.start(1, "exec", file, "-j", "0", "--listen", at, "--lease", LEASE, *words)
         run.await_line("listening on", err=True)
         return run
 
@@ -264,6 +270,16 @@ def test_the_state_of_a_server_and_its_runs_is_reached_by_its_address_alone(host
     script = hosts.runs.write(OPEN, "open.py", head="")
     hosts.start(3, str(script), program=(sys.executable,)).end().check()
     assert client.end().check().out.count("host2 went on") == 4
+
+
+def test_an_address_of_one_network_only_can_be_listened_on(hosts: Hosts) -> None:
+    hosts.have("fe80::77", 1)
+    hosts.have("fe80::78", 2)
+    source = "@task\ndef where(): print('on', current().node)"
+    run = hosts.listen(source, at="[fe80::77%eth0]:7077")
+    assert "tls://[fe80::77%eth0]:7077" in run.await_line("listening on", err=True)
+    hosts.start(2, "worker", "[fe80::77%eth0]:7077", "-j", "1", "--name", "host2")
+    assert "where | on host2" in run.end().check().out
 
 
 def re_nodes(out: str) -> int:

@@ -37,6 +37,8 @@ def bound(address: Address) -> socket.socket:
     address = _new_path() if address is None else address
     if isinstance(address, tuple):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        if "%" in address[0]:
+            address = _scoped(*address[:2])
     else:
         family = socket.AF_UNIX
     found = socket.socket(family)
@@ -51,6 +53,18 @@ def bound(address: Address) -> socket.socket:
     return found
 
 
+def _scoped(host: str, port: int) -> Address:
+    """An address of one network only, with that network's number.  Raises OSError."""
+    return socket.getaddrinfo(host, port, socket.AF_INET6, socket.SOCK_STREAM)[0][4]
+
+
+def _with_network(address: Address) -> Address:
+    """What others write to reach it: the system leaves out the network's name."""
+    if isinstance(address, tuple) and address[3:] not in ((), (0,)):
+        return (f"{address[0]}%{socket.if_indextoname(address[3])}", *address[1:])
+    return address
+
+
 class Listener:
     """A bound socket; once started, every connection goes to ``on_connection``.
 
@@ -60,7 +74,7 @@ class Listener:
 
     def __init__(self, address: Address) -> None:
         self._socket = address if isinstance(address, socket.socket) else bound(address)
-        self.address: Address = self._socket.getsockname()
+        self.address: Address = _with_network(self._socket.getsockname())
         self._owner = os.getpid()
         self._reactor: Reactor | None = None
         self._on_connection: Callable[[socket.socket], object] = socket.socket.close
