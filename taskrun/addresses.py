@@ -24,6 +24,8 @@ Address = Any
 _LONGEST_PATH: Final = 100  # bytes, of those that we make
 _MOST_OF_PATH: Final = 107  # bytes that a Unix socket's path has room for
 _MOST_OF_PORT: Final = 5  # digits
+SERVED: Final = "serve-"
+"""How the names of the sockets of a server's runs begin; its pid comes next."""
 _PREFIX: Final = "run-"
 _SUFFIX: Final = ".sock"
 _LOOPBACK_NAMES: Final = ("localhost", "::1")
@@ -239,21 +241,21 @@ def remove_of(pid: int) -> None:
 
 
 def _remove_dead(folder: str) -> None:
-    for path in _sockets(folder):
+    for path in _sockets(folder, (_PREFIX, SERVED)):
         if not _has_process(path):
             _is_live(path)
 
 
-def _sockets(folder: str) -> list[str]:
+def _sockets(folder: str, prefixes: str | tuple[str, ...] = _PREFIX) -> list[str]:
     return [
         os.path.join(folder, name)
         for name in sorted(os.listdir(folder))
-        if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+        if name.startswith(prefixes) and name.endswith(_SUFFIX)
     ]
 
 
 def _pid_in(path: str) -> str:
-    return os.path.basename(path).removeprefix(_PREFIX).removesuffix(_SUFFIX).partition("-")[0]
+    return os.path.basename(path).removesuffix(_SUFFIX).split("-")[1]
 
 
 def _has_process(path: str) -> bool:

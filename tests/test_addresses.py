@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from transport_support import KEY
 
@@ -63,3 +69,29 @@ def test_to_listen_at_any_port_with_a_certificate_is_no_mistake(
 ) -> None:
     assert main(["serve", "--listen", "127.0.0.1:0", "--tls-cert", "x"]) == 2
     assert "is for TLS, and at 127.0.0.1:0 there is none" in capsys.readouterr().err
+
+
+# -- what is left behind --------------------------------------------------------------
+
+
+def gone() -> int:
+    """The pid of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(30)
+    return process.pid
+
+
+def test_the_next_run_removes_the_sockets_of_those_that_were_killed_and_no_others(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
+    folder = Path(addresses.runtime_folder())
+    folder.mkdir(mode=0o700)
+    dead, here = gone(), os.getpid()
+    left = [f"run-{dead}.sock", f"run-{dead}-1.sock", f"serve-{dead}-r2.sock"]
+    others = [f"serve-{here}-r1.sock", "mine.sock", f"run-{dead}.txt"]
+    for name in (*left, *others):
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(folder / name))
+    with addresses.listen_for_run():
+        assert sorted(os.listdir(folder)) == sorted([*others, f"run-{here}.sock"])

@@ -103,7 +103,8 @@ class ServedRun:
     @property
     def address(self) -> str:
         """The path of its process's Unix socket."""
-        return os.path.join(addresses.runtime_folder(), f"serve-{os.getpid()}-{self.name}.sock")
+        name = f"{addresses.SERVED}{os.getpid()}-{self.name}.sock"
+        return os.path.join(addresses.runtime_folder(), name)
 
     @property
     def wants(self) -> int | None:
