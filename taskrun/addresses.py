@@ -27,6 +27,7 @@ _MOST_OF_PORT: Final = 5  # digits
 SERVED: Final = "serve-"
 """How the names of the sockets of a server's runs begin; its pid comes next."""
 _PREFIX: Final = "run-"
+_PRIVATE: Final = "private"
 _SUFFIX: Final = ".sock"
 _LOOPBACK_NAMES: Final = ("localhost", "::1")
 
@@ -305,18 +306,27 @@ def find(text: str | None = None) -> Address:
 
 
 def listen_privately() -> socket.socket:
-    """A listening Unix socket in a new folder that nobody looks into."""
-    import tempfile
+    """A listening Unix socket that nobody looks for; where this process is killed, the next
+    one removes it.  Raises OSError."""
+    from taskrun import places
 
-    folder = tempfile.mkdtemp(prefix="taskrun-", dir="/tmp")
+    path = places.reserve_for_socket(_PRIVATE)
+    os.unlink(path)  # the name is what was wanted
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    made.bind(os.path.join(folder, f"private{_SUFFIX}"))
-    made.listen(4096)
-    made.setblocking(False)
+    try:
+        made.bind(path)
+        os.chmod(path, 0o600)
+        made.listen(4096)
+        made.setblocking(False)
+    except OSError:
+        made.close()
+        raise
     return made
 
 
 def forget_private(path: str | None) -> None:
-    """Remove the folder of :func:`listen_privately`, if ``path`` is in one."""
-    if path is not None and os.path.basename(path) == f"private{_SUFFIX}":
-        os.rmdir(os.path.dirname(path))
+    """Remove the socket of :func:`listen_privately`, if ``path`` is one's."""
+    if path is not None and os.path.basename(path).startswith(f"{_PRIVATE}-"):
+        from taskrun import places
+
+        places.release(path)

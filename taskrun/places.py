@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 _KEPT_FREE: Final = 1 / 16  # of the shared memory
+_SHORT: Final = 80  # bytes of a folder's path; there are 107 for that of a socket in it
 
 
 class Place(NamedTuple):
@@ -67,15 +68,18 @@ def own() -> Place:
     global _own
     pid = os.getpid()
     if _own is None or _own[0] != pid:
-        name = f"{pid}-{_start_of(pid)}-{_namespace()}"
-        folders = tuple(f"{root}/taskrun-{os.getuid()}-data/{name}" for root in _roots())
-        _own = pid, Place(folders, "c")
+        _own = pid, Place(tuple(map(_own_folder, _roots())), "c")
     return _own[1]
 
 
 def is_own_place(place: Place) -> bool:
     """Whether it is :func:`own`'s, which then has been asked for it; opens no file."""
     return _own == (os.getpid(), place)
+
+
+def _own_folder(root: str) -> str:
+    pid = os.getpid()
+    return f"{root}/taskrun-{os.getuid()}-data/{pid}-{_start_of(pid)}-{_namespace()}"
 
 
 def is_settled() -> bool:
@@ -167,8 +171,18 @@ def reserve(maker: str) -> str:
     """A new, empty file of this process; what begins with its path and a dash is removed with it.
 
     Raises OSError where there is no folder that is this user's alone."""
-    sweep_around(own())
-    *others, last = own().folders
+    return _reserved_in(own().folders, maker)
+
+
+def reserve_for_socket(maker: str) -> str:
+    """As :func:`reserve`, at a path that a socket may have, wherever TMPDIR is."""
+    folders = (*own().folders, _own_folder("/tmp"))
+    return _reserved_in(tuple(each for each in folders if len(os.fsencode(each)) < _SHORT), maker)
+
+
+def _reserved_in(folders: tuple[str, ...], maker: str) -> str:
+    sweep_around(Place(folders, maker))
+    *others, last = folders
     for folder in others:
         try:
             return _reserved(folder, maker)
@@ -184,10 +198,14 @@ def _reserved(folder: str, maker: str) -> str:
 
 
 def release(path: str) -> None:
-    """Remove what :func:`reserve` gave, and what begins with it."""
+    """Remove what :func:`reserve` gave, what begins with it, and the folder if that is all."""
     folder, name = os.path.split(path)
     remove_made(Place((folder,), name), but=())
     _unlink(path)
+    try:
+        os.rmdir(folder)
+    except OSError:
+        pass  # there is more in it
 
 
 def _created(folder: str, maker: str) -> tuple[int, str]:

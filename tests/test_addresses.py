@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transport_support import KEY
 
-from taskrun import addresses, connect
+from taskrun import addresses, connect, places
 from taskrun.cli.main import main
 from taskrun.errors import StateLost, UsageError
 
@@ -95,3 +95,27 @@ def test_the_next_run_removes_the_sockets_of_those_that_were_killed_and_no_other
             made.bind(str(folder / name))
     with addresses.listen_for_run():
         assert sorted(os.listdir(folder)) == sorted([*others, f"run-{here}.sock"])
+
+
+def test_a_private_socket_of_a_killed_process_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_own", None)
+    # Neither has room for a socket's path.
+    monkeypatch.setenv("TASKRUN_SHM", str(tmp_path / "no memory"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 80)))
+    code = """
+import os, signal
+from taskrun.addresses import listen_privately
+print(listen_privately().getsockname(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=30)
+    left = Path(os.fsdecode(killed.stdout.strip()))
+    assert left.is_socket() and len(str(left)) < 108
+    with addresses.listen_privately() as made:
+        path = Path(made.getsockname())
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert not left.parent.exists()
+    addresses.forget_private(str(path))
+    assert not path.parent.exists()

@@ -209,9 +209,7 @@ class Work:
         if self._socket is not None:
             self._reactor.remove_reader(self._socket.fileno())
             self._socket.close()
-            if self._socket_path is not None:
-                os.unlink(self._socket_path)
-                forget_private(self._socket_path)
+            forget_private(self._socket_path)
         if self._folder is not None:
             self._folder.remove()
 
