@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from interrupting import Broken, at_each_step, interrupted_at
@@ -225,26 +226,42 @@ def test_what_the_handler_of_any_signal_raises_costs_no_call(handled: list[int],
     assert handled == [number]
 
 
+class _Interrupted:
+    """A poller in which something comes, once, while the main thread waits there."""
+
+    def __init__(self, poller: Any, come: Callable[[], object]) -> None:
+        self._poller = poller
+        self._come: Callable[[], object] | None = come
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._poller, name)
+
+    def poll(self, timeout: float | None, most: int) -> Any:
+        come = self._come
+        if come is not None and threading.current_thread() is threading.main_thread():
+            self._come = None
+            come()
+        return self._poller.poll(timeout, most)
+
+
 def test_what_is_raised_in_who_waits_from_outside_costs_no_call(handled: list[int]) -> None:
-    main = threading.get_ident()
+    main = ctypes.c_ulong(threading.get_ident())
     handle(signal.SIGRTMIN, Raised)
 
-    def raise_here() -> None:
-        signal.pthread_kill(main, signal.SIGRTMIN)
+    def raise_by_signal() -> None:
+        signal.raise_signal(signal.SIGRTMIN)
 
-    def raise_there() -> None:
-        # It is told when the thread comes back to Python code: to end its waiting for that.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(Raised))
-        pool._driver.loop.nudge()
+    def raise_by_thread() -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(Raised))
 
     with forked() as pool:
-        for come in (raise_here, raise_there):
-            result = pool.apply_async(time.sleep, (0.3,))
-            timer = threading.Timer(0.05, come)
-            timer.start()
+        reactor = pool._driver.loop.reactor
+        poller = reactor._poller
+        for come in (raise_by_signal, raise_by_thread):
+            result = pool.apply_async(time.sleep, (0.1,))
+            reactor._poller = _Interrupted(poller, come)
             with pytest.raises(Raised):
                 result.get(SECONDS)
-            timer.join()
             assert result.get(SECONDS) is None
             assert pool.apply(abs, (-1,)) == 1
 
