@@ -349,6 +349,24 @@ def test_threads_that_get_one_result_at_once_get_the_same(
         found.clear()
 
 
+def test_threads_that_take_from_one_iterator_at_once_lose_nothing(pool: Pool) -> None:
+    found: list[int] = []
+    steps = 0
+    while True:
+        values = pool.imap(double, range(12), chunksize=3)
+        until(lambda values=values: len(values._came) == 4)
+
+        def take(values: Any = values) -> None:
+            found.append(values.next(SECONDS))
+
+        if not interrupted_at(steps, take, take):
+            break
+        assert sorted([*found, *values]) == [2 * x for x in range(12)]
+        found.clear()
+        steps += 1
+    assert steps > 10
+
+
 def test_an_interrupt_ends_a_trip_that_the_main_thread_waits_for(
     pool: Pool, gate: Callable[[], None]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing import TimeoutError
 from multiprocessing import pool as standard
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ class IMapIterator(Waitable, _Base):
         self._over = 0  # those that are not under way any more
         self._room = Flag()
         self._came: deque[Any] = deque()  # encoded values, and (error, True)
-        self._values: Iterator[Any] = iter(())  # the rest of a chunk
+        self._values: deque[Any] = deque()  # the rest of a chunk
         self._length: int | None = None
         self._given = 0
         self._ended = 0
@@ -83,9 +83,12 @@ class IMapIterator(Waitable, _Base):
 
     def next(self, timeout: float | None = None) -> Any:
         """The next value; raises what its call raised, StopIteration, or TimeoutError."""
-        for value in self._values:
-            return value
         while True:
+            if self._values:
+                try:
+                    return self._values.popleft()
+                except IndexError:  # another thread took it
+                    continue
             if not self._came:
                 if not self.settled() and not self._driver.loop.wait(self, timeout):
                     raise TimeoutError
@@ -107,9 +110,7 @@ class IMapIterator(Waitable, _Base):
                 raise value
             if not self._chunked:
                 return value
-            self._values = iter(value)
-            for item in self._values:
-                return item
+            self._values.extend(value)
 
     __next__ = next
 
