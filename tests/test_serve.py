@@ -119,6 +119,18 @@ def test_a_submitted_run_looks_and_ends_as_if_it_ran_here(site: Site) -> None:
     assert "9 calls in" in ended.err and "all ok" in ended.err
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_run_is_followed_to_its_end_where_its_output_can_go_nowhere(
+    site: Site, closed: str
+) -> None:
+    site.serve()
+    site.go_on()
+    program = ("sh", "-c", f'exec {TASKRUN} "$@" {closed}', "sh")
+    ended = site.submit("-k", program=program).end().check()
+    assert ("total | 28" in ended.out) == (closed == "2>&-")
+    assert ("all ok" in ended.err) == (closed == ">&-")
+
+
 def test_what_the_environment_says_for_runs_of_this_machine_keeps_none_from_a_server(
     site: Site, tmp_path: Path
 ) -> None:

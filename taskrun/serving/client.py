@@ -17,6 +17,7 @@ from taskrun.network.bundles import Bundle
 from taskrun.reactor import Reactor
 from taskrun.serving import talk
 from taskrun.signals import Signals
+from taskrun.telling import tell
 
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
@@ -116,6 +117,8 @@ class Following:
 
     def _write(self, stream: int, data: memoryview) -> None:
         file = sys.stdout if stream == talk.STDOUT else sys.stderr
+        if file is None:
+            return  # it was closed: >&-
         try:
             file.flush()
             file.buffer.write(data)
@@ -132,7 +135,7 @@ class Following:
             self._status = 0
 
     def _on_skipped(self, lines: int) -> None:
-        _tell(f"{lines:,} lines were written before those that are kept")
+        tell(f"{lines:,} lines were written before those that are kept")
 
     def _on_ended(self, status: int) -> None:
         self._status = status
@@ -164,7 +167,7 @@ class Following:
 
     def _leave(self, status: int) -> None:
         if self._run:
-            _tell(f"{self._run} goes on; taskrun attach {self._run} {self._shown} follows it")
+            tell(f"{self._run} goes on; taskrun attach {self._run} {self._shown} follows it")
         self._status = status
 
     def _cancel(self) -> None:
@@ -195,7 +198,3 @@ def follow(
         )  # fmt: skip
 
     return Following(reactor, dial, address, frames, detach=detach).run()
-
-
-def _tell(text: str) -> None:
-    print(f"taskrun: {text}", file=sys.stderr, flush=True)
