@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -18,6 +20,7 @@ from taskrun.network.channels import Offer
 from taskrun.network.conversation import JOIN, Conversation
 from taskrun.network.joining import Hosting, Refused, Welcome, answer_frame
 from taskrun.reactor import Reactor
+from taskrun.signals import Signals
 from taskrun.workers import host as module
 from taskrun.workers.host import Host
 from taskrun.workers.node import ROLE, Node
@@ -46,7 +49,13 @@ def take_in(*frames: bytes) -> Answer:
     return answer
 
 
-def serve(*answers: Answer) -> tuple[int | None, list[float]]:
+def no_part(run: str, offer: Offer) -> int:
+    raise AssertionError(f"there is no run {run}")
+
+
+def serve(
+    *answers: Answer, part: Callable[[str, Offer], int] = no_part
+) -> tuple[int | None, list[float]]:
     """Be a server that answers the first connection of a node by the first of these, and so on;
     gives how the node ended, and when each connection came."""
     reactor = Reactor()
@@ -65,7 +74,7 @@ def serve(*answers: Answer) -> tuple[int | None, list[float]]:
     def on_peer(peer: Any) -> None:
         hosting = Hosting("lab", "a session", True)
         joined.append(
-            Host(reactor, peer, hosting, Offer("lab", 1, {}), dial, no_part, lambda text: None)
+            Host(reactor, peer, hosting, Offer("lab", 1, {}), dial, part, lambda text: None)
         )
 
     dial(on_peer, pytest.fail)
@@ -75,10 +84,6 @@ def serve(*answers: Answer) -> tuple[int | None, list[float]]:
     finally:
         listener.close()
         reactor.close()
-
-
-def no_part(run: str, offer: Offer) -> int:
-    raise AssertionError(f"there is no run {run}")
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +123,30 @@ def test_what_a_server_says_at_once_is_taken_by_the_node_that_goes_on_there() ->
         give_up.cancel()
         listener.close()
         reactor.close()
+
+
+def test_a_supervisor_that_is_told_to_leave_as_it_is_started_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork = os.fork
+
+    def fork_and_tell() -> int:
+        if pid := fork():
+            os.kill(pid, signal.SIGTERM)
+        return pid
+
+    monkeypatch.setattr(os, "fork", fork_and_tell)
+    began = monotonic()
+    status, came = serve(hang_up, take_in(b'{"take": ["r1"]}', DRAIN), part=be_told)
+    assert status == 0 and len(came) == 2 and monotonic() - began < 8
+
+
+def be_told(run: str, offer: Offer) -> int:
+    """As a node, that has not been let in yet."""
+    reactor, told = Reactor(), list[int]()
+    with Signals(reactor, told.append):
+        reactor.run_until(lambda: bool(told), monotonic() + 10)
+    return 0 if told else 1
 
 
 @pytest.mark.parametrize("rubbish", [b"rubbish", b"[]", b'{"take": 3}', b"\xff", b"[" * 100_000])

@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from taskrun import sessions
 from taskrun.errors import MALFORMED, DialError, TaskrunError, WireError
 from taskrun.network.channels import Offer
 from taskrun.network.joining import Answer, Hello, Hosting, hello_frame, read_answer
 from taskrun.reactor import Reactor, Timer
-from taskrun.signals import Signals
+from taskrun.signals import NUMBERS, Signals
 from taskrun.telling import tell_traceback
 
 BEAT: Final = 1.0  # seconds
@@ -228,22 +228,29 @@ class Host:
 
     def _start(self, run: str) -> None:
         parent = os.getpid()
+        # One that came to the child before it has let go of our handlers would be lost.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
         try:
             pid = os.fork()
+            if pid == 0:
+                self._be(run, parent, before)
         except OSError as error:
             self._say(f"no process can be started for {run}: {error.strerror}")
             self._later(AGAIN, self._adjust)
             return
-        if pid == 0:
-            self._be(run, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._parts[run] = pid
 
-    def _be(self, run: str, parent: int) -> None:
+    def _be(self, run: str, parent: int, mask: Iterable[int]) -> NoReturn:
         """In the child: be the supervisor for this run, and end."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in (signal.SIGCHLD, *NUMBERS):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.setsid()
             sessions.die_with_parent(parent)
             status = self._take_part(run, self._offer._replace(name=self._hosting.name))
