@@ -35,6 +35,7 @@ from taskrun.failures import guarded
 from taskrun.model import Failure
 from taskrun.pool import Pool
 from taskrun.pooling.driver import Driver
+from taskrun.pooling.looping import FOREIGN
 from taskrun.pooling.remote import Submit, SubmitAny
 from taskrun.pooling.results import decoded, exception_of, raw_of, report
 
@@ -241,11 +242,14 @@ class Executor(ProcessPoolExecutor):
         return self.workers
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> CallFuture:
-        """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``."""
+        """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``, and in a
+        forked child of the process whose executor it is."""
         pool = self._pool
         if pool._state != "RUN":
             raise RuntimeError("cannot schedule new futures after shutdown")
         driver = pool._driver
+        if not driver.loop.is_here:
+            raise RuntimeError(FOREIGN)
         if driver.error is not None:
             raise _broken(driver.error)
         if driver.closing:

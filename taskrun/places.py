@@ -204,6 +204,7 @@ def release(path: str) -> None:
     _unlink(path)
     try:
         os.rmdir(folder)
+        os.rmdir(os.path.dirname(folder))
     except OSError:
         pass  # there is more in it
 

@@ -109,6 +109,8 @@ class Pool(standard.Pool):
     again so often.
     """
 
+    _state: Any = INIT  # where __init__ refuses its arguments, __del__ asks all the same
+
     def __init__(
         self,
         processes: int | None = None,
@@ -121,7 +123,6 @@ class Pool(standard.Pool):
         address: Any = None,
         authkey: bytes | str | os.PathLike[str] | None = None,
     ) -> None:
-        self._state = INIT
         if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
         if maxtasksperchild is not None and (

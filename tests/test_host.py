@@ -136,16 +136,17 @@ def test_a_supervisor_that_is_told_to_leave_as_it_is_started_does(
         return pid
 
     monkeypatch.setattr(os, "fork", fork_and_tell)
-    began = monotonic()
-    status, came = serve(hang_up, take_in(b'{"take": ["r1"]}', DRAIN), part=be_told)
-    assert status == 0 and len(came) == 2 and monotonic() - began < 8
+    for _ in range(3):  # the first fork of a process takes longer: then it may come in time
+        began = monotonic()
+        status, came = serve(hang_up, take_in(b'{"take": ["r1"]}', DRAIN), part=be_told)
+        assert status == 0 and len(came) == 2 and monotonic() - began < 4
 
 
 def be_told(run: str, offer: Offer) -> int:
     """As a node, that has not been let in yet."""
     reactor, told = Reactor(), list[int]()
     with Signals(reactor, told.append):
-        reactor.run_until(lambda: bool(told), monotonic() + 10)
+        reactor.run_until(lambda: bool(told), monotonic() + 5)
     return 0 if told else 1
 
 

@@ -245,3 +245,18 @@ def test_the_workers_can_be_ended_with_the_calls_they_are_in(
         assert isinstance(future.exception(SECONDS / 4), BrokenProcessPool)
     with pytest.raises(RuntimeError, match="after shutdown"):
         executor.submit(square, 3)
+
+
+def test_a_forked_child_cannot_submit(executor: Executor) -> None:
+    assert executor.submit(square, 3).result(SECONDS) == 9
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            executor.submit(square, 3)
+        except RuntimeError as error:
+            status = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert executor.submit(square, 4).result(SECONDS) == 16

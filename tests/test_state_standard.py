@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import os
 import queue
 import signal
@@ -22,6 +23,7 @@ from multiprocessing.managers import (
 from typing import Any
 
 import pytest
+import tblib.pickling_support
 from state_support import FORK, Live, live, own_runtime
 
 __all__ = ["live", "own_runtime"]
@@ -220,7 +222,13 @@ except ImportError:
 """
 
 
-def test_a_client_without_taskrun_is_told_what_is_wrong_by_builtin_exceptions(live: Live) -> None:
+def test_a_client_without_taskrun_is_told_what_is_wrong_by_builtin_exceptions(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where dask has been imported: with its traceback, which nobody reads without tblib.
+    monkeypatch.setitem(
+        copyreg.dispatch_table, RuntimeError, tblib.pickling_support.pickle_exception
+    )
     ours = live.connect()
     ours.dict("d")["a"] = 1
     ours.semaphore("t", 2).acquire()

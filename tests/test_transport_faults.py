@@ -101,17 +101,25 @@ def relay(one: socket.socket, other: socket.socket, seen: bytearray) -> None:
 
 
 def test_one_in_the_middle_who_ends_tls_is_refused_by_both_sides() -> None:
-    seen = bytearray()
-    with closing(Meeting(TLS)) as meeting:
+    # Two threads use one TLS connection there, which breaks it now and then: then once more.
+    for _ in range(10):
+        seen = bytearray()
+        with closing(Meeting(TLS)) as meeting:
 
-        def serve(accepted: socket.socket) -> None:
-            context = for_listening(NO_FILES).context
-            with context.wrap_socket(accepted, server_side=True) as inner:
-                relay(inner, secured(meeting.address), seen)
+            def serve(
+                accepted: socket.socket, meeting: Meeting = meeting, seen: bytearray = seen
+            ) -> None:
+                context = for_listening(NO_FILES).context
+                with context.wrap_socket(accepted, server_side=True) as inner:
+                    relay(inner, secured(meeting.address), seen)
 
-        with serving(serve) as address:
-            meeting.dial_at(Tls(*address))
-            meeting.until(lambda: meeting.there.failures and meeting.here.notices)
+            with serving(serve) as address:
+                meeting.dial_at(Tls(*address))
+                meeting.until(lambda meeting=meeting: meeting.there.failures)
+                if "before it had proved its key" in str(meeting.there.failures[0]):
+                    continue
+                meeting.until(lambda meeting=meeting: meeting.here.notices)
+        break
     assert "authkey" in str(meeting.there.failures[0])
     assert "does not have the authkey" in meeting.here.notices[0]
     assert meeting.here.peers == [] and meeting.there.peers == []

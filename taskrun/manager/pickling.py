@@ -160,6 +160,9 @@ class _Dumper(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, self._proxy_class):
             self.proxies.append(value)
+        elif isinstance(value, BaseException) and type(value).__module__ == "builtins":
+            # Not as a library may have it registered, with what the client may not have: tblib.
+            return value.__reduce_ex__(PROTOCOL)
         return NotImplemented
 
 

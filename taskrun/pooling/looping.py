@@ -36,7 +36,7 @@ from taskrun.flag import Flag
 from taskrun.hunch import Hunch
 from taskrun.reactor import Reactor
 
-FOREIGN: Final = "this Pool belongs to the process that this one was forked from"
+FOREIGN: Final = "this pool belongs to the process that this one was forked from"
 AMID: Final = (
     "the pool cannot be waited for in the middle of its own work "
     "(in a __del__, where the garbage collector has called it there)"
