@@ -21,7 +21,7 @@ from concurrent.futures.process import (
 from functools import partial
 from typing import Any
 
-from taskrun.calls import RUNNING
+from taskrun.calls import FINAL, RUNNING
 from taskrun.errors import (
     ArgumentError,
     CallCancelled,
@@ -110,7 +110,8 @@ class CallFuture(concurrent.futures.Future[Any]):
         if driver is None or job is None or job.call is None:
             return super().running()
         call = driver._core.find(job.call)
-        return call is None or call.state is RUNNING  # None: it has just ended
+        # Or it has just ended, which is told in a moment: nobody sees anything in between.
+        return call is None or call.state is RUNNING or call.state in FINAL
 
     def __repr__(self) -> str:
         shown = super().__repr__()

@@ -267,9 +267,11 @@ with Pool(1, context=context) as pool:
 """
 
 
-def test_a_process_without_descriptors_has_large_arguments_travel() -> None:
+def test_a_process_without_descriptors_has_large_arguments_travel(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_DESCRIPTORS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     assert (done.stdout, done.stderr) == ("[1000000, 1000000, 2000000]\n", "")
 
 

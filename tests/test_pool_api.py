@@ -266,9 +266,13 @@ pool.terminate()
 """
 
 
-def test_a_function_that_was_defined_again_since_a_fork_is_called_as_it_is_now() -> None:
+def test_a_function_that_was_defined_again_since_a_fork_is_called_as_it_is_now(
+    tmp_path: Path,
+) -> None:
     command = [sys.executable, "-c", AGAIN]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
