@@ -66,7 +66,9 @@ def dask_get(
     if pool is None and isinstance(found := config.get("pool", None), Executor | Pool):
         pool = found  # one of others is for dask's own schedulers
     if isinstance(pool, Pool):
-        return _get(MultiprocessingPoolExecutor(pool), dsk, keys, options)
+        executor = MultiprocessingPoolExecutor(pool)
+        executor._max_workers = max(1, pool._processes)  # not how many there are just now
+        return _get(executor, dsk, keys, options)
     if pool is not None:
         return _get(pool, dsk, keys, options)
     workers = num_workers or config.get("num_workers", None) or cores_here()

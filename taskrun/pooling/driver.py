@@ -44,12 +44,17 @@ GRACE: Final = 0.5  # seconds between interrupt, TERM and KILL of a call that is
 
 
 class _Started(Waitable):
-    def __init__(self, engine: PoolWorkers) -> None:
+    """``at_all``: whether there are to be any."""
+
+    def __init__(self, engine: PoolWorkers, at_all: bool) -> None:
         super().__init__()
         self._engine = engine
+        self._at_all = at_all
 
     def settled(self) -> bool:
-        return self._engine.settled
+        # Asked while the loop goes on: in a moment in which none is about to start, perhaps none
+        # is there yet.
+        return self._engine.settled and bool(self._engine.started() or not self._at_all)
 
 
 class Driver:
@@ -263,7 +268,7 @@ class Driver:
 
     def await_start(self) -> None:
         """Wait until the workers that are wanted have started; not in a forked process."""
-        started = _Started(self._engine)
+        started = _Started(self._engine, at_all=not self._starter.lent and self.error is None)
         deadline = monotonic() + START_SECONDS
         while self.loop.is_here and not (started.settled() or self.loop.over):
             if monotonic() >= deadline:
