@@ -307,6 +307,10 @@ class Run:
         names, name = self._names, self._name
         state = self._state
 
+        def calls_added(command: m.CallsAdded) -> None:
+            observer.calls_added(command.calls)
+            observer.calls_to_come(command.to_come)
+
         def attempt_ended(command: m.AttemptEnded) -> None:
             if state.is_used:
                 state.attempt_ended(command.call.id, command.attempt)
@@ -333,7 +337,7 @@ class Run:
             m.Reclaim: engine,
             m.Interrupt: engine,
             m.Deliver: engine,
-            m.CallsAdded: lambda command: observer.calls_added(command.calls),
+            m.CallsAdded: calls_added,
             m.AttemptEnded: attempt_ended,
             m.CallEnded: call_ended,
             m.Succeeded: succeeded,

@@ -26,6 +26,7 @@ import mmap
 import os
 import pickle
 import struct
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from taskrun.errors import WireError
@@ -37,7 +38,7 @@ STREAMS: Final = ("stdout", "stderr")
 # are one piece, which is sent as one frame.
 _EXECUTING: Final = 0
 _LENGTH: Final = 1
-_READS: Final = 2  # and 3: of the worker's stdout and stderr
+_TAKEN: Final = 2  # and 3: of the worker's stdout and stderr
 _GENERATION: Final = 7
 _FRAME: Final = _GENERATION * 8
 _DATA: Final = _FRAME + 8
@@ -122,14 +123,13 @@ class Ledger:
         """How many frames were sent."""
         return self._words[_GENERATION]
 
-    def reads(self, stream: int) -> int:
-        """How often the coordinator has read it; see :meth:`reading`."""
-        return self._words[_READS + stream]
+    def taken(self, stream: int) -> int:
+        """What the coordinator has read of it; see :meth:`reading`."""
+        return self._words[_TAKEN + stream]
 
-    def reads_are(self, reads: list[int]) -> bool:
-        """Whether that is how often each stream was read."""
-        words = self._words
-        return words[_READS] == reads[0] and words[_READS + 1] == reads[1]
+    def has_taken(self, words: Sequence[int]) -> bool:
+        """Whether that is what it has read of each stream."""
+        return self._words[_TAKEN] == words[0] and self._words[_TAKEN + 1] == words[1]
 
     # -- the coordinator's side -------------------------------------------------------
 
@@ -147,15 +147,15 @@ class Ledger:
     def reading(self, stream: int) -> None:
         """Say that the worker's output is about to be read.
 
-        The lowest bit of a stream's word says that a read is under way, the rest counts
-        the reads that took something without an end mark behind it.  So a worker that
-        finds its output Pipe empty and this word as it was knows that nothing was written.
+        The lowest bit of a stream's word says that a read is under way, the rest counts the
+        bytes that were taken.  With those that are in the Pipe, where the word is the same
+        before and after these are counted, that is all that was ever written.
         """
-        self._words[_READS + stream] |= 1
+        self._words[_TAKEN + stream] |= 1
 
-    def have_read(self, stream: int, *, unmarked: bool) -> None:
-        """The read is over; ``unmarked``: what it took does not end with an end mark."""
-        self._words[_READS + stream] += 1 if unmarked else -1
+    def have_read(self, stream: int, count: int) -> None:
+        """The read is over; so many bytes were taken."""
+        self._words[_TAKEN + stream] += 2 * count - 1
 
     def copy(self) -> tuple[int, bytes] | None:
         """The generation and the data now; None where the worker sent them meanwhile."""

@@ -419,9 +419,10 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class CallsAdded:
-    """For observers: new calls are part of the run."""
+    """For observers: new calls are part of the run, and ``to_come`` more are known of."""
 
     calls: list[Any]
+    to_come: int
 
 
 class ItemsEnded(NamedTuple):

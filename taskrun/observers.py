@@ -27,6 +27,9 @@ class Observer:
     def calls_added(self, calls: Sequence[Any]) -> None:
         """Calls became part of the run."""
 
+    def calls_to_come(self, count: int) -> None:
+        """So many calls are known of, beside those that are part of the run."""
+
     def call_began(self, call: Any, attempt: int, worker: str, wall: float) -> None:
         """An attempt is known to execute (small batched calls are not announced one by one)."""
 

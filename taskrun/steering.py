@@ -149,6 +149,8 @@ class Steering:
                 counts["running"] += 1
             elif state is READY:
                 counts["ready"] += 1
+        for family, growth in self._core.graph.growing.items():
+            tasks[family.name]["total"] += growth.end - growth.next
         took = time.monotonic() - now
         self._counted = (now, now + RARELY * took, list(tasks.values()))
         return self._counted[2]

@@ -47,6 +47,7 @@ PROTOCOL = pickle.HIGHEST_PROTOCOL
 SHORT = 256  # characters of a str that travels as itself
 
 _PLAIN = frozenset((type(None), bool, float))
+_SIMPLE = frozenset((*_PLAIN, int, str))  # where they come encoded, they are themselves
 _INT_MAX = 1 << 63  # a bigger int costs whoever merely passes it on
 _MAIN = b"__main__"
 
@@ -98,7 +99,20 @@ def encode_items(obj: Any) -> list[Held]:
             f"each() needs the items of a result, and this one, of type {class_name(type(obj))}, "
             "has none: return a list or another iterable"
         ) from error
+    if type(obj) is list and _are_plain(obj):
+        return [(item, ()) for item in items]
     return [encode(item) for item in items]
+
+
+def _are_plain(items: list[Any]) -> bool:
+    """Whether all of them surely travel as themselves: asked at once, since they are often
+    very many."""
+    kinds = set(map(type, items))
+    if kinds == {int}:
+        return -_INT_MAX <= min(items) and max(items) < _INT_MAX
+    if kinds == {str}:
+        return max(map(len, items)) <= SHORT
+    return kinds <= _PLAIN
 
 
 def decode(encoded: Encoded) -> Any:
@@ -117,6 +131,8 @@ def decode(encoded: Encoded) -> Any:
     if kind is tuple:
         return _loads(*encoded)
     if kind is list:
+        if _SIMPLE.issuperset(map(type, encoded)):
+            return encoded[:]
         return [decode(item) for item in encoded]
     if kind is Failure:
         return decode_failure(encoded)

@@ -358,7 +358,8 @@ class Simulation:
 
     ``latency`` is the most seconds that a message takes; ``flushes`` how likely a worker
     sends what it has after each call of a batch; ``start`` how long a worker takes to
-    start.  ``audit=False`` leaves out the checks after every event.
+    start.  ``audit=False`` leaves out the checks after every event.  ``slice``: how many
+    calls of a fan-out are made at a time.
     """
 
     def __init__(
@@ -372,6 +373,7 @@ class Simulation:
         start: float = 0.01,
         audit: bool = True,
         slots: int = 2,
+        slice: int | None = None,
         **options: Any,
     ) -> None:
         self.random = random.Random(seed)
@@ -392,6 +394,8 @@ class Simulation:
         self._channels: dict[tuple[int, str], float] = {}
         plan = Plan(tuple(in_order(tasks)), frozenset())
         self.scheduler = Scheduler(plan, slots=slots, recipe_ids=self.recipes, seed=seed, **options)
+        if slice is not None:
+            self.scheduler.graph.slice = slice
         self.auditor = Auditor(self.scheduler, every_event=audit)
 
     # -- what tests ask ---------------------------------------------------------------

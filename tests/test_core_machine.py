@@ -82,6 +82,7 @@ class World:
             "limit_keys": lambda call: tuple(
                 [bound.keyed and call.id % 3 for bound in call.recipe.limits]
             ),
+            "slice": chance.choice((1, 2, 10, None)),
         }
         return Simulation(self.static, does, **{**how, **options})
 

@@ -23,11 +23,18 @@ from scripts import (
 from simulation import Simulation
 
 from taskrun.api import each, result
+from taskrun.core import graph
 from taskrun.errors import RunError
-from taskrun.messages import STOPS
+from taskrun.messages import STOPS, CallsAdded
 from taskrun.model import Failure, Task
 
 FAILS: Script = (Run(0.01), Error())
+
+
+@pytest.fixture(params=[1, 2, graph.SLICE], autouse=True)
+def a_slice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls of a fan-out are made at a time."""
+    monkeypatch.setattr(graph, "SLICE", request.param)
 
 
 def items(*values: Any) -> Script:
@@ -204,6 +211,20 @@ def test_the_result_of_a_product_is_in_item_order_whatever_ended_first() -> None
     does = {"rows": items(1, 2), "cell": by_index({(0, 0): (Run(4.0),)})}
     sim = run([total], does, slots=4)
     assert sim.got("total") == (["cell[0,0]", "cell[0,1]", "cell[1,0]", "cell[1,1]"],)
+
+
+def test_a_large_fan_out_begins_before_all_of_its_calls_are_made() -> None:
+    step = graph.SLICE
+    square = a_task("square", {"x": each(list(range(3 * step + 1)))})
+    twice = a_task("twice", {"x": each(square)})
+    sim = Simulation([square, twice], start=0.0)
+    sim.begin()
+    assert [len(sim.calls("square")), len(sim.calls("twice"))] == [step, step]
+    (added,) = sim.of(CallsAdded)
+    assert len(added.calls) == 2 * step and added.to_come == 2 * (2 * step + 1)
+    sim.run()
+    assert sim.states("twice") == ["ok"] * (3 * step + 1)
+    assert sim.of(CallsAdded)[-1].to_come == 0
 
 
 def test_many_expansions_can_wait_for_one_call() -> None:

@@ -25,7 +25,7 @@ from taskrun.ledger import Ledger, shared_file
 from taskrun.model import Failure, Task
 from taskrun.reactor import Reactor
 from taskrun.values import decode, dumps_arguments, encode, encode_failure
-from taskrun.workers.capture import MARK_BYTES, mark
+from taskrun.workers.capture import MARK_BYTES, Written, mark
 from taskrun.workers.execute import Executor, Running
 from taskrun.workers.recipes import Home, missing_arguments
 from taskrun.workers.scope import WorkerContext
@@ -494,13 +494,13 @@ class Scribe:
         self.theirs, self.ours = Ledger(fd), Ledger(fd)
         os.close(fd)
         self.reader, self.writer = os.pipe()
+        self.other = os.pipe()  # nothing is written to stderr
         os.set_blocking(self.reader, False)
         self.token = os.urandom(8).hex().encode()
         self.got: dict[Any, bytes] = defaultdict(bytes)
         self.stream = Stream(self.reader, 0, self.token, self.ours, self._emit)
         self.dice = dice
-        self.seen = 0
-        self.room = 0
+        self.written = Written(self.theirs, (self.writer, self.other[1]))
 
     def _emit(self, to: Any, name: str, data: bytes) -> None:
         assert name == "stdout" and data
@@ -510,28 +510,25 @@ class Scribe:
         os.write(self.writer, data)
         self.maybe_read()
 
+    def mark(self, call: int, attempt: int) -> None:
+        data = mark(self.token, call, attempt, ended=True)
+        os.write(self.other[1], data)
+        os.write(self.writer, data)
+
     def maybe_read(self) -> None:
         if self.dice.random() < 0.4:
             self.stream.read()
 
     def touched(self) -> bool:
-        import array
-        import fcntl
-        import termios
-
-        count = array.array("i", [0])
-        fcntl.ioctl(self.reader, termios.FIONREAD, count)
-        self.maybe_read()
-        reads = self.theirs.reads(0)
-        found = bool(count[0]) or reads != self.seen
-        self.seen = reads & ~1
-        return found
+        if self.dice.random() < 0.5:
+            self.maybe_read()
+        return self.written.has_grown()
 
     def close(self) -> None:
         self.theirs.close()
         self.ours.close()
-        os.close(self.reader)
-        os.close(self.writer)
+        for fd in (self.reader, self.writer, *self.other):
+            os.close(fd)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -549,7 +546,8 @@ def test_every_byte_is_attributed_to_its_call_whenever_the_pipe_is_read(seed: in
             scribe.write(data)
             expected[call, attempt] += data
         if scribe.touched():
-            scribe.write(mark(scribe.token, call, attempt, ended=True))
+            scribe.mark(call, attempt)
+            scribe.maybe_read()
             if dice.random() < 0.5:
                 scribe.stream.read_to_mark((call, attempt))
                 assert scribe.got[call, attempt] == expected[call, attempt]
@@ -568,11 +566,22 @@ def test_a_call_whose_output_was_not_touched_needs_no_mark() -> None:
     os.write(scribe.writer, b"something")
     scribe.stream.read()
     assert scribe.touched()
-    os.write(scribe.writer, mark(scribe.token, 1, 1, ended=True))
+    scribe.mark(1, 1)
+    assert not scribe.touched()  # though nobody has read the mark yet
     scribe.stream.read()
-    for _ in range(5):
-        assert not scribe.touched() or scribe.stream.read()
     assert not scribe.touched()
+    scribe.close()
+
+
+def test_what_is_written_behind_a_mark_is_noticed_however_much_was_taken_meanwhile() -> None:
+    scribe = Scribe(random.Random(0))
+    scribe.theirs.begin(1, 1)
+    os.write(scribe.writer, b"x" * MARK_BYTES)
+    assert scribe.touched()
+    scribe.mark(1, 1)
+    scribe.stream.read()
+    os.write(scribe.writer, b"y" * MARK_BYTES)  # as much as there was behind the last
+    assert scribe.touched()
     scribe.close()
 
 
@@ -588,8 +597,8 @@ def test_a_call_that_begins_and_ends_during_a_read_is_not_overlooked(around: Any
         scribe.theirs.begin(2, 1)
         os.write(scribe.writer, b"quick")
         data = read()
-        assert scribe.theirs.reads(0) & 1  # it sees that a read is under way, and marks
-        os.write(scribe.writer, mark(scribe.token, 2, 1, ended=True))
+        assert scribe.theirs.taken(0) & 1  # it sees that a read is under way, and marks
+        scribe.mark(2, 1)
         scribe.theirs.begin(*around, 1) if around else scribe.theirs.end()
         return data
 

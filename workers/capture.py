@@ -2,9 +2,9 @@
 
 Both are Pipes that only the coordinator reads.  At the end of a call the worker writes a
 mark into them, so that the coordinator knows whose the bytes before it are, but only where
-the call may have written anything.  That is known for certain without a mark: the Pipe is
-empty now, and the coordinator has taken nothing out of it since the last call ended (see
-``Ledger.reading``).
+the call may have written anything.  That is known for certain without a mark: what is in the
+Pipe and what the coordinator has taken out of it (see ``Ledger.reading``) is as much as there
+was behind the last mark.
 """
 
 from __future__ import annotations
@@ -40,6 +40,41 @@ def unpack_mark(data: bytes, start: int) -> tuple[int, int, bool]:
     return call, attempt, ended
 
 
+class Written:
+    """How much was ever written into the two Pipes; asked after every call."""
+
+    def __init__(self, ledger: Ledger, pipes: tuple[int, int]) -> None:
+        self._ledger = ledger
+        self._pipes = pipes
+        self._count = array.array("i", [0])
+        self._totals: list[int] = [0, 0]  # of each with the last mark, in bytes; below 0: not known
+        self._words = [0, 0]  # of the ledger, when the coordinator has taken all that
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the coordinator has taken as much as there is known to be.  Where both Pipes
+        were empty before this is asked, nothing else was written."""
+        return self._ledger.has_taken(self._words)
+
+    def has_grown(self) -> bool:
+        """Whether anything may have been written since this was asked last, but for marks: then
+        one is to be written now."""
+        totals = [self._total(stream, pipe) for stream, pipe in enumerate(self._pipes)]
+        if totals == self._totals and min(totals) >= 0:
+            return False
+        self._totals = [total + MARK_BYTES if total >= 0 else total for total in totals]
+        self._words = [2 * total for total in self._totals]
+        return True
+
+    def _total(self, stream: int, pipe: int) -> int:
+        """All bytes so far; -1: that cannot be told, since the coordinator is reading."""
+        before = self._ledger.taken(stream)
+        fcntl.ioctl(pipe, termios.FIONREAD, self._count)
+        if before & 1 or self._ledger.taken(stream) != before:
+            return -1
+        return (before >> 1) + self._count[0]
+
+
 class Capture:
     """The worker's side of its two output Pipes."""
 
@@ -53,8 +88,7 @@ class Capture:
         self._own = _claim(pipes)
         self._streams = [_text_stream(fd, name) for fd, name in enumerate(STREAMS, 1)]
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
-        self._count = array.array("i", [0])
-        self._reads = [0, 0]  # of each, when it was looked at last
+        self._written = Written(ledger, pipes)
         self._readers = [fd for fd in map(_reading_end, pipes) if fd is not None]
         # Their readiness is asked for after every call, which costs less here than in a poll.
         self._poller = getattr(select, "epoll", select.poll)()
@@ -82,8 +116,9 @@ class Capture:
             self._look()
             self._recover_streams()
         self._look()
-        silent = not self._unread(0) and self._ledger.reads_are(self._reads)
-        if (silent and self._readers) or not self._touched():
+        if not self._unread(0) and self._readers and self._written.is_taken:
+            return False
+        if not self._written.has_grown():
             return False
         data = mark(self._token, call, attempt, ended)
         for pipe in self._pipes:
@@ -110,19 +145,6 @@ class Capture:
         except OSError:
             pass  # it was closed
         self._restore_descriptors()
-
-    def _touched(self) -> bool:
-        """Whether anything may have been written since this was asked last."""
-        count, touched = self._count, False
-        for stream, pipe in enumerate(self._pipes):
-            fcntl.ioctl(pipe, termios.FIONREAD, count)
-            # Only now the coordinator's word: what it took before the Pipe was found empty
-            # shows there.
-            reads = self._ledger.reads(stream)
-            if count[0] or reads != self._reads[stream]:
-                touched = True
-                self._reads[stream] = reads & ~1
-        return touched
 
     def _restore_descriptors(self) -> None:
         for fd, pipe in enumerate(self._pipes, 1):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from taskrun import calls as state
 from taskrun.calls import FINAL, OK, WAITING, Call
@@ -29,6 +29,8 @@ from taskrun.messages import DROP_VALUE, SAY_BEGAN, STOPS, WANT_ITEMS
 from taskrun.model import Each, Encoded, Plan, Recipe, Result, Task
 from taskrun.recipes import make_recipe
 from taskrun.values import encode
+
+SLICE: Final = 1024  # calls of a fan-out that are made at a time
 
 Index = tuple[int, ...]
 
@@ -57,12 +59,24 @@ class Expansion:
         self.done = done
 
 
+class Growth:
+    """The positions of a fan-out whose calls are still to be made."""
+
+    __slots__ = ("end", "next")
+
+    def __init__(self, next: int, end: int) -> None:
+        self.next = next
+        self.end = end
+
+
 class Family:
     """The calls of one task.
 
     ``open`` counts calls that have not ended and expansions that still wait; at zero the
     family is closed.  ``holds`` counts consumers that may yet create calls, ``users`` live
     calls that take the whole family: while either is there, values are kept.
+    ``lenders``: where its calls take nothing but literals and items of single calls, whose
+    those are; else None.
     """
 
     __slots__ = (
@@ -74,6 +88,7 @@ class Family:
         "consumers",
         "first_bad",
         "holds",
+        "lenders",
         "name",
         "open",
         "order",
@@ -96,6 +111,7 @@ class Family:
         self.axes: tuple[Axis, ...] = ()
         self.places: dict[object, int] = {}  # axis key -> position in an index
         self.wires: tuple[Wire, ...] = ()
+        self.lenders: tuple[Family, ...] | None = None
         self.after: list[Family] = []
         self.sources: list[Family] = []  # those whose values, or their items, it takes
         self.consumers: list[tuple[Family, bool]] = []  # and whether they take failures
@@ -113,20 +129,10 @@ class Family:
     def free_of(self, end: int) -> list[Call] | None:
         """Where its calls before position ``end`` need nothing but items that are there: the
         calls whose items those are; else None."""
-        if self.after:
+        if self.after or self.lenders is None:
             return None
-        used = []
-        for wire in self.wires:
-            if type(wire) is CallWire:
-                if wire.item is None or wire.positions:
-                    return None
-                source = wire.source.calls[0]
-                if not wire.has_come(source, end - 1):
-                    return None
-                used.append(source)
-            elif type(wire) is not LiteralWire:
-                return None
-        return used
+        used = [source.calls[0] for source in self.lenders]
+        return used if all(len(call.items or ()) >= end for call in used) else None
 
     @property
     def single(self) -> bool:
@@ -207,10 +213,11 @@ class CallWire(Wire):
 
     def fetch(self, index: Any) -> Encoded:
         call = self.call(index)
-        if self.item is not None and call.items is not None:
+        items = call.items
+        if self.item is not None and items is not None:
             place = index[self.item] if type(index) is tuple else index
-            if place < len(call.items):
-                return call.items[place]
+            if place < len(items):
+                return items[place]
         if call.state != OK:
             return call.ended_as()  # only for always= tasks
         return call.value
@@ -284,6 +291,8 @@ class Graph:
         self.ready: list[Call] = []
         self.doomed: list[tuple[Call, Call]] = []
         self.created: list[Call] = []
+        self.slice = SLICE
+        self.growing: dict[Family, Growth] = {}  # fan-outs whose calls are not all made
         self.families: dict[str, Family] = {}
         self._triggered: list[tuple[int, int, Family, Index, int]] = []
         self._ticket = 0
@@ -317,6 +326,7 @@ class Graph:
             if (wire := self._wire(name, source, family)) is not None
         ]
         family.wires = tuple(wires)
+        family.lenders = _lenders(wires)
         family.after = [self.families[other.name] for other in task.options.after]
         for wire in wires:
             if isinstance(wire, CallWire | WholeWire):
@@ -431,18 +441,49 @@ class Graph:
             self._placeholder(family, prefix, source)
 
     def _expand_items(self, family: Family, prefix: Index, first: int, end: int) -> None:
-        if len(family.axes) == 1:
-            used = family.free_of(end)
-            if used is not None:
-                for call in used:
-                    call.users += end - first
-                self._create_free(family, range(first, end))
-                return
+        if len(family.axes) > 1:
+            self.grow_up()  # what is looked up has to be there
+            for position in range(first, end):
+                self._expand(family, (*prefix, position))
+        elif family in self.growing:
+            self.growing[family].end = end
+        elif end - first <= self.slice:
+            self._create_all(family, first, end)
+        else:
+            self._create_all(family, first, first + self.slice)
+            self.growing[family] = Growth(first + self.slice, end)
+            family.pending += 1
+            family.open += 1
+
+    def _create_all(self, family: Family, first: int, end: int) -> None:
+        used = family.free_of(end)
+        if used is None:
             for position in range(first, end):
                 self._create(family, position)
             return
-        for position in range(first, end):
-            self._expand(family, (*prefix, position))
+        for call in used:
+            call.users += end - first
+        self._create_free(family, range(first, end))
+
+    def grow(self) -> None:
+        """Make some more of the calls of large fan-outs.  Those that share an axis grow in
+        step, so that what a call looks up is there already."""
+        for family, growth in list(self.growing.items()):
+            first, growth.next = growth.next, min(growth.next + self.slice, growth.end)
+            self._create_all(family, first, growth.next)
+            if growth.next == growth.end:
+                del self.growing[family]
+                self._expanded(family)
+
+    def grow_up(self) -> None:
+        """Make all calls that are to come."""
+        while self.growing:
+            self.grow()
+
+    @property
+    def to_come(self) -> int:
+        """How many calls are known of that are not made yet."""
+        return sum(growth.end - growth.next for growth in self.growing.values())
 
     def streamed(self, call: Call) -> None:
         """More items of a running generator are there."""
@@ -492,6 +533,7 @@ class Graph:
             self.ready.append(call)
 
     def _placeholder(self, family: Family, prefix: Index, source: Call) -> None:
+        self.grow_up()  # behind all others
         call = self._add(family, prefix)
         call.needs = -1  # never ready: it stands for calls that nobody can count
         self.doomed.append((call, source))
@@ -546,16 +588,14 @@ class Graph:
         """These calls succeeded; see :meth:`ended`."""
         for call in calls:
             family = call.family
-            if (
-                family is None
-                or family.sources
-                or call.dependants is not None
-                or call.expansions is not None
-            ):
+            lenders = None if family is None else family.lenders
+            if lenders is None or call.dependants is not None or call.expansions is not None:
                 self.ended(call)
                 continue
             if not (call.users or family.holds or family.users):
                 call.value = None
+            for source in lenders:
+                self.release(source.calls[0])
             family.open -= 1
             if not family.open:
                 self._close(family)
@@ -613,6 +653,16 @@ class Graph:
         """One who may ask for ``call``'s value is gone."""
         call.users -= 1
         self._free(call)
+
+
+def _lenders(wires: Iterable[Wire]) -> tuple[Family, ...] | None:
+    lenders = []
+    for wire in wires:
+        if type(wire) is CallWire and wire.item is not None and not wire.positions:
+            lenders.append(wire.source)
+        elif type(wire) is not LiteralWire:
+            return None
+    return tuple(lenders)
 
 
 def _takes_items(source: Each, of: Family) -> bool:

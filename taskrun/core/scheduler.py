@@ -107,11 +107,18 @@ class Scheduler(Bunches):
             self._follow()
         while not self.over and not self._schedule():
             self._follow()
-        if not self.over and not self._live and not self._feeding:
+        if not (self.over or self._live or self._feeding or self.graph.growing):
             self._finish()
+        if self.graph.growing and not self._grows:
+            self._grows = True
+            self._timers.at(self._now, self._grow)  # next, but others have their turn before
         out = self._out[:]
         self._out.clear()
         return out
+
+    def _grow(self) -> None:
+        self._grows = False
+        self.graph.grow()
 
     def _schedule(self) -> bool:
         """Assign what can be assigned; False where a call cannot start, and was failed."""
@@ -357,6 +364,8 @@ class Scheduler(Bunches):
     def on_give_up(self, event: m.GiveUp) -> None:
         self.status = 3
         self.stopping = event.reason
+        self.graph.grow_up()
+        self._announce()
         self._finish()
 
     def on_tick(self, event: m.Tick) -> None:

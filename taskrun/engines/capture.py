@@ -61,10 +61,9 @@ class Stream:
         before = self._ledger.moment
         self._ledger.reading(self._number)
         data = self._read()
+        self._ledger.have_read(self._number, len(data))
         if data:
             self._take(data)
-        unmarked = bool(data and (self._partial or self._held or self._owner))
-        self._ledger.have_read(self._number, unmarked=unmarked)
         if self._held:
             self._decide(before, len(data), empty=len(data) < READ_SIZE)
         return bool(data)

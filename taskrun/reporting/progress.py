@@ -149,7 +149,7 @@ class Progress(Observer):
         self._terminal = terminal
         self._now = now
         self._count_running = running
-        self._total = self._done = self._failed = 0
+        self._added = self._to_come = self._done = self._failed = 0
         self._running: dict[int, tuple[float, Any]] = {}
         self._fractions: dict[int, float] = {}
         self._next_line = NEVER
@@ -162,7 +162,11 @@ class Progress(Observer):
         self._start(self._now())
 
     def calls_added(self, calls: Sequence[Any]) -> None:
-        self._total += len(calls)
+        self._added += len(calls)
+        self._plan_line()
+
+    def calls_to_come(self, count: int) -> None:
+        self._to_come = count
         self._plan_line()
 
     def call_began(self, call: Any, attempt: int, worker: str, wall: float) -> None:
@@ -213,6 +217,10 @@ class Progress(Observer):
         elif now - self._shown >= HEARTBEAT and self._total:
             names = self._longest(now)
             self._line(now, f" | {', '.join(names)}" if names else "")
+
+    @property
+    def _total(self) -> int:
+        return self._added + self._to_come
 
     def snapshot(self, now: float) -> Snapshot:
         running = self._count_running() if self._count_running else len(self._running)
