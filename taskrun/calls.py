@@ -45,9 +45,9 @@ class Call:
         "children",  # {key: Call} submitted by this one, until it ends
         "dependants",  # calls that take this one's value
         "ending",  # why the running attempt was interrupted: "timeout", "cancelled", or None
-        "expansions",  # the graph.Expansions that wait for this call's items
+        "expansions",  # the families.Expansions that wait for this call's items
         "failure",  # the last attempt's Failure
-        "family",  # the graph.Family of a static call; None: submitted
+        "family",  # the families.Family of a static call; None: submitted
         "generation",  # the attempt of the parent that last asked for this child
         "id",
         "index",

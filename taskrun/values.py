@@ -109,7 +109,7 @@ def _are_plain(items: list[Any]) -> bool:
     very many."""
     kinds = set(map(type, items))
     if kinds == {int}:
-        return -_INT_MAX <= min(items) and max(items) < _INT_MAX
+        return bool(min(items) >= -_INT_MAX and max(items) < _INT_MAX)
     if kinds == {str}:
         return max(map(len, items)) <= SHORT
     return kinds <= _PLAIN

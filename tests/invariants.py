@@ -6,7 +6,7 @@ from typing import Any
 
 from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, OK, READY, RUNNING, WAITING, Call
-from taskrun.core.graph import CallWire, WholeWire
+from taskrun.core.families import CallWire, WholeWire
 from taskrun.core.scheduler import Scheduler
 from taskrun.core.workforce import Worker
 

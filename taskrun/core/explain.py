@@ -15,7 +15,7 @@ from taskrun.calls import (
     WAITING,
     Call,
 )
-from taskrun.core.graph import CallWire, WholeWire
+from taskrun.core.families import CallWire, WholeWire
 from taskrun.core.scheduler import Scheduler
 from taskrun.core.workforce import Wait, worker_name
 

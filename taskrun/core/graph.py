@@ -9,7 +9,8 @@ the product.  A call's index has one position per axis.
 How many positions an axis has may depend on a call that has not ended yet.  So a family
 *expands* prefix by prefix: where the next axis's size is not known, the expansion waits
 for the call that will tell; where that call fails, one placeholder stands for all the
-calls that there will never be.  A generator's items are expanded as they come.
+calls that there will never be.  A generator's items are expanded as they come, and the calls
+of a large fan-out are made some at a time, so that the first begin before the last are there.
 
 The graph only keeps the books.  What follows from the end of a call it leaves in
 ``ready`` (all inputs are there), ``doomed`` (an input is not coming) and ``created``,
@@ -19,256 +20,29 @@ for the scheduler to take.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 from taskrun import calls as state
 from taskrun.calls import FINAL, OK, WAITING, Call
+from taskrun.core.families import (
+    Axis,
+    CallWire,
+    Expansion,
+    Family,
+    Growth,
+    Index,
+    LiteralWire,
+    WholeWire,
+    Wire,
+    lenders_of,
+)
 from taskrun.messages import DROP_VALUE, SAY_BEGAN, STOPS, WANT_ITEMS
-from taskrun.model import Each, Encoded, Plan, Recipe, Result, Task
+from taskrun.model import Each, Plan, Result, Task
 from taskrun.recipes import make_recipe
 from taskrun.values import encode
 
 SLICE: Final = 1024  # calls of a fan-out that are made at a time
-
-Index = tuple[int, ...]
-
-
-class Axis:
-    """One dimension of a fan-out: literal items, or the items of ``source``'s calls."""
-
-    __slots__ = ("items", "key", "source")
-
-    def __init__(
-        self, key: object, source: Family | None = None, items: list[Encoded] | None = None
-    ) -> None:
-        self.key = key
-        self.source = source
-        self.items = items or []
-
-
-class Expansion:
-    """A fan-out that waits for the items of a call: those before ``done`` are expanded."""
-
-    __slots__ = ("done", "family", "prefix")
-
-    def __init__(self, family: Family, prefix: Index, done: int) -> None:
-        self.family = family
-        self.prefix = prefix
-        self.done = done
-
-
-class Growth:
-    """The positions of a fan-out whose calls are still to be made."""
-
-    __slots__ = ("end", "next")
-
-    def __init__(self, next: int, end: int) -> None:
-        self.next = next
-        self.end = end
-
-
-class Family:
-    """The calls of one task.
-
-    ``open`` counts calls that have not ended and expansions that still wait; at zero the
-    family is closed.  ``holds`` counts consumers that may yet create calls, ``users`` live
-    calls that take the whole family: while either is there, values are kept.
-    ``lenders``: where its calls take nothing but literals and items of single calls, whose
-    those are; else None.
-    """
-
-    __slots__ = (
-        "after",
-        "axes",
-        "by_index",
-        "calls",
-        "closed",
-        "consumers",
-        "first_bad",
-        "holds",
-        "lenders",
-        "name",
-        "open",
-        "order",
-        "pending",
-        "places",
-        "recipe",
-        "sources",
-        "task",
-        "tolerated",
-        "users",
-        "waiters",
-        "wires",
-    )
-
-    def __init__(self, task: Task, order: int) -> None:
-        self.task = task
-        self.name = task.name
-        self.order = order
-        self.recipe: Recipe
-        self.axes: tuple[Axis, ...] = ()
-        self.places: dict[object, int] = {}  # axis key -> position in an index
-        self.wires: tuple[Wire, ...] = ()
-        self.lenders: tuple[Family, ...] | None = None
-        self.after: list[Family] = []
-        self.sources: list[Family] = []  # those whose values, or their items, it takes
-        self.consumers: list[tuple[Family, bool]] = []  # and whether they take failures
-        self.calls: list[Call] = []
-        self.by_index: dict[Index, Call] = {}
-        self.waiters: list[tuple[Call, bool]] = []
-        self.pending = 0
-        self.open = 0
-        self.closed = False
-        self.first_bad: Call | None = None
-        self.holds = 0
-        self.users = 0
-        self.tolerated = False
-
-    def free_of(self, end: int) -> list[Call] | None:
-        """Where its calls before position ``end`` need nothing but items that are there: the
-        calls whose items those are; else None."""
-        if self.after or self.lenders is None:
-            return None
-        used = [source.calls[0] for source in self.lenders]
-        return used if all(len(call.items or ()) >= end for call in used) else None
-
-    @property
-    def single(self) -> bool:
-        return not self.axes
-
-    def at(self, index: Index) -> Call:
-        """The call at a full index."""
-        if len(self.axes) > 1:
-            return self.by_index[index]
-        return self.calls[index[0] if index else 0]
-
-    def in_order(self) -> list[Call]:
-        """All calls, in item order, placeholders in the places of what they stand for: behind
-        the items that were there before the failure."""
-        if len(self.axes) > 1:
-            self.calls.sort(key=_place)
-        return self.calls
-
-
-def _place(call: Call) -> tuple[float, ...]:
-    index: Index = call.index
-    return (*index, math.inf) if call.placeholder else index
-
-
-# -- wires: how an argument is fetched ------------------------------------------------
-
-
-class Wire:
-    """Where one parameter of a family's calls comes from."""
-
-    __slots__ = ("name",)
-    name: str
-
-    def fetch(self, index: Any) -> Encoded:
-        """The argument of the call at ``index``."""
-        raise NotImplementedError
-
-    def hold(self, call: Call) -> None:
-        """A call that uses this wire was created."""
-
-    def release(self, call: Call) -> Iterator[Call]:
-        """Such a call has ended; gives the calls that it used."""
-        return iter(())
-
-
-class LiteralWire(Wire):
-    """``each([1, 2, 3])``: an item of a literal axis."""
-
-    __slots__ = ("items", "position")
-
-    def __init__(self, name: str, items: list[Encoded], position: int | None) -> None:
-        self.name = name
-        self.items = items
-        self.position = position  # None: the family has this axis only
-
-    def fetch(self, index: Any) -> Encoded:
-        return self.items[index if self.position is None else index[self.position]]
-
-
-class CallWire(Wire):
-    """``each(fan-out)``: the value of the source's call at the same positions; or, with
-    ``item``, one of that value's items."""
-
-    __slots__ = ("item", "positions", "source")
-
-    def __init__(
-        self, name: str, source: Family, positions: tuple[int, ...], item: int | None
-    ) -> None:
-        self.name = name
-        self.source = source
-        self.positions = positions
-        self.item = item
-
-    def call(self, index: Any) -> Call:
-        if type(index) is not tuple:  # one axis, which the source shares or brings as items
-            return self.source.calls[index if self.positions else 0]
-        return self.source.at(tuple([index[position] for position in self.positions]))
-
-    def fetch(self, index: Any) -> Encoded:
-        call = self.call(index)
-        items = call.items
-        if self.item is not None and items is not None:
-            place = index[self.item] if type(index) is tuple else index
-            if place < len(items):
-                return items[place]
-        if call.state != OK:
-            return call.ended_as()  # only for always= tasks
-        return call.value
-
-    def has_come(self, call: Call, index: Any) -> bool:
-        """Whether it takes an item, and that is there, however ``call`` is or ends."""
-        if self.item is None or call.items is None:
-            return False
-        place: int = index[self.item] if type(index) is tuple else index
-        return place < len(call.items)
-
-    def hold(self, call: Call) -> None:
-        self.call(call.index).users += 1
-
-    def release(self, call: Call) -> Iterator[Call]:
-        used = self.call(call.index)
-        used.users -= 1
-        yield used
-
-
-class WholeWire(Wire):
-    """``result(t)``: the value of a single call, or the list of a fan-out's values."""
-
-    __slots__ = ("errors", "source")
-
-    def __init__(self, name: str, source: Family, errors: str) -> None:
-        self.name = name
-        self.source = source
-        self.errors = errors
-
-    def fetch(self, index: Any) -> Encoded:
-        if self.source.single:
-            call = self.source.calls[0]
-            if call.state == OK:
-                return call.value
-            return None if self.errors == "skip" else call.ended_as()
-        if self.errors == "skip":
-            return [call.value for call in self.source.in_order() if call.state == OK]
-        return [
-            call.value if call.state == OK else call.ended_as() for call in self.source.in_order()
-        ]
-
-    def hold(self, call: Call) -> None:
-        self.source.users += 1
-
-    def release(self, call: Call) -> Iterator[Call]:
-        self.source.users -= 1
-        return iter(self.source.calls) if not self.source.users else iter(())
-
-
-# -- the graph ------------------------------------------------------------------------
 
 
 class Graph:
@@ -326,7 +100,7 @@ class Graph:
             if (wire := self._wire(name, source, family)) is not None
         ]
         family.wires = tuple(wires)
-        family.lenders = _lenders(wires)
+        family.lenders = lenders_of(wires)
         family.after = [self.families[other.name] for other in task.options.after]
         for wire in wires:
             if isinstance(wire, CallWire | WholeWire):
@@ -653,16 +427,6 @@ class Graph:
         """One who may ask for ``call``'s value is gone."""
         call.users -= 1
         self._free(call)
-
-
-def _lenders(wires: Iterable[Wire]) -> tuple[Family, ...] | None:
-    lenders = []
-    for wire in wires:
-        if type(wire) is CallWire and wire.item is not None and not wire.positions:
-            lenders.append(wire.source)
-        elif type(wire) is not LiteralWire:
-            return None
-    return tuple(lenders)
 
 
 def _takes_items(source: Each, of: Family) -> bool:
