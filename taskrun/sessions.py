@@ -23,6 +23,7 @@ _PATIENCE: Final = 5.0  # seconds after which what cannot even be killed is left
 _TRACKER: Final = re.compile(
     rb"\0from ([\w.]+\.)?(multiprocessing|loky\.backend)\.resource_tracker import main"
 )  # its command line
+_THREADS: Final = 17  # the word of /proc/PID/stat, behind the name, that says how many there are
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -57,8 +58,12 @@ def processes() -> Iterator[Process]:
 
 def _living(pid: int, line: bytes) -> Process | None:
     # The name, in brackets, may contain anything, brackets too.
-    state, parent, _, session = line[line.rindex(b")") + 2 :].split(None, 4)[:4]
-    return None if state in (b"Z", b"X") else Process(pid, int(parent), int(session))
+    words = line[line.rindex(b")") + 2 :].split(None, _THREADS + 1)
+    state, parent, _, session = words[:4]
+    # Its main thread may have ended and the others not yet: then what it has started is its own.
+    if state == b"X" or (state == b"Z" and int(words[_THREADS]) < 2):
+        return None
+    return Process(pid, int(parent), int(session))
 
 
 def has_ended(pid: int) -> bool:

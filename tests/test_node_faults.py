@@ -37,6 +37,14 @@ def tick_below(x):
     subprocess.run(["bash", "-c", f"while true; do date +%s.%N > {x}; sleep 0.02; done"])
 
 @task
+def start_apart(x):
+    "Starts two processes, one in a session of its own, and notes their pids."
+    pids = [subprocess.Popen(["sleep", "300"], start_new_session=own).pid for own in (True, False)]
+    with open(x + ".part", "w") as file: print(*pids, file=file)
+    os.rename(x + ".part", x)
+    time.sleep(300)
+
+@task
 def hold_the_gil(x):
     import ctypes
     ctypes.PyDLL(None).usleep(int(x * 1e6))
@@ -103,6 +111,17 @@ def test_a_template_that_is_killed_is_replaced(grid: Grid) -> None:
     assert gone(pid)
     (another,) = grid.shop.workers()
     assert grid.shop.do(another, "same", 1) == 1
+
+
+def test_what_a_call_has_started_ends_with_a_template_that_is_killed(grid: Grid) -> None:
+    node = grid.node(1)
+    (worker,) = grid.shop.workers()
+    noted = grid.folder / "pids"
+    grid.shop.assign(worker, grid.shop.make("start_apart", str(noted)))
+    grid.shop.until(noted.exists)
+    supervisor(node).children()[0].kill()
+    grid.lost(worker)
+    assert gone(*map(int, noted.read_text().split()))
 
 
 def test_a_coordinator_that_is_killed_leaves_nothing_running(grid: Grid) -> None:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -641,6 +644,36 @@ def test_a_mark_is_short_enough_to_be_written_in_one_piece() -> None:
 )
 def test_an_exit_status_is_said_in_words(status: Any, words: str) -> None:
     assert how_it_ended(status) == words
+
+
+@pytest.mark.skipif(not sessions.LINUX, reason="what has ended is read from /proc")
+def test_a_process_whose_main_thread_alone_has_ended_is_alive() -> None:
+    source = """
+        import ctypes, sys, threading
+        threading.Thread(target=sys.stdin.read).start()
+        ctypes.CDLL(None).pthread_exit(None)
+        """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source)], stdin=subprocess.PIPE
+    ) as process:
+        await_state(process.pid, "Z")
+        assert not sessions.has_ended(process.pid)
+        assert process.pid in [each.pid for each in sessions.processes()]
+        assert process.stdin is not None
+        process.stdin.close()
+        deadline = time.monotonic() + 10
+        while not sessions.has_ended(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+
+
+def await_state(pid: int, state: str) -> None:
+    """Wait until /proc says that a process is in a state."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("end", ["seen", "killed", "abandoned"])

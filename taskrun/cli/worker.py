@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from taskrun import sessions
 from taskrun.cli.options import (
     CONTEXT,
     Seconds,
@@ -129,6 +130,7 @@ def _serve(server: Coordinator, offer: Offer, idle_exit: float | None) -> int:
     from taskrun.workers.host import Host
     from taskrun.workers.node import ROLE, Node
 
+    sessions.adopt_orphans()
     while True:
         reactor = Reactor()
         dial = server.dialler(reactor, ROLE)
@@ -149,6 +151,7 @@ def take_part(server: Coordinator, run: str, offer: Offer) -> int:
     from taskrun.reactor import Reactor
     from taskrun.workers.node import ROLE, Node
 
+    sessions.adopt_orphans()
     reactor = Reactor()
     dial = server.dialler(reactor, ROLE + b"@" + run.encode())
     shown = f"{server.shown} for {run}"
