@@ -21,7 +21,6 @@ from concurrent.futures.process import (
 from functools import partial
 from typing import Any
 
-from taskrun.calls import FINAL, RUNNING
 from taskrun.errors import (
     ArgumentError,
     CallCancelled,
@@ -107,11 +106,8 @@ class CallFuture(concurrent.futures.Future[Any]):
         driver, job = self._driver, self._job
         if self.done():
             return False
-        if driver is None or job is None or job.call is None:
-            return super().running()
-        call = driver._core.find(job.call)
-        # Or it has just ended, which is told in a moment: nobody sees anything in between.
-        return call is None or call.state is RUNNING or call.state in FINAL
+        # Also where the call has just ended: nobody sees anything in between.
+        return super().running() or (driver is not None and job is not None and driver.runs(job))
 
     def __repr__(self) -> str:
         shown = super().__repr__()

@@ -203,7 +203,7 @@ class Pool(standard.Pool):
                 result._recipe = recipe
                 plain: Any = args
                 result._args = plain[0] if len(plain) == 1 else plain
-                driver.submit_single(result)
+                driver.submit_entry(result)
         else:
             self._apply(result, func, args, kwds, timeout, retries)
         return result
@@ -555,14 +555,24 @@ def _feed(
                 driver.submit_small(recipe, args[0], made, count)
             else:
                 made.narrow()
-                blob = _dumps_scalar(args) if kind in _SCALARS else dumps_call((args, {}))
-                driver.submit(recipe, blob, made.item(count))
+                _submit_item(driver, recipe, args, made.item(count))
             count += 1
     except BaseException as raised:
         error = raised
     if made is not None:
         driver.post(partial(made.fed, count, error))
     driver.close_feed(feed)
+
+
+def _submit_item(driver: Driver, recipe: Recipe, args: tuple[Any, ...], item: Job) -> None:
+    """One that cannot be pickled is its own error, and the next ones follow."""
+    try:
+        blob = _dumps_scalar(args) if type(args[0]) in _SCALARS else dumps_call((args, {}))
+    except Exception as error:
+        driver.post(partial(item.failed, error))
+        del item  # with its iterator, which would keep itself: the error has this frame
+    else:
+        driver.submit(recipe, blob, item)
 
 
 def _initializer_failed(failure: Failure) -> BaseException | None:

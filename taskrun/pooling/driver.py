@@ -19,12 +19,13 @@ from taskrun import messages as m
 from taskrun.alarm import Alarm
 from taskrun.blobs import Portable
 from taskrun.bunch import Bunch
+from taskrun.calls import FINAL, RUNNING
 from taskrun.core.scheduler import Scheduler
 from taskrun.engines.links import Link
 from taskrun.errors import CallCancelled, RunError, TaskrunError
 from taskrun.model import Failure, Plan, Recipe
 from taskrun.observers import Observer
-from taskrun.pooling.inbox import Inbox, Job, Owner, Row, Single, withdrawn
+from taskrun.pooling.inbox import Entry, Inbox, Job, Owner, Row, Single, withdrawn
 from taskrun.pooling.looping import Loop, Waitable
 from taskrun.pooling.sharing import PoolState
 from taskrun.pooling.starting import PoolWorkers, Supply
@@ -80,11 +81,11 @@ class Driver:
         self._waiting = self._inbox.entries
         self._put = self._waiting.append
         self._added: list[Job] = []
-        self._posted = False
+        self._due = False  # whether _take will be called: it was posted, or see _low
         self._asking = False  # whether it is not known that _take was posted
         self._feeds: set[object] = set()  # to add and discard is one step, without a lock
-        self._low = 0  # calls at which more are taken, once there was no room for all
-        self._waits = False
+        self._low = 0  # with fewer calls than these more are taken, once some were left
+        self._waits = False  # whether a call has waited, perhaps for another
         # Whether small calls may go to an idle worker directly.
         self._direct = self._inbox.bunches and not starter.lent
         self.waits_at_exit = False  # for the calls that there are then
@@ -134,7 +135,7 @@ class Driver:
     # -- from any thread --------------------------------------------------------------
 
     def own_singles(self, owner: Owner) -> None:
-        """From now on ``owner`` hears of the calls of ``submit_single``."""
+        """From now on ``owner`` hears of Singles that are submitted."""
         self._inbox.singles = owner
 
     def submit(self, recipe: Recipe, blob: Portable, job: Job, *, waits: bool = False) -> None:
@@ -142,14 +143,12 @@ class Driver:
 
         ``waits``: the caller goes on to wait, and so need not wake who runs the loop.
         """
-        self._put((recipe, blob, None, job))
         if waits:
+            self._put((recipe, blob, None, job))
             self._reactor.call_soon(self._take)
             self._fail_if_ended()
         else:
-            self._was_put()
-            if len(self._waiting) % LAP == LAP - 1:  # not of few: 0 and 1 are usual
-                self.loop.give_way(LAP_SECONDS)
+            self.submit_entry((recipe, blob, None, job))
 
     def submit_small(self, recipe: Recipe, args: Any, owner: Owner, token: Any) -> None:
         """Have a call executed, with others in a bunch; ``args``: see ``Bunch.items``.  For
@@ -157,10 +156,10 @@ class Driver:
         self._put((recipe, args, owner, token))
         self._was_put()
 
-    def submit_single(self, token: Single) -> None:
-        """The same, for a token that has its recipe and arguments with it."""
-        self._put(token)
-        if not self._posted or self._ended or self._asking:
+    def submit_entry(self, entry: Entry | Single) -> None:
+        """Have a call executed as the entry says, perhaps with others in a bunch."""
+        self._put(entry)
+        if not self._due or self._ended or self._asking:
             self._was_put()
         if len(self._waiting) % LAP == LAP - 1:  # not of few: 0 and 1 are usual
             self.loop.give_way(LAP_SECONDS)
@@ -170,12 +169,12 @@ class Driver:
         # The handler of a signal may come in between, submit as well and wait, or wait for
         # another thread that does: they have to ask themselves.  Or it ends us here: then the
         # next one asks.
-        if self._asking or not self._posted:
+        if self._asking or not self._due:
             try:
-                self._asking = self._posted = True
+                self._asking = self._due = True
                 self._to_loop(self._take)
             except BaseException:
-                self._posted = False
+                self._due = False
                 raise
             finally:
                 self._asking = False
@@ -184,6 +183,7 @@ class Driver:
     def _fail_if_ended(self) -> None:
         if self._ended:
             self._inbox.fail(self.why_over())
+            self.loop.nudge()
 
     def submit_direct(
         self, recipe: Recipe, args: Any, owner: Owner, token: Any, *, waits: bool = False
@@ -202,6 +202,14 @@ class Driver:
                     self._entered(token, None)
 
         return self._direct and self.loop.borrow(begin) and begun
+
+    def runs(self, job: Job) -> bool:
+        """Whether a worker has its call; also where that has just ended, and the job is told in
+        a moment."""
+        if job.call is None:
+            return False
+        call = self._core.find(job.call)
+        return call is None or call.state is RUNNING or call.state in FINAL
 
     def cancel(self, jobs: Callable[[], Iterable[Job]]) -> None:
         """Cancel the calls of the jobs that ``jobs`` gives when the loop asks."""
@@ -303,7 +311,7 @@ class Driver:
 
     def _take(self) -> None:
         """Feed what was submitted, in order; calls of one recipe in a row together."""
-        self._posted = False  # before taking, so that nothing is left without a post
+        self._due = False  # before taking, so that nothing is left without a post
         self._low = 0
         inbox = self._inbox
         while inbox:
@@ -312,9 +320,11 @@ class Driver:
             most = window if self._waits or owner is None else AHEAD * self.processes
             room = most - len(self._jobs)
             enough = ENOUGH * self.processes
-            if room <= 0 or (len(self._jobs) >= enough and inbox.are_few(recipe)):
+            # Not once calls have waited: it may be for one of these.
+            has_time = not self._waits and len(self._jobs) >= enough and inbox.are_few(recipe)
+            if room <= 0 or has_time:
                 self._low = most // 2 if room <= 0 else enough
-                self._posted = True  # it is taken when there is room, or need
+                self._due = True  # they are taken when there is room, or need
                 break
             if owner is None:
                 fed: list[Portable] | list[Bunch]

@@ -219,15 +219,22 @@ class Inbox:
         """None of them will end."""
         while self.entries:
             try:
-                _, _, owner, job = self._parts(self.entries.popleft())
+                recipe, _, owner, job = self._parts(self.entries.popleft())
             except IndexError:  # another thread took it
                 return
-            _tell(owner, job, error)
+            if _is_withdrawn(owner, job):
+                self._drop(recipe, owner, job)
+            else:
+                _tell(owner, job, error)
 
 
 def withdrawn(recipe: Recipe) -> CallCancelled:
     """What those get who cancelled a call of this recipe."""
     return CallCancelled(f"{recipe.name} was cancelled: it was asked for")
+
+
+def _is_withdrawn(owner: Owner | None, job: Any) -> bool:
+    return job.call is not None if owner is None else owner.is_withdrawn(job)
 
 
 def _tell(owner: Owner | None, job: Any, error: BaseException) -> None:

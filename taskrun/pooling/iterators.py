@@ -132,15 +132,15 @@ class IMapIterator(Waitable, _Base):
         self._have_ended([item.number], [raw])
 
     def items_ended(self, tokens: Sequence[int], values: list[Any], row: Row) -> None:
-        """See ``driver.Owner``."""
+        """See ``inbox.Owner``."""
         self._have_ended(tokens, values)
 
     def items_failed(self, tokens: Sequence[int], error: BaseException | Failure) -> None:
-        """See ``driver.Owner``."""
+        """See ``inbox.Owner``."""
         self._have_ended(tokens, [(error, True)] * len(tokens))
 
     def is_withdrawn(self, token: int) -> bool:
-        """See ``driver.Owner``."""
+        """See ``inbox.Owner``."""
         return False
 
     def _have_ended(self, numbers: Sequence[int], raws: list[Any]) -> None:

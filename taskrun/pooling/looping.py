@@ -75,8 +75,7 @@ class Waitable:
 class Loop:
     """A reactor with a thread; see the module's own text.
 
-    ``steps`` are called by the thread, which then does not own the loop: ``finish`` is
-    called once, owning it, when ``over`` was set.
+    ``finish`` is called once, by the thread, which owns the loop then, when ``over`` was set.
     """
 
     def __init__(self, reactor: Reactor, name: str) -> None:
@@ -102,6 +101,7 @@ class Loop:
         self._unpark = Flag()
         self._hunch = Hunch()
         self._callbacks: deque[Callable[[], None]] = deque()
+        self._gone = False  # the thread: it will look for no more callbacks
         # By who runs the loop: the thread is to call a user's callback, and not to own the
         # loop meanwhile.
         self.call_back = self._callbacks.append
@@ -118,8 +118,8 @@ class Loop:
 
     @property
     def in_thread(self) -> bool:
-        """Whether the caller is the loop's own thread."""
-        return get_ident() == self._thread.ident
+        """Whether the caller is the loop's own thread: another may have its number after it."""
+        return get_ident() == self._thread.ident and not self.finished.is_set()
 
     @property
     def is_run_here(self) -> bool:
@@ -154,9 +154,13 @@ class Loop:
         self._unpark.set()
 
     def nudge(self) -> None:
-        """A callback was left by somebody who does not run the loop."""
-        self.post(_nothing)
-        self._unpark.set()
+        """A callback was left by somebody who does not run the loop; where the thread is gone,
+        he calls it."""
+        if self._gone:
+            self._run_callbacks()
+        else:
+            self.post(_nothing)
+            self._unpark.set()
 
     def give_way(self, most: float) -> None:
         """Let the loop have a turn, at most so many seconds long.  Who never waits keeps the
@@ -364,8 +368,12 @@ class Loop:
             )
         finally:
             self.over = True
-            self._run_callbacks()
-            self.finished.set()
+            self._runner = None
+            self._gone = True  # first, so that no callback is left behind the last
+            try:
+                self._run_callbacks()
+            finally:
+                self.finished.set()
 
     def _close_reactor(self) -> None:
         """Unless somebody is about to post: then he does."""
@@ -397,7 +405,11 @@ class Loop:
         if not callbacks:
             return
         while callbacks:
-            callbacks.popleft()()
+            try:
+                call_back = callbacks.popleft()
+            except IndexError:  # another thread took it: when ours is gone there may be several
+                break
+            call_back()
         if self._guest:
             self.post(_nothing)  # what it waits for may be there now
 

@@ -195,6 +195,13 @@ class ApplyAny:
         return _pickled(function(*args, **kwargs))
 
 
+class SubmitAny(ApplyAny):
+    """The same, for an Executor."""
+
+    def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return dumps(function(*args, **kwargs))
+
+
 class Map:
     """Calls a function once for each of some items."""
 
@@ -204,13 +211,6 @@ class Map:
 
     def __call__(self, items: Sequence[Any]) -> Any:
         return _pickled(list(map(self.function, items)))
-
-
-class SubmitAny(ApplyAny):
-    """The same, for an Executor."""
-
-    def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return dumps(function(*args, **kwargs))
 
 
 class MapAny:

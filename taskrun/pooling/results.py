@@ -185,12 +185,12 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
         return self._pool is None
 
     def ended(self, call: Any, last: Any, pid: int | None) -> None:
-        """See ``driver.Job``."""
+        """See ``inbox.Job``."""
         self._was(last, pid)
         self._set(raw_of(call))
 
     def failed(self, error: BaseException) -> None:
-        """See ``driver.Job``."""
+        """See ``inbox.Job``."""
         self._set((error, True))
 
     def _was(self, where: Row | m.AttemptEnded | None, place: int | None) -> None:
@@ -207,17 +207,7 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
             self._driver.loop.call_back(self._call_back)
 
     def _call_back(self) -> None:
-        success, value = self._decoded()
-        callback = self._callback if success else self._error_callback
-        try:
-            if callback is not None:
-                callback(value)
-        except BaseException as error:
-            # As in the standard library from 3.16 on; but somebody is to see it in any case.
-            self._value, self._success = error, False
-            report(error)
-        finally:
-            self._settle()
+        _call_back_each([self])
 
     def _settle(self) -> None:
         self._args = self._callback = self._error_callback = self._pool = None
@@ -250,7 +240,7 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
 
 
 class Singles:
-    """The owner of results of one small call each; see ``driver.Owner``."""
+    """The owner of results of one small call each; see ``inbox.Owner``."""
 
     def __init__(self, driver: Driver) -> None:
         self._loop = driver.loop
@@ -280,19 +270,20 @@ class Singles:
             result._set((error, True))
 
     def is_withdrawn(self, token: AsyncResult) -> bool:
-        """See ``driver.Owner``."""
+        """See ``inbox.Owner``."""
         return token.call is not None
 
 
 def _call_back_each(results: list[AsyncResult]) -> None:
     for result in results:
-        callback = result._callback
-        if callback is None or result._success is None:
-            result._call_back()
-            continue
+        if result._success is None:
+            result._decoded()
+        callback = result._callback if result._success else result._error_callback
         try:
-            callback(result._value)
+            if callback is not None:
+                callback(result._value)
         except BaseException as error:
+            # As in the standard library from 3.16 on; but somebody is to see it in any case.
             result._value, result._success = error, False
             report(error)
         finally:
