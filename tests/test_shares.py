@@ -84,9 +84,6 @@ class Peer:
     def send(self, *parts: bytes | memoryview) -> None:
         self.frames.append(b"".join(parts))
 
-    def finish(self) -> None:
-        self.closed = True
-
     @property
     def text(self) -> bytes:
         return b"".join(frame[1:] for frame in self.frames if frame[0] != JSON)
@@ -118,5 +115,18 @@ def test_one_who_comes_late_or_is_slow_is_told_how_much_went_by() -> None:
     slow.on_drained()
     follower.ended(7)
     for peer in (slow, late):
-        assert peer.said == [{"skipped": 40}, {"ended": 7}] and peer.closed
+        assert peer.said == [{"skipped": 40}, {"ended": 7}]
         assert peer.text.count(b"\n") == 10 and peer.text.endswith(b"000000049\n")
+
+
+def test_one_who_reads_slowly_is_told_the_end_once_and_closes_himself() -> None:
+    kept, slow = Kept(), Peer()
+    follower = Follower(kept, slow)
+    slow.unsent = 1 << 30
+    kept.write(STDOUT, b"the last line\n")
+    follower.ended(3)
+    assert slow.frames == []
+    slow.unsent, drained = 0, slow.on_drained
+    drained()
+    assert slow.text == b"the last line\n" and slow.said == [{"ended": 3}]
+    assert slow.on_drained is None

@@ -21,8 +21,6 @@ class Peer(Protocol):
 
     def send(self, *parts: bytes | memoryview) -> None: ...
 
-    def finish(self) -> None: ...
-
 
 class Kept:
     """The last of what a run wrote, in whole lines, in the order in which it came."""
@@ -98,8 +96,9 @@ class Follower:
             self._next += 1
             self._lines += data.count(b"\n")
         if self._status is not None:
+            # He closes when he has heard it: who reads slowly has all the time for what waits.
+            peer.on_drained = None
             peer.send(said(ended=self._status))
-            peer.finish()
 
     def ended(self, status: int) -> None:
         """The run has ended, and written all."""
