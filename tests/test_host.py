@@ -14,7 +14,7 @@ import pytest
 from transport_support import KEY
 
 from taskrun import transport
-from taskrun.errors import UsageError
+from taskrun.errors import DialError, UsageError
 from taskrun.network import channels as ch
 from taskrun.network.channels import Offer
 from taskrun.network.conversation import JOIN, Conversation
@@ -22,6 +22,7 @@ from taskrun.network.joining import Hosting, Refused, Welcome, answer_frame
 from taskrun.reactor import Reactor
 from taskrun.signals import Signals
 from taskrun.workers import host as module
+from taskrun.workers import node as node_module
 from taskrun.workers.host import Host
 from taskrun.workers.node import ROLE, Node
 
@@ -192,3 +193,98 @@ def test_a_coordinator_that_says_what_none_says_is_left_and_dialled_again(
         listener.close()
         reactor.close()
     assert len(came) == 2 and any("said what cannot be" in text for text in said)
+
+
+class Stuck:
+    """A connection that is under way for ever."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def listen(self, on_frame: Any, on_end: Any) -> None:
+        pass
+
+    def send(self, *parts: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+OnPeer = Callable[[Any], object]
+OnFailure = Callable[[DialError], object]
+
+
+def leave_alone(
+    reactor: Reactor,
+    dial_again: Callable[[OnPeer, OnFailure], Any],
+    say: Callable[[str], object] = lambda text: None,
+) -> None:
+    """Be a coordinator that lets a node in, and then is gone: from then on the node dials by
+    ``dial_again``, until that says that it is enough."""
+
+    def on_connection(peer: Any) -> None:
+        peer.listen(partial(let_in, peer), lambda reason: None)
+
+    def let_in(peer: Any, frame: memoryview) -> None:
+        peer.send(answer_frame(Welcome("a session", False, 0, 1.0, "lab")))
+        peer.finish()
+
+    def dial(on_peer: OnPeer, on_failure: OnFailure) -> Any:
+        return first.pop()(on_peer, on_failure) if first else dial_again(on_peer, on_failure)
+
+    listener = transport.listen(("127.0.0.1", 0), KEY, reactor, on_connection)
+    first = [partial(transport.dial, listener.address, KEY, reactor, ROLE)]
+    try:
+        with pytest.raises(UsageError, match="it is enough"):
+            Node(reactor, Offer("lab", 1, {}), dial, say=say).run()
+    finally:
+        listener.close()
+        reactor.close()
+
+
+ENOUGH = DialError("it is enough", retry=False)
+
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_node_whose_lease_is_over_gives_up_what_it_had_begun_and_dials_once(
+    reached: bool,
+) -> None:
+    reactor = Reactor()
+    stuck = Stuck()
+    dialled: list[bool] = []
+
+    def dial_again(on_peer: OnPeer, on_failure: OnFailure) -> Any:
+        dialled.append(stuck.closed)
+        if len(dialled) > 1:
+            reactor.call_soon(lambda: on_failure(ENOUGH))
+        elif reached:
+            reactor.call_soon(lambda: on_peer(stuck))
+        else:
+            return stuck
+        return Stuck()
+
+    leave_alone(reactor, dial_again)
+    assert dialled == [False, True]
+
+
+def test_a_node_that_waits_to_dial_again_as_its_lease_ends_waits_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(node_module, "FIRST_WAIT", 1.5)
+    monkeypatch.setattr(node_module, "LONGEST_WAIT", 1.5)
+    reactor = Reactor()
+    over: list[float] = []
+    dialled: list[float] = []
+
+    def dial_again(on_peer: OnPeer, on_failure: OnFailure) -> Any:
+        dialled.append(monotonic())
+        reactor.call_soon(lambda: on_failure(ENOUGH))
+        return Stuck()
+
+    def say(text: str) -> None:
+        if "no coordinator for" in text:
+            over.append(monotonic())
+
+    leave_alone(reactor, dial_again, say)
+    assert len(over) == 1 and dialled[0] - over[0] > 1.1

@@ -43,16 +43,17 @@ DIAL_SECONDS: Final = 5.0
 class Node:
     """The supervisor of this machine's workers.
 
-    ``dial(on_peer, on_failure)`` connects to the coordinator.  ``address``: as messages say
-    it.  ``say`` writes a line for people.  ``idle_exit``: seconds without anything to do
-    after which it leaves by itself.  ``once``: it is there for one run, and leaves with it.
+    ``dial(on_peer, on_failure)`` connects to the coordinator; ``close()`` of what it returns
+    gives that up.  ``address``: as messages say it.  ``say`` writes a line for people.
+    ``idle_exit``: seconds without anything to do after which it leaves by itself.  ``once``: it
+    is there for one run, and leaves with it.
     """
 
     def __init__(
         self,
         reactor: Reactor,
         offer: ch.Offer,
-        dial: Callable[[Callable[[Any], object], Callable[[DialError], object]], object],
+        dial: Callable[[Callable[[Any], object], Callable[[DialError], object]], Any],
         *,
         address: str = "",
         say: Callable[[str], object] = lambda text: None,
@@ -74,6 +75,9 @@ class Node:
         self._unable_wait = UNABLE_WAIT
         self._said_waiting = False
         self._session: Session | None = None
+        # On the way to a coordinator is at most one of these three.
+        self._retry: Timer | None = None
+        self._dialling: Any = None
         self._greeted: Any = None  # a peer that has not answered yet
         self._leaving = False
         self._is_away = False  # and that was said
@@ -101,12 +105,21 @@ class Node:
 
     def _connect(self) -> None:
         if self.status is None:
-            self._dial(self._on_peer, self._on_failure)
+            self._dialling = self._dial(self._on_peer, self._on_failure)
 
     def _connect_later(self) -> None:
         wait = self._wait * random.uniform(0.8, 1.2)
         self._wait = min(2 * self._wait, LONGEST_WAIT)
-        self._later(wait, self._connect)
+        self._retry = self._later(wait, self._connect)
+
+    def _stop_connecting(self) -> None:
+        """Nothing comes any more of what has been begun."""
+        if self._retry is not None:
+            self._retry.cancel()
+        for under_way in (self._dialling, self._greeted):
+            if under_way is not None:
+                under_way.close()
+        self._greeted = None
 
     def _on_failure(self, error: DialError) -> None:
         if not error.retry:
@@ -141,8 +154,6 @@ class Node:
 
     def _on_answer(self, peer: Any, sent: float, timer: Timer, frame: memoryview) -> None:
         timer.cancel()
-        if self._greeted is not peer:
-            return
         self._greeted = None
         try:
             answer = read_answer(frame)
@@ -211,11 +222,12 @@ class Node:
         self._end_session(reason, 0.0)
         if self._leaving:
             self.status = 0
-        self._later(wait, self._connect)
+        self._retry = self._later(wait, self._connect)
 
     def _end_session(self, reason: str, grace: float) -> None:
         session, self._session = self._session, None
         if session is not None:
+            self._stop_connecting()  # whoever were reached so would be told of that session
             session.close(reason, grace)
 
     # -- leaving ----------------------------------------------------------------------
