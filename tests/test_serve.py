@@ -275,6 +275,18 @@ def test_a_run_whose_process_is_stopped_is_said_not_to_answer(site: Site) -> Non
     assert "long[0] runs" in site.ask("explain", "r1", "long[0]").check().out
 
 
+def test_watching_a_run_of_the_server_ends_with_it(site: Site) -> None:
+    site.serve()
+    run = site.detach()
+    site.await_begun(4)
+    watching = site.runs.start("status", site.address, run, "--watch", env=site.variables)
+    watching.await_line("calls ended")
+    site.go_on()
+    watching.end().check()
+    again = site.ask("status", run, "--watch").check(2)
+    assert f"{run} has ended" in again.err
+
+
 def test_all_runs_reach_the_state_of_the_server(site: Site) -> None:
     site.serve()
     source = """

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from harness import Ended, Running, Runs, started, wait_until
+
+from taskrun.cli import steer
+from taskrun.cli.main import main
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -286,3 +291,26 @@ def test_watching_ends_with_the_run(runs: Runs, live: Running) -> None:
     go_on(runs)
     live.end()
     assert watching.end().status == 0
+
+
+def test_watching_a_run_that_is_stopped_says_that_it_does_not_answer(
+    runs: Runs, live: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = steer._show
+
+    def show_and_stop(*words: Any) -> int:
+        live.signal(signal.SIGSTOP)
+        run = psutil.Process(live.process.pid)
+        wait_until(lambda: run.status() == psutil.STATUS_STOPPED)
+        monkeypatch.setattr(steer, "ANSWER_SECONDS", 0.1)
+        return show(*words)
+
+    monkeypatch.setattr(steer, "_show", show_and_stop)
+    try:
+        assert main(["status", f"unix:{socket_of(live)}", "--watch"]) == 3
+    finally:
+        live.signal(signal.SIGCONT)
+    said = capsys.readouterr()
+    assert "0 of 7 calls ended" in said.out and "has not answered in 0.1 s" in said.err
+    go_on(runs)
+    assert live.end().status == 0

@@ -47,9 +47,10 @@ def _words(metavar: str) -> Any:
 
 
 class Asked:
-    """A connection to a live run."""
+    """A connection to a live run.  ``gone``: it has ended, or is about to."""
 
     def __init__(self, wire: Wire, run: str | None) -> None:
+        self.gone = False
         self._wire = wire
         self._run = {} if run is None else {"run": run}
 
@@ -65,8 +66,10 @@ class Asked:
                 "stopped, or very busy"
             ) from None
         except (OSError, EOFError) as error:
+            self.gone = True
             raise RunError(f"the run at {self._wire.name} does not answer: {error}") from None
         if "error" in answer:
+            self.gone = bool(answer.get("gone"))
             raise UsageError(answer["error"])
         return answer["ok"]
 
@@ -138,17 +141,11 @@ def status(
         _show_several(several, json, authkey_file, tls)
         return
     with asking(_where(words, "status"), authkey_file, tls) as ask:
-        if not watch:
-            _show(ask("status"), json)
-            return
-        before = 0
-        while True:
-            try:
-                now = ask("status")
-            except RunError:
-                return  # it is over
-            before = _show(now, json, before)
-            time.sleep(WATCH_SECONDS)
+        now = ask("status")
+        if watch:
+            _watch(ask, now, json)
+        else:
+            _show(now, json)
 
 
 @_steering("explain", _words("[ADDRESS [RUN]] CALL"))
@@ -246,6 +243,23 @@ def _show_several(
     for now in found:
         first = now["error"] if "error" in now else next(lines(now))
         click.echo(f"  {now['address']}  {first}")
+
+
+# -- watching one -----------------------------------------------------------------------
+
+
+def _watch(ask: Asked, now: dict[str, Any], json: bool) -> None:
+    """Show a status, and those that follow, until there are none any more."""
+    before = _show(now, json, 0)
+    while True:
+        time.sleep(WATCH_SECONDS)
+        try:
+            now = ask("status")
+        except (RunError, UsageError):
+            if ask.gone:
+                return
+            raise
+        before = _show(now, json, before)
 
 
 # -- how a status looks ---------------------------------------------------------------

@@ -289,16 +289,20 @@ class Server:
         peer.send(_json(ok=answer))
 
     def _ask(self, peer: transport.Peer, run: ServedRun, request: dict[str, Any]) -> None:
-        """Have the run's own process answer."""
-        if run.state != RUNNING:
-            raise UsageError(f"{run.name} {'has ended' if run.state == ENDED else 'is waiting'}")
+        """Have the run's own process answer.  Of a run whose process is not there (any more) is
+        said that it is gone: who watches it need not ask again."""
+        if run.state == WAITING:
+            raise UsageError(f"{run.name} is waiting")
+        if run.state == ENDED:
+            peer.send(_json(error=f"{run.name} has ended", gone=True))
+            return
 
         asked: transport.Peer | None = None
 
         def on_open(opened: transport.Peer) -> None:
             nonlocal asked
             asked = opened
-            opened.listen(lambda frame: answer(bytes(frame)), lambda reason: refuse())
+            opened.listen(lambda frame: answer(bytes(frame)), lambda reason: refuse(gone=True))
             opened.send(json.dumps({**request, "run": None}).encode())
 
         def answer(frame: bytes) -> None:
@@ -308,12 +312,13 @@ class Server:
                 asked.close()
             peer.send(frame)
 
-        def refuse() -> None:
-            answer(_json(error=f"{run.name} does not answer: it may be starting, or ending"))
+        def refuse(*, gone: bool = False) -> None:
+            why = f"{run.name} does not answer: it may be starting, or ending"
+            answer(_json(error=why, gone=gone))
 
         dialling = transport.dial(
             run.address, self._service.authkey, self._reactor, STEER, on_open,
-            lambda error: refuse(),
+            lambda error: refuse(gone=True),
         )  # fmt: skip
         timer = self._reactor.call_at(monotonic() + ANSWER_SECONDS, refuse)
 
