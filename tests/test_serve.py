@@ -8,6 +8,7 @@ import pty
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ import taskrun
 from taskrun.addresses import parse
 from taskrun.network.bundles import digest_of, make_bundle
 from taskrun.network.joining import versions
+from taskrun.reactor import Reactor
 from taskrun.serving import talk
 from taskrun.serving.client import submission
+from taskrun.serving.server import Server
 from taskrun.transport import dial_blocking
 
 pytestmark = pytest.mark.timeout(120)
@@ -334,17 +337,42 @@ def test_a_run_goes_on_when_its_submitting_client_is_killed(site: Site) -> None:
     assert "total | 28" in site.attach("r1").end().check().out
 
 
-def test_a_killed_coordinator_costs_its_own_run_only(site: Site) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 6, f"signal {signal.SIGRTMIN + 6}")],
+)
+def test_a_killed_coordinator_costs_its_own_run_only(site: Site, number: int, said: str) -> None:
     site.serve(4)
     client = site.submit()
     site.await_begun(4)
     other = site.detach()
     wait_until(lambda: site.run(other)["state"] == "running")
-    os.kill(site.run("r1")["pid"], signal.SIGKILL)
+    os.kill(site.run("r1")["pid"], number)
     ended = client.end()
-    assert ended.status == 3 and "the process of r1 was killed by SIGKILL" in ended.err
+    assert ended.status == 3 and f"the process of r1 was killed by {said}" in ended.err
     site.go_on()
     assert "total | 28" in site.attach(other).end().check().out
+
+
+def test_what_goes_wrong_as_a_run_ends_is_told_and_costs_no_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    looked_at: list[str] = []
+
+    def look() -> None:
+        looked_at.append("r2")
+
+    def fail() -> None:
+        raise OSError("its folder is gone")
+
+    service: Any = SimpleNamespace(roles={}, authkey=KEY.encode())
+    runs: Any = {"r1": SimpleNamespace(look=fail), "r2": SimpleNamespace(look=look)}
+    reactor = Reactor()
+    server = Server(reactor, 1, lambda *what, **more: service, print, 15.0)
+    server.runs = runs
+    server._reap()
+    reactor.close()
+    assert looked_at == ["r2"] and "its folder is gone" in capsys.readouterr().err
 
 
 def test_nothing_is_left_two_seconds_after_the_server_was_killed(site: Site) -> None:

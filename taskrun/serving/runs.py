@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any, Final, NamedTuple
 
 from taskrun import addresses
+from taskrun.engines.nursery import how_it_ended
 from taskrun.network.bundles import unpack
 from taskrun.reactor import Reactor
 from taskrun.serving.control import Control
@@ -180,8 +181,7 @@ class ServedRun:
         if status >= 0:
             self._end(status)
         else:
-            number = signal.Signals(-status).name
-            self._end(LOST, f"the process of {self.name} was killed by {number}")
+            self._end(LOST, f"the process of {self.name} was {how_it_ended(status)}")
 
     def say(self, text: str) -> None:
         """Have those who follow it read this line."""

@@ -117,7 +117,10 @@ class Server:
 
     def _reap(self) -> None:
         for run in list(self.runs.values()):
-            run.look()
+            try:
+                run.look()
+            except Exception:  # whatever is wrong with this one, the others go on
+                telling.tell_traceback()
 
     # -- runs -------------------------------------------------------------------------
 
