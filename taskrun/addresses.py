@@ -135,10 +135,13 @@ def prepare_unix(path: str) -> None:
             f"unix:{path} is not in a folder that only you can look into, such as one that "
             f"taskrun makes for it ({error})"
         ) from None
-    if os.path.exists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+    if not os.path.exists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise UsageError(f"unix:{path} is there already, and is no socket")
-    if os.path.exists(path) and _is_live(path):
+    if _is_live(path):
         raise UsageError(f"unix:{path}: somebody listens there already")
+    _remove(path)
 
 
 # -- this user's runs -----------------------------------------------------------------
@@ -228,6 +231,7 @@ def live_runs() -> list[str]:
     folder = runtime_folder()
     try:
         check_private(folder)
+        _remove_dead(folder)
         return [path for path in _sockets(folder) if _is_live(path)]
     except FileNotFoundError:
         return []
@@ -237,14 +241,22 @@ def remove_of(pid: int) -> None:
     """Remove the sockets of a process that has ended.  Raises OSError where there is no folder
     for them."""
     for path in _sockets(runtime_folder()):
-        if _pid_in(path) == str(pid):
-            _is_live(path)
+        if _pid_in(path) == str(pid) and not _is_live(path):
+            _remove(path)
 
 
 def _remove_dead(folder: str) -> None:
     for path in _sockets(folder, (_PREFIX, SERVED)):
-        if not _has_process(path):
-            _is_live(path)
+        # One whose process is there may be about to listen.
+        if not _has_process(path) and not _is_live(path):
+            _remove(path)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # there was none, or another run tidied up
 
 
 def _sockets(folder: str, prefixes: str | tuple[str, ...] = _PREFIX) -> list[str]:
@@ -271,16 +283,12 @@ def _has_process(path: str) -> bool:
 
 
 def _is_live(path: str) -> bool:
-    """Whether somebody listens there; otherwise the path is removed."""
+    """Whether somebody listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass  # another run tidied up
             return False
         except OSError:
             return True  # it is there, and busy

@@ -97,6 +97,22 @@ def test_the_next_run_removes_the_sockets_of_those_that_were_killed_and_no_other
         assert sorted(os.listdir(folder)) == sorted([*others, f"run-{here}.sock"])
 
 
+def test_looking_for_live_runs_leaves_one_that_is_about_to_listen_its_socket(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
+    folder = Path(addresses.runtime_folder())
+    folder.mkdir(mode=0o700)
+    starting, dead = folder / f"run-{os.getpid()}.sock", folder / f"run-{gone()}.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(dead))
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(starting))
+        assert addresses.live_runs() == [] and starting.exists() and not dead.exists()
+        made.listen()
+        assert addresses.live_runs() == [str(starting)]
+
+
 def test_a_private_socket_of_a_killed_process_is_removed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
