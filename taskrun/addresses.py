@@ -57,6 +57,11 @@ def parse(text: str, *, insecure_plain: bool = False, to_listen: bool = False) -
     return found if insecure_plain else secured(found)
 
 
+def may_be_address(text: str) -> bool:
+    """Whether an address may be meant, though it is perhaps a wrong one, and not a name."""
+    return ":" in text or "/" in text
+
+
 def host_and_port(text: str) -> tuple[str, int] | None:
     """The parts of ``HOST:PORT``, or None where it is not that."""
     host, colon, port = text.rpartition(":")

@@ -89,6 +89,11 @@ class Steering:
 
         try:
             request = json.loads(frame)
+            if request.get("run") is not None:
+                raise UsageError(
+                    f"there is no run {request['run']!r} here: this is one run, and no server; an "
+                    "address, if one is meant, is HOST:PORT"
+                )
             if request["do"] == "wants":
                 self._tell_wants(peer, request, answer)
             else:

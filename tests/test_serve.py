@@ -256,12 +256,35 @@ def test_status_and_steering_reach_a_run_of_the_server(site: Site) -> None:
     assert "waits for work" in site.ask("explain", run, "total").check().out
     assert "time.sleep(0.01)" in site.ask("stack", run, "work[0]").check().out
     site.ask("cancel", run, "work[7]").check()
-    assert "say which one" in site.ask("pause").check(2).err
     site.ask("pause", run).check()
     site.ask("unpause", run).check()
     site.go_on()
     assert "1 cancelled" in site.attach(run).end().err
     assert "has ended" in site.ask("cancel", run).check(2).err
+
+
+def test_the_address_of_a_server_and_its_only_run_may_be_left_out(site: Site) -> None:
+    site.serve(2)
+
+    def ask(command: str, *words: str) -> Ended:
+        here = {**site.variables, "TASKRUN_ADDRESS": site.address}
+        return site.runs.run(command, *words, env=here)
+
+    assert "no run is alive here" in ask("pause").check(2).err
+    run = site.detach("-k")
+    site.await_begun(2)
+    assert json.loads(ask("status", run, "--json").check().out)["total"] == 9
+    for words in ((run, "work[0]"), ("work[0]",), (site.address, "work[0]")):
+        assert "work[0] runs" in ask("explain", *words).check().out
+        assert "time.sleep(0.01)" in ask("stack", *words).check().out
+    for words in ((), (run,), (site.address,)):
+        ask("pause", *words).check()
+        ask("unpause", *words).check()
+    assert "there is no run 'x9' here" in ask("pause", "x9").check(2).err
+    other = site.detach("-k")
+    assert f"several runs, {run}, {other}: say which one" in ask("pause").check(2).err
+    ask("pause", run).check()
+    ask("cancel", run).check()
 
 
 def test_a_run_whose_process_is_stopped_is_said_not_to_answer(site: Site) -> None:

@@ -234,6 +234,8 @@ def test_the_address_may_be_left_out_where_there_is_one_run(
     running.await_file(runs.folder / "begun0")
     assert runs.run("status", env=alone).status == 0
     assert runs.run("status", "a", "b", env=alone).status == 2
+    named = runs.run("status", "r1", env=alone).check(2)
+    assert "there is no run 'r1' here: this is one run, and no server" in named.err
     go_on(runs)
     running.end()
     gone = runs.run("status", env=alone)

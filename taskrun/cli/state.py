@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from taskrun.addresses import may_be_address
 from taskrun.cli.options import CONTEXT, check_certificates, tls_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
@@ -53,7 +54,7 @@ def split(words: Sequence[str]) -> tuple[str | None, str, list[str]]:
     """ADDRESS, what to do, and what with."""
     address = None
     rest = list(words)
-    if rest and rest[0] not in ACTIONS and (":" in rest[0] or "/" in rest[0]):
+    if rest and rest[0] not in ACTIONS and may_be_address(rest[0]):
         address = rest.pop(0)
     action = rest.pop(0) if rest else "list"
     if action not in ACTIONS:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from taskrun.addresses import may_be_address
 from taskrun.cli.options import CONTEXT, check_certificates, tls_options
 from taskrun.errors import RunError, UsageError
 
@@ -104,14 +105,16 @@ class Where(NamedTuple):
 
 def _where(words: tuple[str, ...], command: str) -> Where:
     if len(words) > 2:
-        raise UsageError(f"{command} takes [ADDRESS [RUN]], not {' '.join(words)}")
+        raise UsageError(f"{command} takes [ADDRESS] [RUN], not {' '.join(words)}")
+    if len(words) == 1 and not may_be_address(words[0]):
+        return Where(None, words[0])
     return Where(*words, *[None] * (2 - len(words)))
 
 
 def _where_and_what(words: tuple[str, ...], command: str, what: str) -> tuple[Where, str]:
     if not 1 <= len(words) <= 3:
         said = " ".join(words) or "nothing"
-        raise UsageError(f"{command} takes [ADDRESS [RUN]] and a {what}, not {said}")
+        raise UsageError(f"{command} takes [ADDRESS] [RUN] and a {what}, not {said}")
     return _where(words[:-1], command), words[-1]
 
 
@@ -127,7 +130,7 @@ def _tell(value: Any, json: bool) -> None:
 
 @_steering(
     "status",
-    _words("[ADDRESS [RUN]]"),
+    _words("[ADDRESS] [RUN]"),
     click.option("--watch", is_flag=True, help="Show it anew every second, until the run ends."),
 )
 def status(
@@ -148,7 +151,7 @@ def status(
             _show(now, json)
 
 
-@_steering("explain", _words("[ADDRESS [RUN]] CALL"))
+@_steering("explain", _words("[ADDRESS] [RUN] CALL"))
 def explain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Say why CALL runs, waits, was skipped or is tried again."""
     where, call = _where_and_what(words, "explain", _CALL)
@@ -156,7 +159,7 @@ def explain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls:
         _tell(ask("explain", call=call), json)
 
 
-@_steering("stack", _words("[ADDRESS [RUN]] CALL"))
+@_steering("stack", _words("[ADDRESS] [RUN] CALL"))
 def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Show where in its code the running CALL is, without stopping it."""
     where, call = _where_and_what(words, "stack", _CALL)
@@ -164,7 +167,7 @@ def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: A
         _tell(ask("stack", call=call), json)
 
 
-@_steering("cancel", _words("[ADDRESS [RUN]] CALL|run|RUN"))
+@_steering("cancel", _words("[ADDRESS] [RUN] CALL|run|RUN"))
 def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Cancel CALL, queued or running, with all that needs it; or the whole
     run, as Ctrl-C does."""
@@ -173,33 +176,33 @@ def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: 
         _tell(ask("cancel", call=call), json)
 
 
-@_steering("tell", _words("[ADDRESS [RUN]] CALL MESSAGE"))
+@_steering("tell", _words("[ADDRESS] [RUN] CALL MESSAGE"))
 def tell(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Send MESSAGE, as a str, to CALL, which gets it by
     current().channel.recv()."""
     if not 2 <= len(words) <= 4:
         said = " ".join(words) or "nothing"
-        raise UsageError(f"tell takes [ADDRESS [RUN]] CALL MESSAGE, not {said}")
+        raise UsageError(f"tell takes [ADDRESS] [RUN] CALL MESSAGE, not {said}")
     where, call = _where_and_what(words[:-1], "tell", _CALL)
     with asking(where, authkey_file, tls) as ask:
         _tell(ask("tell", call=call, message=words[-1]), json)
 
 
-@_steering("pause", _words("[ADDRESS [RUN]]"))
+@_steering("pause", _words("[ADDRESS] [RUN]"))
 def pause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Start no more calls; what runs goes on."""
     with asking(_where(words, "pause"), authkey_file, tls) as ask:
         _tell(ask("pause"), json)
 
 
-@_steering("unpause", _words("[ADDRESS [RUN]]"))
+@_steering("unpause", _words("[ADDRESS] [RUN]"))
 def unpause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Start calls again."""
     with asking(_where(words, "unpause"), authkey_file, tls) as ask:
         _tell(ask("unpause"), json)
 
 
-@_steering("drain", _words("[ADDRESS [RUN]] NODE"))
+@_steering("drain", _words("[ADDRESS] [RUN] NODE"))
 def drain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
     """Have NODE, of a live run or of a server, end the calls that it has,
     take no more, and leave."""

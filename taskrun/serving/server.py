@@ -226,6 +226,18 @@ class Server:
             raise UsageError(f"{name} is a Pool of somebody else's: it can only be cancelled here")
         return run
 
+    def _only_run(self, do: str) -> ServedRun:
+        """The run that is meant where none is named.  Raises UsageError."""
+        found = [run for run in self.live() if isinstance(run, ServedRun)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise UsageError("no run is alive here; taskrun status shows those that have ended")
+        names = ", ".join(run.name for run in found)
+        raise UsageError(
+            f"here are several runs, {names}: say which one, taskrun {do} [ADDRESS] RUN ..."
+        )
+
     # -- those who submit and follow --------------------------------------------------
 
     def _on_client(self, peer: transport.Peer) -> None:
@@ -265,6 +277,9 @@ class Server:
         if name is not None:
             self._ask(peer, self.find_run(str(name)), request)
             return None
+        if do in _WITH_RUN:
+            self._ask(peer, self._only_run(do), request)
+            return None
         if do == "status":
             Look(list(self.runs.values()), self._reactor, partial(self._describe_to, peer))
             return None
@@ -278,8 +293,6 @@ class Server:
             host = self._hosts.find(str(request["node"]))
             self._hosts.drain(host)
             return f"{host.name} takes no more calls, and leaves when it has ended its own"
-        if do in _WITH_RUN:
-            raise UsageError(f"here are several runs: say which one, taskrun {do} ADDRESS RUN ...")
         raise ValueError(do)
 
     def _describe_to(self, peer: transport.Peer, runs: list[dict[str, Any]]) -> None:
