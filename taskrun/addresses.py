@@ -300,12 +300,12 @@ def _is_live(path: str) -> bool:
         return True
 
 
-def find(text: str | None = None) -> Address:
+def find(text: str | None = None, *, insecure_plain: bool = False) -> Address:
     """The address that is meant: what is written, else ``TASKRUN_ADDRESS``, else this user's
-    only live run.  Raises UsageError."""
+    only live run.  ``insecure_plain`` is that of :func:`parse`.  Raises UsageError."""
     text = text or os.environ.get("TASKRUN_ADDRESS")
     if text:
-        return parse(text)
+        return parse(text, insecure_plain=insecure_plain)
     runs = live_runs()
     if len(runs) == 1:
         return runs[0]

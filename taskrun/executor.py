@@ -197,7 +197,7 @@ def _counterpart(error: BaseException) -> BaseException:
 
 class Executor(ProcessPoolExecutor):
     """An executor of PEP 3148; the parameters are those of ``ProcessPoolExecutor``, and
-    ``address`` and ``authkey`` those of ``Pool``.
+    ``address``, ``authkey`` and ``insecure_plain`` those of ``Pool``.
 
     It is a ``ProcessPoolExecutor`` for who asks, and uses nothing of it.
     """
@@ -212,6 +212,7 @@ class Executor(ProcessPoolExecutor):
         max_tasks_per_child: int | None = None,
         address: Any = None,
         authkey: bytes | str | os.PathLike[str] | None = None,
+        insecure_plain: bool = False,
     ) -> None:
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
@@ -222,7 +223,7 @@ class Executor(ProcessPoolExecutor):
                 raise ValueError("max_tasks_per_child must be >= 1")
         self._pool = Pool(
             max_workers, initializer, initargs, max_tasks_per_child, mp_context,
-            address=address, authkey=authkey,
+            address=address, authkey=authkey, insecure_plain=insecure_plain,
         )  # fmt: skip
         self._pool._kinds = Submit, SubmitAny
         self._pool._driver.waits_at_exit = True  # as the standard library's

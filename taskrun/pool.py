@@ -101,8 +101,10 @@ class Pool(standard.Pool):
     ``address``: of a ``taskrun serve``, as on the command line; then the workers are those of
     the server and of its nodes, at most ``processes`` of them, or all that it lends.  ``authkey``
     is the server's key, or the path of a file with it; without one, that which taskrun always
-    takes.  Raises DialError where no such server answers, and UsageError for what cannot
-    be used or cannot travel.
+    takes.  ``insecure_plain`` is for a server that was started with ``--insecure-plain``:
+    without TLS, whoever is on the network between can read and change everything, and run code
+    on both sides.  Raises DialError where no such server answers, and UsageError for what
+    cannot be used or cannot travel.
 
     ``timeout=`` seconds and ``retries=`` may be given to each method that calls: a call that
     takes longer ends with CallTimeout, and one that fails, or loses its worker, is tried
@@ -122,6 +124,7 @@ class Pool(standard.Pool):
         maxrss: Size | tuple[Size, Size] = None,
         address: Any = None,
         authkey: bytes | str | os.PathLike[str] | None = None,
+        insecure_plain: bool = False,
     ) -> None:
         if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
@@ -136,6 +139,8 @@ class Pool(standard.Pool):
         if address is None:
             if authkey is not None:
                 raise ValueError("authkey is for address, and there is none")
+            if insecure_plain:
+                raise ValueError("insecure_plain is for address, and there is none")
             supply = Starter(context or _default_context(), setup, most)
             processes = processes or cores_here()
         else:
@@ -143,7 +148,9 @@ class Pool(standard.Pool):
                 raise ValueError("context says how workers of this machine start: not for address")
             from taskrun.pooling.lending import Borrower
 
-            supply = Borrower(address, authkey, processes, setup, most)
+            supply = Borrower(
+                address, authkey, processes, setup, most, insecure_plain=insecure_plain
+            )
         self._kinds: tuple[type[Apply], type[ApplyAny]] = Apply, ApplyAny
         self._driver = Driver(processes or 1, supply, maxtasksperchild, _initializer_failed)
         self._forks = _forks

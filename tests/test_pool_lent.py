@@ -147,6 +147,17 @@ def test_an_executor_may_have_lent_workers(shared: Site) -> None:
         assert list(made.map(abs, [-1, -2])) == [1, 2]
 
 
+def test_workers_are_had_without_tls_where_both_sides_say_so(site: Site) -> None:
+    site.serve(1, "--listen", "0.0.0.0:0", "--insecure-plain")
+    with pytest.raises(DialError, match="insecure_plain=True"):
+        lent(site)
+    with lent(site, insecure_plain=True) as pool:
+        assert pool.apply_async(operator.add, (1, 2)).get(DEADLINE) == 3
+    how: dict[str, Any] = {"authkey": KEY.encode(), "insecure_plain": True}
+    with Executor(1, address=site.address, **how) as executor:
+        assert executor.submit(operator.add, 1, 2).result(DEADLINE) == 3
+
+
 def test_calls_reach_the_state_of_the_process_that_has_the_pool(shared: Site) -> None:
     counter = state.counter("lent")
     with lent(shared) as pool:
@@ -353,6 +364,7 @@ def test_what_cannot_work_on_other_machines_is_refused() -> None:
     refused(ValueError, "context says", context=multiprocessing.get_context("fork"), **there)
     refused(UsageError, "only workers of this machine", maxrss=("1G", "2G"), **there)
     refused(ValueError, "authkey is for address", authkey=KEY.encode())
+    refused(ValueError, "insecure_plain is for address", insecure_plain=True)
 
 
 def test_a_failing_initializer_ends_the_pool_with_what_it_raised(shared: Site) -> None:

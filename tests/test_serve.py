@@ -301,6 +301,31 @@ def test_a_run_whose_process_is_stopped_is_said_not_to_answer(site: Site) -> Non
     assert "long[0] runs" in site.ask("explain", "r1", "long[0]").check().out
 
 
+def test_what_listens_without_tls_beyond_this_machine_is_looked_at_and_steered_so(
+    site: Site,
+) -> None:
+    site.serve(2, "--listen", "0.0.0.0:0", "--insecure-plain")
+    run = site.detach("-k", "--insecure-plain")
+    for refused in (site.ask("status"), site.ask("state")):
+        assert "--insecure-plain, which has to be said here as well" in refused.err
+    site.await_begun(2)
+
+    def ask(command: str, *words: str, status: int = 0) -> Ended:
+        return site.ask(command, *words, "--insecure-plain").check(status)
+
+    assert "work[0] runs" in ask("explain", run, "work[0]").out
+    assert "time.sleep(0.01)" in ask("stack", run, "work[0]").out
+    for command in ("status", "pause", "unpause"):
+        ask(command, run)
+    ask("tell", run, "work[0]", "hello")
+    assert "there is no node 'lab'" in ask("drain", "lab", status=2).err
+    with taskrun.connect(site.address, KEY, insecure_plain=True) as live:
+        live.counter("n").add(3)
+    assert ask("state", "get", "n").out == "3\n"
+    site.variables["TASKRUN_INSECURE_PLAIN"] = "1"
+    site.ask("cancel", run).check()
+
+
 def test_watching_a_run_of_the_server_ends_with_it(site: Site) -> None:
     site.serve()
     run = site.detach()

@@ -122,6 +122,14 @@ def tls_options(command: Command) -> Command:
     return command
 
 
+def dialling_options(command: Command) -> Command:
+    """The options of who dials: those of :func:`tls_options`, and ``insecure_plain``."""
+    plain = click.option(
+        "--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True
+    )
+    return tls_options(plain(command))
+
+
 def _check_engine(
     context: click.Context, parameter: click.Parameter, text: str | None
 ) -> str | None:
@@ -230,7 +238,7 @@ def check_certificates(context: click.Context, address: str | None) -> None:
     if address:
         found = addresses.parse(address, insecure_plain=plain, to_listen=True)  # or to dial
     else:
-        found = addresses.find()
+        found = addresses.find(insecure_plain=plain)
     if isinstance(found, addresses.Tls):
         return
     shown = addresses.shown(found)

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from taskrun.cli.options import CONTEXT, Seconds, check_certificates, check_needed, tls_options
+from taskrun.cli.options import (
+    CONTEXT,
+    Seconds,
+    check_certificates,
+    check_needed,
+    dialling_options,
+    tls_options,
+)
 from taskrun.errors import UsageError
 from taskrun.settings import cores_here
 
@@ -71,8 +78,7 @@ def serve(
 @click.argument("run")
 @click.argument("address", required=False, metavar="[ADDRESS]")
 @click.option("--authkey-file", metavar="F", help="Where the key is.")
-@tls_options
-@click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
+@dialling_options
 @click.pass_context
 def attach(context: click.Context, /, run: str, address: str | None, **given: Any) -> int:
     """Follow RUN of the server at ADDRESS, from the beginning of what is kept of

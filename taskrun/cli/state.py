@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taskrun.addresses import may_be_address
-from taskrun.cli.options import CONTEXT, check_certificates, tls_options
+from taskrun.cli.options import CONTEXT, check_certificates, dialling_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
 from taskrun.reporting.text import columns, one_line, padded
@@ -27,7 +27,7 @@ ACTIONS = ("list", "get", "dump", "watch")
 @click.option(
     "--authkey-file", metavar="F", help="Where the key is, if not where taskrun looks for it.",
 )  # fmt: skip
-@tls_options
+@dialling_options
 @click.pass_context
 def state(
     context: click.Context,
@@ -36,7 +36,7 @@ def state(
     run: str | None,
     json: bool,
     authkey_file: str | None,
-    **tls: str | None,
+    **given: Any,
 ) -> None:
     """Look at the shared state of the live run, or of the server, at ADDRESS
     (HOST:PORT or unix:PATH), or of your only one: list what there is, get NAME or one KEY of
@@ -46,7 +46,7 @@ def state(
     from taskrun.authkey import authkey
     from taskrun.state.connecting import connect
 
-    with connect(address, authkey(authkey_file), run=run, **tls) as connected:
+    with connect(address, authkey(authkey_file), run=run, **given) as connected:
         _DO[action](connected, rest, json)
 
 

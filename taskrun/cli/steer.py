@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from taskrun.addresses import may_be_address
-from taskrun.cli.options import CONTEXT, check_certificates, tls_options
+from taskrun.cli.options import CONTEXT, check_certificates, dialling_options
 from taskrun.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _steering(name: str, *more: Any) -> Callable[[Command], click.Command]:
             *more,
             click.option("--json", "json", is_flag=True, help="Write JSON."),
             click.option("--authkey-file", metavar="F", help="Where the key is."),
-            tls_options,
+            dialling_options,
         ]
         for option in reversed(options):
             function = option(function)
@@ -76,7 +76,7 @@ class Asked:
 
 
 @contextmanager
-def asking(where: Where, authkey_file: str | None, tls: dict[str, Any]) -> Iterator[Asked]:
+def asking(where: Where, authkey_file: str | None, given: dict[str, Any]) -> Iterator[Asked]:
     """A connection to who is asked; without an address to this user's only run."""
     from taskrun import addresses
     from taskrun.authkey import authkey
@@ -86,10 +86,14 @@ def asking(where: Where, authkey_file: str | None, tls: dict[str, Any]) -> Itera
     from taskrun.transport.tls import Certificates
 
     check_certificates(click.get_current_context(), where.address)
-    files = (tls.get("tls_cert"), tls.get("tls_key"), tls.get("tls_ca"))
-    given = Certificates(*files) if any(files) else None
+    files = (given["tls_cert"], given["tls_key"], given["tls_ca"])
+    plain = bool(given["insecure_plain"])
+    address = addresses.find(where.address, insecure_plain=plain)
     try:
-        wire = dial_blocking(addresses.find(where.address), authkey(authkey_file), STEER, tls=given)
+        wire = dial_blocking(
+            address, authkey(authkey_file), STEER, insecure_plain=plain,
+            tls=Certificates(*files) if any(files) else None,
+        )  # fmt: skip
     except DialError as error:
         raise UsageError(str(error)) from None
     with wire:
@@ -134,16 +138,16 @@ def _tell(value: Any, json: bool) -> None:
     click.option("--watch", is_flag=True, help="Show it anew every second, until the run ends."),
 )
 def status(
-    words: tuple[str, ...], watch: bool, json: bool, authkey_file: str | None, **tls: Any
+    words: tuple[str, ...], watch: bool, json: bool, authkey_file: str | None, **given: Any
 ) -> None:
     """Show what the live run at ADDRESS, or your only one, is doing: how far
     each task is, what runs where and since when. Of several runs of yours it
     shows the addresses."""
     several = [] if words or watch else _several()
     if several:
-        _show_several(several, json, authkey_file, tls)
+        _show_several(several, json, authkey_file, given)
         return
-    with asking(_where(words, "status"), authkey_file, tls) as ask:
+    with asking(_where(words, "status"), authkey_file, given) as ask:
         now = ask("status")
         if watch:
             _watch(ask, now, json)
@@ -152,62 +156,62 @@ def status(
 
 
 @_steering("explain", _words("[ADDRESS] [RUN] CALL"))
-def explain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def explain(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Say why CALL runs, waits, was skipped or is tried again."""
     where, call = _where_and_what(words, "explain", _CALL)
-    with asking(where, authkey_file, tls) as ask:
+    with asking(where, authkey_file, given) as ask:
         _tell(ask("explain", call=call), json)
 
 
 @_steering("stack", _words("[ADDRESS] [RUN] CALL"))
-def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Show where in its code the running CALL is, without stopping it."""
     where, call = _where_and_what(words, "stack", _CALL)
-    with asking(where, authkey_file, tls) as ask:
+    with asking(where, authkey_file, given) as ask:
         _tell(ask("stack", call=call), json)
 
 
 @_steering("cancel", _words("[ADDRESS] [RUN] CALL|run|RUN"))
-def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Cancel CALL, queued or running, with all that needs it; or the whole
     run, as Ctrl-C does."""
     where, call = _where_and_what(words, "cancel", _CALL)
-    with asking(where, authkey_file, tls) as ask:
+    with asking(where, authkey_file, given) as ask:
         _tell(ask("cancel", call=call), json)
 
 
 @_steering("tell", _words("[ADDRESS] [RUN] CALL MESSAGE"))
-def tell(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def tell(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Send MESSAGE, as a str, to CALL, which gets it by
     current().channel.recv()."""
     if not 2 <= len(words) <= 4:
         said = " ".join(words) or "nothing"
         raise UsageError(f"tell takes [ADDRESS] [RUN] CALL MESSAGE, not {said}")
     where, call = _where_and_what(words[:-1], "tell", _CALL)
-    with asking(where, authkey_file, tls) as ask:
+    with asking(where, authkey_file, given) as ask:
         _tell(ask("tell", call=call, message=words[-1]), json)
 
 
 @_steering("pause", _words("[ADDRESS] [RUN]"))
-def pause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def pause(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Start no more calls; what runs goes on."""
-    with asking(_where(words, "pause"), authkey_file, tls) as ask:
+    with asking(_where(words, "pause"), authkey_file, given) as ask:
         _tell(ask("pause"), json)
 
 
 @_steering("unpause", _words("[ADDRESS] [RUN]"))
-def unpause(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def unpause(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Start calls again."""
-    with asking(_where(words, "unpause"), authkey_file, tls) as ask:
+    with asking(_where(words, "unpause"), authkey_file, given) as ask:
         _tell(ask("unpause"), json)
 
 
 @_steering("drain", _words("[ADDRESS] [RUN] NODE"))
-def drain(words: tuple[str, ...], json: bool, authkey_file: str | None, **tls: Any) -> None:
+def drain(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
     """Have NODE, of a live run or of a server, end the calls that it has,
     take no more, and leave."""
     where, node = _where_and_what(words, "drain", "NODE")
-    with asking(where, authkey_file, tls) as ask:
+    with asking(where, authkey_file, given) as ask:
         _tell(ask("drain", node=node), json)
 
 
@@ -227,7 +231,7 @@ def _several() -> list[str]:
 
 
 def _show_several(
-    several: list[str], json: bool, authkey_file: str | None, tls: dict[str, Any]
+    several: list[str], json: bool, authkey_file: str | None, given: dict[str, Any]
 ) -> None:
     """A line a run; one that ends meanwhile, or has another key, is shown as what it is."""
     from taskrun.cli.looks import lines
@@ -235,7 +239,7 @@ def _show_several(
     found: list[dict[str, Any]] = []
     for address in several:
         try:
-            with asking(Where(address, None), authkey_file, tls) as ask:
+            with asking(Where(address, None), authkey_file, given) as ask:
                 found.append({"address": address, **ask("status")})
         except (UsageError, RunError) as error:
             found.append({"address": address, "error": str(error)})

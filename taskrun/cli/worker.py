@@ -16,7 +16,7 @@ from taskrun.cli.options import (
     check_certificates,
     check_jobs,
     check_resources,
-    tls_options,
+    dialling_options,
 )
 from taskrun.errors import UsageError
 from taskrun.model import LANES
@@ -60,8 +60,7 @@ if TYPE_CHECKING:
     "--idle-exit", type=Seconds(min=0), metavar="SECONDS",
     help="Leave after so long without anything to do.",
 )  # fmt: skip
-@tls_options
-@click.option("--insecure-plain", is_flag=True, help="Without TLS, read by anyone.", hidden=True)
+@dialling_options
 @click.pass_context
 def worker(
     context: click.Context,

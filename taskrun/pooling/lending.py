@@ -52,6 +52,8 @@ class Borrower:
         most: int | None,
         setup: remote.Setup,
         limits: memory.Limits,
+        *,
+        insecure_plain: bool,
     ) -> None:
         """``most``: how many workers it wants at most.  Raises UsageError for what cannot be
         used, or cannot travel."""
@@ -60,7 +62,7 @@ class Borrower:
                 "maxrss: only workers of this machine can be stopped for their memory; say one "
                 "size, above which they are replaced"
             )
-        self.line = Line(address, _key(authkey), most)
+        self.line = Line(address, _key(authkey), most, insecure_plain=insecure_plain)
         name, self.bundle = _main()
         data = None if name is None else pickle.dumps({"init_main_from_name": name})
         self.base = next(bases) << 48
@@ -156,12 +158,12 @@ class Line:
     ``shares``: the slots that are lent, by node; ``lease``: seconds that a node may be silent.
     """
 
-    def __init__(self, address: Any, key: bytes, most: int | None) -> None:
+    def __init__(self, address: Any, key: bytes, most: int | None, *, insecure_plain: bool) -> None:
         """Raises UsageError for what is no address."""
         if isinstance(address, str):
-            self._address = addresses.parse(address)
-        else:
-            self._address = addresses.secured(address)
+            address = addresses.parse(address, insecure_plain=insecure_plain)
+        self._address = address if insecure_plain else addresses.secured(address)
+        self._insecure_plain = insecure_plain
         self._shown = addresses.shown(self._address)
         self._key = key
         self._most = most
@@ -190,7 +192,10 @@ class Line:
         on_peer: Callable[[transport.Peer], object],
         on_failure: Callable[[DialError], object],
     ) -> transport.Dialling:
-        return transport.dial(self._address, self._key, self._reactor, role, on_peer, on_failure)
+        return transport.dial(
+            self._address, self._key, self._reactor, role, on_peer, on_failure,
+            insecure_plain=self._insecure_plain,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give all back."""

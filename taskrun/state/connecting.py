@@ -19,6 +19,7 @@ def connect(
     tls_cert: str | None = None,
     tls_key: str | None = None,
     tls_ca: str | None = None,
+    insecure_plain: bool = False,
     run: str | None = None,
 ) -> Connected:
     """The shared state of a live run, or of a server; with ``run``, of that run of a server.
@@ -28,15 +29,17 @@ def connect(
     the key itself; without one, where taskrun always looks for it.  Where HOST is another
     machine, TLS is spoken.  ``tls_cert``, ``tls_key`` and ``tls_ca``, or the variables
     TASKRUN_TLS_CERT and so on, may name files in PEM: a certificate to show with its key,
-    and who must have signed the coordinator's.
+    and who must have signed the coordinator's.  ``insecure_plain`` is for one that was started
+    with ``--insecure-plain``: without TLS, whoever is on the network between can read and
+    change everything, and run code on both sides.
 
     Raises UsageError where there is no such address or key, StateLost where nobody answers,
     StateRefused where the key is not the right one, the address has another form, or the
     server has no such run.
     """
     if address is None or isinstance(address, str):
-        address = addresses.find(address)
-    else:
+        address = addresses.find(address, insecure_plain=insecure_plain)
+    elif not insecure_plain:
         address = addresses.secured(address)
     key = authkey.encode() if isinstance(authkey, str) else authkey
     files = (tls_cert, tls_key, tls_ca)

@@ -124,7 +124,8 @@ class Connection:
         from taskrun.transport.dialling import Route, open_socket
 
         try:
-            route = Route.to(address, self._certificates())
+            # Whether in plain was decided where the address was read.
+            route = Route.to(address, self._certificates(), insecure_plain=True)
             made, self._rest = open_socket(route, authkey, self._role, _DIAL_SECONDS)
         except DialError as error:
             raise (StateLost if error.retry else StateRefused)(str(error)) from None

@@ -357,7 +357,10 @@ def _plain_form(address: Address) -> str:
     """What to do about a listener without TLS."""
     if is_loopback(address[0]):
         return f"write {shown((address[0], address[1]))}"
-    return "it was started with --insecure-plain, or is not taskrun's"
+    return (
+        "it was started with --insecure-plain, which has to be said here as well (in Python "
+        "insecure_plain=True), or is not taskrun's"
+    )
 
 
 def _targets(address: Address, flags: int) -> list[tuple[int, Any]]:
