@@ -129,6 +129,11 @@ def shown(address: Address) -> str:
     return f"unix:{address}"
 
 
+def is_served(path: str) -> bool:
+    """Whether a Unix socket is of a run of a server: others reach that by the server."""
+    return os.path.basename(path).startswith(SERVED)
+
+
 def prepare_unix(path: str) -> None:
     """See to it that a Unix socket can be made at ``path``, in a folder that is this user's
     alone; one that nobody listens on any more is removed.  Raises UsageError."""

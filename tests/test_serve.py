@@ -160,6 +160,15 @@ def test_the_modules_beside_the_task_file_travel_and_the_server_imports_none(sit
     assert "imported" not in server.end().err
 
 
+def test_a_server_at_the_path_of_a_socket_says_so_and_its_runs_do_not(
+    site: Site, socket_folder: Path
+) -> None:
+    site.serve(1, "--listen", f"unix:{socket_folder}/server")
+    assert site.address == f"unix:{socket_folder}/server"
+    ended = site.submit(source="@task\ndef good(): pass").end().check()
+    assert "all ok" in ended.err and "listening" not in ended.err
+
+
 def test_a_failing_run_has_its_own_exit_status(site: Site) -> None:
     site.serve()
     ended = site.submit(source="@task\ndef bad(): raise ValueError('so bad')").end().check(1)

@@ -242,6 +242,15 @@ def test_the_address_may_be_left_out_where_there_is_one_run(
     assert gone.status == 2 and "no run of yours is alive" in gone.err
 
 
+def test_a_run_at_the_path_of_a_socket_says_so(runs: Runs, socket_folder: Path) -> None:
+    address = f"unix:{socket_folder}/run"
+    running = runs.start_exec(TASKS, "-j2", "--listen", address)
+    assert running.await_line("listening on", err=True).split()[-1] == address
+    runs.run("status", address).check()
+    go_on(runs)
+    assert running.end().status == 0
+
+
 def test_of_several_runs_status_shows_the_addresses(runs: Runs, socket_folder: Path) -> None:
     alone = {"XDG_RUNTIME_DIR": str(socket_folder)}
     both = [runs.start_exec(TASKS, "-j1", env=alone) for _ in range(2)]

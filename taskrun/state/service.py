@@ -92,7 +92,10 @@ class Service:
         self._listen()
         if self._path is not None:
             self._load(self._path)
-        if self._more is not None and self._path_said() is None:
+        path = self._path_said()
+        if path is not None and not addresses.is_served(path):
+            self._notice(f"listening on {addresses.shown(path)}")
+        elif path is None and self._more is not None:
             self._listen_to(self._more)
 
     def _path_said(self) -> str | None:
