@@ -17,7 +17,7 @@ import pytest
 from grid import KEY, LEASE, Grid, grid_in
 from harness import Running, Runs, started
 from stubs import Stub, dialler
-from transport_support import unix_path
+from transport_support import fill_queue, unix_path
 
 from taskrun import messages as m
 from taskrun.addresses import parse
@@ -266,17 +266,6 @@ def test_a_connection_to_the_state_waits_for_room_and_the_run_goes_on_meanwhile(
             grid.shop.until(lambda: len(accepted.recv(9, socket.MSG_PEEK)) == 5)
             assert accepted.recv(9) == b"hello"
             grid.shop.until(lambda: accepted.recv(9) == b"")
-
-
-def fill_queue(path: str) -> list[socket.socket]:
-    """Connections that wait at a Unix socket, so many that there is no room for one more."""
-    made: list[socket.socket] = []
-    while True:
-        made.append(socket.socket(socket.AF_UNIX))
-        made[-1].setblocking(False)
-        if made[-1].connect_ex(path):
-            made.pop().close()
-            return made
 
 
 # -- who steers -----------------------------------------------------------------------

@@ -13,15 +13,18 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from state_support import FORK, Live, interrupted_by, live, own_runtime
+from transport_support import fill_queue
 
 from taskrun.errors import StateError, StateLost
 from taskrun.manager.protocol import MANAGER, framed
+from taskrun.state import remote
 from taskrun.state.connecting import Connected
 from taskrun.state.remote import Connection, _readable
 
@@ -426,6 +429,29 @@ class Explosive:
 
 
 # -- many at once ---------------------------------------------------------------------
+
+
+def test_who_comes_while_the_queue_is_full_waits_for_room(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, goes_on = threading.Event(), threading.Event()
+
+    def be_busy() -> None:
+        busy.set()
+        goes_on.wait(20)
+
+    def sleep(seconds: float) -> None:
+        goes_on.set()
+        time.sleep(seconds)
+
+    live.reactor.post(be_busy)
+    assert busy.wait(20)
+    live.service._socket.listen(0)
+    others = fill_queue(live.service.address)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=sleep))
+    assert live.connect().counter("n").add() == 1 and goes_on.is_set()
+    for other in others:
+        other.close()
 
 
 @pytest.mark.timeout(300)

@@ -7,6 +7,7 @@ import builtins
 import os
 import random
 import resource
+import select
 import shutil
 import socket
 import ssl
@@ -20,13 +21,13 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from transport_support import DEADLINE, KEY, Meeting, unix_path
+from transport_support import DEADLINE, KEY, Meeting, Side, fill_queue, unix_path
 
 from taskrun.addresses import Tls
 from taskrun.errors import DialError, UsageError
 from taskrun.manager.protocol import CHALLENGE, WELCOME, Frames, framed
 from taskrun.reactor import Reactor
-from taskrun.transport import certificates, dial_blocking, gate, listen
+from taskrun.transport import certificates, dial, dial_blocking, gate, listen
 from taskrun.transport.proof import HELLO, USE_TLS
 from taskrun.transport.tls import Certificates, for_dialling, for_listening
 
@@ -262,6 +263,36 @@ def test_without_tls_beyond_this_machine_only_where_both_say_so() -> None:
         meeting.dial_at(("0.0.0.0", meeting.address[1]))
         meeting.until(lambda: meeting.there.failures)
         assert "--insecure-plain" in str(meeting.there.failures[0])
+
+
+def test_who_dials_while_the_queue_of_a_unix_socket_is_full_waits_for_room() -> None:
+    path, reactor, side = unix_path(), Reactor(), Side()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(0)
+        others = fill_queue(path)
+        dial(path, KEY, reactor, b"node", side.take, side.failures.append)
+        assert not reactor.run_until(lambda: bool(side.failures), monotonic() + 0.1)
+        for other in others:
+            listening.accept()[0].close()
+            other.close()
+        came = reactor.run_until(
+            lambda: bool(select.select([listening], [], [], 0)[0]), monotonic() + DEADLINE
+        )
+        assert came and not side.failures
+    reactor.close()
+
+
+def test_where_there_is_no_room_in_time_it_is_said() -> None:
+    path = unix_path()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(0)
+        others = fill_queue(path)
+        with pytest.raises(DialError, match="cannot be reached in time"):
+            dial_blocking(path, KEY, b"node", 0.1)
+        for other in others:
+            other.close()
 
 
 # -- those who do not prove anything --------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 import traceback
@@ -104,3 +105,14 @@ class Meeting:
 
 def unix_path() -> str:
     return os.path.join(tempfile.mkdtemp(prefix="transport-"), "socket")
+
+
+def fill_queue(path: str) -> list[socket.socket]:
+    """Connections that wait at a Unix socket, so many that there is no room for one more."""
+    made: list[socket.socket] = []
+    while True:
+        made.append(socket.socket(socket.AF_UNIX))
+        made[-1].setblocking(False)
+        if made[-1].connect_ex(path):
+            made.pop().close()
+            return made

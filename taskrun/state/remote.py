@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator
 from math import inf
@@ -44,6 +45,7 @@ _READ: Final = 64 * 1024
 _READ_LONG: Final = 1024 * 1024
 _JOINED: Final = 64 * 1024  # a shorter frame is sent in one piece with its length
 _DIAL_SECONDS: Final = 10.0
+_AGAIN: Final = 0.01  # seconds until one asks for a place in a full queue again
 _POLLED: Final = 1_000_000.0  # seconds; poll() takes 24 days at most
 _LENGTH = struct.Struct("!i")
 CLOSED: Final = "this connection to shared state was closed"
@@ -106,7 +108,7 @@ class Connection:
         made = self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             made.settimeout(_DIAL_SECONDS)
-            made.connect(address)
+            self._queue_up(made, address)
         except OSError as error:
             made.close()
             if not self.is_broken_by(error):
@@ -115,6 +117,18 @@ class Connection:
                 f"the coordinator at {shown(address)} cannot be reached: {error.strerror or error}"
             ) from None
         return made
+
+    def _queue_up(self, made: socket.socket, path: str) -> None:
+        """Connect to a Unix socket.  Where its queue is full, the system says so at once, and
+        does not say when there is room."""
+        while True:
+            try:
+                made.connect(path)
+                return
+            except BlockingIOError:
+                if monotonic() >= self._open_by:
+                    raise
+                time.sleep(_AGAIN)
 
     def _is_near(self, address: Any) -> bool:
         return isinstance(address, str) and self._role == protocol.MANAGER

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 DIAL_TIMEOUT: Final = 10.0  # seconds
 _READ: Final = 256 * 1024
 _JOINED: Final = 64 * 1024  # shorter parts are copied into one write
+_AGAIN: Final = 0.01  # seconds until one asks for a place in a full queue again
 
 OnOpen = Callable[[socket.socket, bytes], object]
 OnFailure = Callable[[DialError], object]
@@ -115,7 +116,7 @@ class Dialling:
         self._targets: deque[tuple[int, Any]] = deque()
         self._deadline = monotonic() + timeout
         self._timer = reactor.call_at(self._deadline, self._on_timeout)
-        self._patience: Timer | None = None  # with one of several targets
+        self._patience: Timer | None = None  # with one of several targets, or a full queue
         reactor.call_soon(self._look_up)
         _diallings.add(self)
 
@@ -167,6 +168,9 @@ class Dialling:
             self._socket = made = socket.socket(family, socket.SOCK_STREAM)
             prepare(made)
             begun = made.connect_ex(target)
+            if begun == errno.EAGAIN and family == socket.AF_UNIX:
+                self._ask_again(target)
+                return
             if begun not in (0, errno.EINPROGRESS):
                 raise OSError(begun, os.strerror(begun))
         except OSError as error:
@@ -178,6 +182,12 @@ class Dialling:
             now = monotonic()
             share = (self._deadline - now) / (len(self._targets) + 1)
             self._patience = self._reactor.call_at(now + share, self._on_silence)
+
+    def _ask_again(self, path: str) -> None:
+        """The queue of a Unix socket is full, and nothing says when there is room."""
+        self._drop()
+        self._targets.append((socket.AF_UNIX, path))
+        self._patience = self._reactor.call_at(monotonic() + _AGAIN, self._try_next)
 
     def _on_silence(self) -> None:
         self._on_unreachable(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
