@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transport_support import KEY
+from transport_support import KEY, no_descriptors
 
 from taskrun import transport
 from taskrun.errors import DialError, UsageError
@@ -24,6 +27,7 @@ from taskrun.signals import Signals
 from taskrun.workers import host as module
 from taskrun.workers import node as node_module
 from taskrun.workers.host import Host
+from taskrun.workers.jobs import Work
 from taskrun.workers.node import ROLE, Node
 
 pytestmark = pytest.mark.timeout(30)
@@ -193,6 +197,28 @@ def test_a_coordinator_that_says_what_none_says_is_left_and_dialled_again(
         listener.close()
         reactor.close()
     assert len(came) == 2 and any("said what cannot be" in text for text in said)
+
+
+def test_a_node_without_descriptors_waits_for_some_before_it_lets_more_workers_in() -> None:
+    reactor, said = Reactor(), list[int]()
+    talk: Any = SimpleNamespace(send=lambda key, channel, data: said.append(channel), waiting=0)
+    work = Work(reactor, talk, "lab", pytest.fail)
+    path = work._listen_for_state()
+    with ExitStack() as stack:
+        workers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(5)]
+        for worker in workers:
+            worker.connect(path)
+        turns = 0
+        with no_descriptors():
+            until = monotonic() + 0.5
+            while monotonic() < until:
+                reactor.run_once(until - monotonic())
+                turns += 1
+        assert turns < 50
+        assert reactor.run_until(lambda: said == [ch.OPEN] * 5, monotonic() + 10)
+    work.end(0.0)
+    reactor.close()
+    assert not os.path.exists(path)
 
 
 class Stuck:

@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from transport_support import DEADLINE, KEY, Meeting, Side, fill_queue, unix_path
+from transport_support import DEADLINE, KEY, Meeting, Side, fill_queue, no_descriptors, unix_path
 
 from taskrun.addresses import Tls
 from taskrun.errors import DialError, UsageError
@@ -507,18 +507,6 @@ def test_who_has_no_descriptor_left_is_told_so_and_may_try_again() -> None:
         meeting.until(lambda: meeting.there.failures)
     assert meeting.there.failures[0].retry
     assert "Too many open files" in str(meeting.there.failures[0])
-
-
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """This process can open no more files."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with closing(socket.socket()) as last:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # -- certificates ---------------------------------------------------------------------

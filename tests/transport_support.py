@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from time import monotonic
 from typing import Any
 
@@ -116,3 +118,15 @@ def fill_queue(path: str) -> list[socket.socket]:
         if made[-1].connect_ex(path):
             made.pop().close()
             return made
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open no more files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with closing(socket.socket()) as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -10,10 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 from taskrun.addresses import forget_private, listen_privately
 from taskrun.errors import RunError, WireError
+from taskrun.manager.listening import Listener
 from taskrun.network import channels as ch
 from taskrun.network.bundles import Cache, cache_folder, unpack
 from taskrun.network.conversation import Conversation, Data
@@ -52,8 +53,7 @@ class Work:
         self._folder: Folder | None = None
         self._berths: Berths | None = None
         self._shelf: Shelf | None = None
-        self._socket: Any = None
-        self._socket_path: str | None = None
+        self._listener: Listener | None = None  # for the workers' connections to the state
         self._relay = Relay(reactor, conversation)
         self._handlers: dict[int, Callable[[int, Data], None]] = {
             ch.JOB: self._on_job,
@@ -186,18 +186,9 @@ class Work:
         )
 
     def _listen_for_state(self) -> str:
-        self._socket = listen_privately()
-        self._socket_path = self._socket.getsockname()
-        self._reactor.add_reader(self._socket.fileno(), self._on_state_client)
-        assert self._socket_path is not None
-        return self._socket_path
-
-    def _on_state_client(self) -> None:
-        try:
-            connection, _ = self._socket.accept()
-        except OSError:
-            return  # it has gone again, or there are no more descriptors just now
-        self._relay.carry(connection)
+        self._listener = Listener(listen_privately())
+        self._listener.start(self._reactor, self._relay.carry, has_room=lambda: True)
+        return str(self._listener.address)
 
     # -- the end ----------------------------------------------------------------------
 
@@ -206,10 +197,9 @@ class Work:
         if self._berths is not None:
             self._end_workers(self._berths, grace)
         self._relay.close()
-        if self._socket is not None:
-            self._reactor.remove_reader(self._socket.fileno())
-            self._socket.close()
-            forget_private(self._socket_path)
+        if self._listener is not None:
+            self._listener.close()
+            forget_private(self._listener.address)
         if self._folder is not None:
             self._folder.remove()
 
