@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from taskrun.network import bundles
 from taskrun.network import channels as ch
 from taskrun.network.bundles import Cache, make_bundle, unpack
 from taskrun.network.parcels import LARGE, Parcels, Shelf
+from taskrun.workers import luggage
 
 
 def write(folder: Path, *names: str) -> None:
@@ -157,6 +159,34 @@ def test_a_bundle_is_kept_for_this_user_alone_and_found_again(tmp_path: Path) ->
     unpack(path, str(tmp_path / "there"))
     assert sorted(os.listdir(tmp_path / "there")) == ["run.sh", "tasks.py"]
     assert os.access(tmp_path / "there" / "run.sh", os.X_OK)
+
+
+def test_a_bundle_that_no_run_has_had_for_long_makes_way_for_a_new_one(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path / "bundles"))
+    used, unused = (
+        Path(cache.keep(bundles.digest_of(data), data)) for data in (b"used", b"unused")
+    )
+    begun = Path(f"{unused}.12345")
+    begun.touch()
+    long_ago = time.time() - bundles.UNUSED - 60
+    for path in (used, unused, begun):
+        os.utime(path, (long_ago, long_ago))
+    assert cache.find(bundles.digest_of(b"used")) == str(used)
+    new = Path(cache.keep(bundles.digest_of(b"new"), b"new"))
+    assert sorted(tmp_path.glob("bundles/*")) == sorted([used, new])
+
+
+def test_a_process_of_an_engine_whose_bundle_was_removed_has_it_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    digest = bundles.digest_of(b"some")
+    luggage.keep(digest, b"some")
+    assert luggage.has(digest)
+    os.unlink(Cache().find(digest) or "")
+    with pytest.raises(errors.RunError, match="run it again"):
+        luggage.lay_out(digest, "")
+    assert not luggage.has(digest)
 
 
 def test_what_is_no_bundle_is_a_value_error_whatever_is_wrong_with_it(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def lay_out(digest: str, beside: str) -> str:
     one of their own.  Raises RunError."""
     archive = Cache().find(digest)
     if archive is None:
+        _known.discard(digest)
         raise RunError(f"the files of the run are not in {Cache().folder} any more: run it again")
     try:
         folder = beside if holds(beside, archive) else _unpacked(archive, digest)

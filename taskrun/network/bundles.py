@@ -9,13 +9,16 @@ it once needs it no more.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from taskrun.errors import UsageError
 
 MOST_BYTES: Final = 256 * 1024 * 1024
+UNUSED: Final = 30 * 24 * 3600.0  # seconds that a node keeps a bundle that no run has
 _WHEN: Final = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can say
 _LEFT_OUT: Final = frozenset("__pycache__ node_modules build dist venv env site-packages".split())
 _MODULES: Final = (".py", ".so")
@@ -173,7 +176,8 @@ def _check_size(folder: str, names: Iterable[str]) -> None:
 
 
 class Cache:
-    """The bundles that this user's nodes have had, one file each."""
+    """The bundles that this user's nodes have had, one file each.  When a file was written
+    last says when it was used last; those that nobody has used for long are removed."""
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder or os.path.join(cache_folder(), "bundles")
@@ -183,11 +187,13 @@ class Cache:
         path = self._path(digest)
         try:
             with open(path, "rb") as file:
-                if digest_of(file.read()) == digest:
-                    return path
+                if digest_of(file.read()) != digest:
+                    return None
         except FileNotFoundError:
-            pass  # it is fetched
-        return None
+            return None  # it is fetched
+        with suppress(OSError):  # in a folder that can only be read nothing is removed, either
+            os.utime(path)
+        return path
 
     def keep(self, digest: str, data: bytes | memoryview) -> str:
         """Keep a bundle; gives its path.  Raises ValueError where it is another one, OSError
@@ -205,7 +211,17 @@ class Cache:
             if os.path.exists(begun):
                 os.unlink(begun)
             raise
+        self._remove_unused()
         return path
+
+    def _remove_unused(self) -> None:
+        """Those of long ago, and what somebody who was killed had begun to write then."""
+        since = time.time() - UNUSED
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with suppress(OSError):  # another node was faster
+                    if entry.stat().st_mtime < since:
+                        os.unlink(entry.path)
 
     def _path(self, digest: str) -> str:
         if not digest.isalnum():
