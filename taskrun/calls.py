@@ -128,9 +128,15 @@ class Call:
         return self.needs < 0
 
     @property
+    def is_to_blame(self) -> bool:
+        """Whether it failed, or was cancelled other than with what it needs."""
+        return self.state == FAILED or (self.state == CANCELLED and self.cause is None)
+
+    @property
     def tolerated(self) -> bool:
         """Whether those whom its failure concerns take it: all its consumers; of a submitted
-        call its parent, who was told and yet ended well, or fails and is tolerated in turn."""
+        call its parent, who was told, or cancelled it, and yet ended well, or fails and is
+        tolerated in turn."""
         call = self
         while call.family is None and call.parent is not None:
             if not call.refused or call.parent.state in (OK, SKIPPED):

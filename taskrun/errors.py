@@ -41,7 +41,8 @@ class RunError(TaskrunError):
 
 
 class RunFailed(TaskrunError):
-    """Raised by :func:`taskrun.run` when calls failed; ``failures`` lists them, root last."""
+    """Raised by :func:`taskrun.run` when calls failed, or were cancelled from outside;
+    ``failures`` lists them, in the order of their end."""
 
     def __init__(self, message: str, failures: tuple[object, ...] = ()) -> None:
         super().__init__(message)

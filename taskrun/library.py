@@ -102,13 +102,13 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 class _Failures(Observer):
-    """The failed calls of a run, in the order of their end."""
+    """The failed and the cancelled calls of a run, in the order of their end."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
     def call_ended(self, call: Any) -> None:
-        if call.state == FAILED:
+        if call.is_to_blame:
             self.calls.append(call)
 
 
@@ -131,12 +131,14 @@ def _values_of(plan: Plan, settings: Settings, single: bool) -> Any:
 
 
 def _failed(calls: list[Call], run: Run) -> RunFailed:
-    said = tuple(call.ended_as() for call in calls)
-    if not calls:
+    failed = [call for call in calls if call.state == FAILED]
+    if not failed and run.core.stopping:
         return RunFailed(f"the run was stopped: {run.core.stopping}")
+    calls = failed or calls
+    said = tuple(call.ended_as() for call in calls)
     first = calls[0]
     more = f", and {len(calls) - 1} more" if len(calls) > 1 else ""
-    error = RunFailed(f"{first.title} failed{more}: {said[0].headline}", said)
+    error = RunFailed(f"{first.title} {first.verdict}{more}: {said[0].headline}", said)
     error.__cause__ = decode_failure(said[0])
     return error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from taskrun import messages as m
-from taskrun.calls import FAILED, FINAL, OK, READY, RUNNING, WAITING, Call
+from taskrun.calls import CANCELLED, FAILED, FINAL, OK, READY, RUNNING, WAITING, Call
 from taskrun.core.families import CallWire, WholeWire
 from taskrun.core.scheduler import Scheduler
 from taskrun.core.workforce import Worker
@@ -193,9 +193,10 @@ class Auditor:
 
 
 def _nobody_lacks_it(call: Call) -> None:
-    """A run that went well: where a failure kept ``call`` from running, that is tolerated."""
+    """A run that went well: where a failure, or a cancelled call, kept ``call`` from running,
+    that is tolerated."""
     cause = call.cause
-    if call.family is None or cause is None or cause.state != FAILED:
+    if call.family is None or cause is None or cause.state not in (FAILED, CANCELLED):
         return
     while cause.parent is not None:
         cause = cause.parent

@@ -447,6 +447,30 @@ def test_a_future_can_be_cancelled_before_and_while_it_runs() -> None:
     assert sim.now < 1.0 and sim.scheduler.status == 0
 
 
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [
+        ((WaitFor(("a",), catch=True), Value()), 0),
+        ((WaitFor(("a",)), Value()), 1),
+        ((Held(("a",)),), 1),
+        ((Run(1.0), Value()), 1),
+    ],
+    ids=["caught", "raised", "returned", "unasked"],
+)
+def test_a_child_cancelled_from_outside_counts_unless_its_parent_takes_it(
+    then: tuple[Any, ...], status: int
+) -> None:
+    sim = Simulation([a_task("root")], {"root": (Submit("a", leaf), *then), "leaf": SLOW})
+    sim.at(0.5, lambda: sim.post(m.CancelCalls((sim.call("leaf#0").id,))))
+    assert sim.run() == status
+    assert sim.states("leaf") == ["cancelled"]
+
+
+def test_a_child_that_its_parent_cancels_and_forgets_does_not_count() -> None:
+    sim = root(Submit("a", leaf), Run(0.1), Cancel("a"), Run(0.1), leaf=SLOW)
+    assert sim.states("leaf") == ["cancelled"] and sim.scheduler.status == 0
+
+
 # -- retries of the parent ------------------------------------------------------------
 
 

@@ -344,6 +344,25 @@ def test_a_running_call_is_interrupted_when_it_is_cancelled() -> None:
     assert ended.failure is failure
 
 
+@pytest.mark.parametrize("policy", ["stop", "keep-going", "fail-fast"])
+@pytest.mark.parametrize("when", [0.005, 0.5])
+def test_a_cancelled_call_makes_status_1_and_stops_nothing(policy: str, when: float) -> None:
+    work, deploy = a_task("work"), a_task("deploy", {"n": each([1, 2])})
+    needs = a_task("needs", {"work": result(work)})
+    sim = Simulation([work, needs, deploy], {"work": SLOW, "deploy": SLOW}, policy=policy)
+    sim.at(when, lambda: sim.post(m.CancelCalls((sim.call("work").id,))))
+    assert sim.run() == 1
+    assert sim.states("needs") == ["cancelled"] and sim.states("deploy") == ["ok", "ok"]
+
+
+def test_a_cancelled_call_whose_consumers_do_without_it_is_tolerated() -> None:
+    work = a_task("work", {"n": each([1, 2])})
+    total = a_task("total", {"all": result(work, errors="skip")})
+    sim = Simulation([total], {"work": SLOW})
+    sim.at(0.5, lambda: sim.post(m.CancelCalls((sim.call("work[1]").id,))))
+    assert sim.run() == 0 and sim.states("total") == ["ok"]
+
+
 def test_an_attempt_that_ends_with_the_run_says_so() -> None:
     sim = Simulation([a_task("work")], {"work": SLOW})
     sim.at(0.5, lambda: sim.post(m.Stop("Ctrl-C")))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,42 @@ def test_cancel_ends_a_running_call_and_a_queued_one(runs: Runs, live: Running) 
     ended = live.end()
     assert "work   4 ok, 2 cancelled" in ended.err
     assert "taskrun cancel: work[5]" in ended.err
+
+
+def test_a_run_whose_call_was_cancelled_and_is_needed_exits_with_1(runs: Runs) -> None:
+    live = runs.start_exec(
+        """
+        @task
+        def build():
+            mark("begun")
+            doze()
+
+        @task
+        def deploy(r=result(build)): ...
+        """,
+        "--json",
+    )
+    live.await_file(runs.folder / "begun")
+    ask(runs, live, "cancel", "build").check()
+    ended = live.end()
+    assert ended.status == ended.events[-1]["status"] == 1
+    assert ended.states == {"build": "cancelled", "deploy": "cancelled"}
+
+
+def test_a_library_run_whose_call_was_cancelled_says_so(runs: Runs) -> None:
+    runs.write(TASKS.replace(', errors="skip"', ""))
+    live = runs.start(
+        "-c",
+        "import taskrun, taskrun.errors\n"
+        "try: taskrun.run('tasks.py', 'total', jobs=2)\n"
+        "except taskrun.errors.RunFailed as error: print(error)\n",
+        program=(sys.executable,),
+    )
+    live.await_file(runs.folder / "begun0")
+    ask(runs, live, "cancel", "work[0]").check()
+    go_on(runs)
+    said = "work[0] was cancelled: CallCancelled: work[0] was cancelled: taskrun cancel"
+    assert live.end().check().out.splitlines()[-1] == said
 
 
 def test_cancel_run_stops_it_as_ctrl_c_does(runs: Runs, live: Running) -> None:

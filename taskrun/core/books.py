@@ -281,7 +281,7 @@ class Books:
         raise NotImplementedError
 
     def _judge(self, call: Call) -> None:
-        """A failure that nobody tolerates: what does it mean for the run?"""
+        """A failure, or a cancelled call, that nobody tolerates: what does it mean for the run?"""
         raise NotImplementedError
 
     def _hold(

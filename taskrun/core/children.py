@@ -145,7 +145,12 @@ class Children(Attempts):
     def on_cancel_child(self, event: m.CancelChild) -> None:
         parent = self._current(event.parent, event.attempt)
         if parent is not None and parent.children and event.key in parent.children:
-            self._cancel(parent.children[event.key], "its parent cancelled it")
+            self._cancel_for_parent(parent.children[event.key], "its parent cancelled it")
+
+    def _cancel_for_parent(self, child: Call, reason: str) -> None:
+        if child.state not in FINAL:
+            note_refused(child)
+            self._cancel(child, reason)
 
     def _hold(
         self, call: Call, payload: tuple[bytes | None, tuple[bytes, ...]], items: Any
@@ -183,11 +188,12 @@ class Children(Attempts):
         for child in children.values():
             self.graph.release(child)
             if parent.state is OK and child.generation != parent.attempt:
-                self._cancel(child, "its parent was retried and did not ask for it again")
+                reason = "its parent was retried and did not ask for it again"
+                self._cancel_for_parent(child, reason)
         for child in children.values():
             # What the parent was told of, and has failed in turn, is judged with the parent.
             told = child.refused and parent.state is FAILED
-            if child.state is FAILED and not child.tolerated and not told:
+            if child.is_to_blame and not child.tolerated and not told:
                 self._judge(child)
 
 

@@ -256,19 +256,19 @@ class Scheduler(Bunches):
                 wait.worker.home.go_on(wait)
         if call.children is not None:
             self._let_children_go(call)
-        if state is FAILED and not call.tolerated:
+        if call.is_to_blame and not call.tolerated:
             self._judge(call)
         self._out.append(m.CallEnded(call))
         self.graph.ended(call)
         call.worker = call.began = call.blob = None
 
     def _judge(self, call: Call) -> None:
-        """A failure that nobody tolerates: what does it mean for the run?"""
+        """A failure, or a cancelled call, that nobody tolerates: what does it mean for the run?"""
         parent = call.parent
         if parent is not None and parent.children is not None:
             return  # the parent may yet catch it; this is judged again when that ends
         self.status = max(self.status, 1)
-        if self.policy != "keep-going" and not self.stopping:
+        if call.state is FAILED and self.policy != "keep-going" and not self.stopping:
             self._stop(f"{call.title} failed", interrupt=self.policy == "fail-fast")
 
     def _follow(self) -> None:
