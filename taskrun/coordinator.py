@@ -128,8 +128,9 @@ class Run:
         self.engine = self._make_engine()
         self._names: dict[int | None, str] = {None: ""}  # of workers
         self._alarm = Alarm(self.reactor, self.core, self.post)
-        self._signalled: int | None = None
+        self.signalled = False  # whether a Ctrl-C or a SIGTERM came
         self._stopped_by = ""
+        self._stopped_with: int | None = None  # the exit status of one who was told to stop
         self._taken_back = False
         self._failure: str | None = None
         self._performers = self._make_performers()
@@ -345,27 +346,33 @@ class Run:
         }
 
     def _run_ended(self, command: m.RunEnded) -> None:
-        if self._signalled is not None:
-            self.status = STATUS_OF_SIGNAL[signal.Signals(self._signalled)]
-        else:
-            self.status = command.status
+        self.status = command.status if self._stopped_with is None else self._stopped_with
         if command.status == 3:
             self._failure = command.reason
 
-    # -- signals ----------------------------------------------------------------------
+    # -- being told to stop -----------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Do as at Ctrl-C: somebody has said ``taskrun cancel``."""
+        self._stop_by("taskrun cancel", STATUS_OF_SIGNAL[signal.SIGINT])
 
     def _signal(self, number: int) -> None:
-        """The first one stops the run in order; the second one, or one that comes when there
-        is nothing left but to let the workers end, ends it at once."""
         self.observer.signalled()  # a Ctrl-C that a call has taken first comes here alone
-        first, self._signalled = self._signalled is None, number
+        self.signalled = True
+        by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self._stop_by(by, STATUS_OF_SIGNAL[signal.Signals(number)])
+
+    def _stop_by(self, by: str, status: int) -> None:
+        """The first time stops the run in order; the second time, or one that comes when there
+        is nothing left but to let the workers end, ends it at once."""
+        first, self._stopped_with = self._stopped_with is None, status
         if first:
-            self._stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            self._stopped_by = by
         if first and self.status is None:
-            self.stop(self._stopped_by)
+            self.stop(by)
             return
         self.engine.kill()
-        self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
+        self.status = status
 
 
 # -- one call per line ----------------------------------------------------------------

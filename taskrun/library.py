@@ -121,7 +121,7 @@ def _values_of(plan: Plan, settings: Settings, single: bool) -> Any:
     observers = [*display.observers, failures]
     run = Run(plan, settings, observers, reactor, wanted=plan.targets)
     status = run.execute()
-    if status in (130, 143):
+    if run.signalled:
         raise KeyboardInterrupt
     untolerated = [call for call in failures.calls if not call.tolerated]
     if status:

@@ -52,8 +52,8 @@ class Steered(Protocol):
     def tell(self, call: int, message: Any) -> None:
         """Send a message to a call."""
 
-    def stop(self, reason: str) -> None:
-        """Stop in order, as Ctrl-C does."""
+    def cancel(self) -> None:
+        """Stop in order, and at once the second time, as Ctrl-C does."""
 
 
 class Steering:
@@ -230,7 +230,7 @@ class Steering:
 
     def _cancel(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         if request["call"] == WHOLE_RUN:
-            self._run.stop("taskrun cancel")
+            self._run.cancel()
             answer("the run is being stopped")
             return
         call = self._find(request["call"])

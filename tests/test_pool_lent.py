@@ -270,6 +270,7 @@ def test_a_pool_shares_the_slots_with_runs_and_can_be_cancelled(site: Site) -> N
         with pytest.raises(RunError, match="lends no more workers: p1 was stopped there"):
             result.get(DEADLINE)
         wait_until(lambda: site.run(run)["slots"] == 4)
+        assert site.run("p1")["status"] == 130
 
 
 # -- what goes wrong ------------------------------------------------------------------

@@ -233,7 +233,8 @@ def test_a_run_that_is_alone_again_gets_all_slots(site: Site) -> None:
     assert not (site.folder / "begun2").exists()
     site.ask("cancel", first).check()
     site.await_begun(4)
-    assert site.run(first)["status"] == 143
+    assert site.run(first)["status"] == 130
+    assert "stopped: taskrun cancel" in site.attach(first).end().err
     site.go_on()
     site.attach(second).end().check()
 

@@ -229,7 +229,8 @@ def test_a_run_whose_call_was_cancelled_and_is_needed_exits_with_1(runs: Runs) -
     assert ended.states == {"build": "cancelled", "deploy": "cancelled"}
 
 
-def test_a_library_run_whose_call_was_cancelled_says_so(runs: Runs) -> None:
+def in_a_script(runs: Runs) -> Running:
+    """A run by ``taskrun.run``, which prints what that raises, and whose first call has begun."""
     runs.write(TASKS.replace(', errors="skip"', ""))
     live = runs.start(
         "-c",
@@ -239,6 +240,11 @@ def test_a_library_run_whose_call_was_cancelled_says_so(runs: Runs) -> None:
         program=(sys.executable,),
     )
     live.await_file(runs.folder / "begun0")
+    return live
+
+
+def test_a_library_run_whose_call_was_cancelled_says_so(runs: Runs) -> None:
+    live = in_a_script(runs)
     ask(runs, live, "cancel", "work[0]").check()
     go_on(runs)
     said = "work[0] was cancelled: CallCancelled: work[0] was cancelled: taskrun cancel"
@@ -248,7 +254,31 @@ def test_a_library_run_whose_call_was_cancelled_says_so(runs: Runs) -> None:
 def test_cancel_run_stops_it_as_ctrl_c_does(runs: Runs, live: Running) -> None:
     ask(runs, live, "cancel", "run").check()
     ended = live.end()
-    assert ended.status == 1 and "stopped: taskrun cancel" in ended.err
+    assert ended.status == 130 and "stopped: taskrun cancel" in ended.err
+
+
+def test_cancel_run_a_second_time_ends_it_at_once(runs: Runs) -> None:
+    live = runs.start_exec(
+        """
+        @task(always=True)
+        def teardown():
+            mark("begun")
+            doze()
+        """
+    )
+    live.await_file(runs.folder / "begun")
+    ask(runs, live, "cancel", "run").check()
+    live.await_line("stopping: taskrun cancel", err=True)
+    ask(runs, live, "cancel", "run")
+    assert live.end().status == 130
+
+
+def test_a_library_run_that_is_cancelled_from_outside_raises_no_keyboard_interrupt(
+    runs: Runs,
+) -> None:
+    live = in_a_script(runs)
+    ask(runs, live, "cancel", "run").check()
+    assert live.end().check().out.splitlines()[-1] == "the run was stopped: taskrun cancel"
 
 
 def test_a_paused_run_starts_nothing_until_it_is_unpaused(runs: Runs, live: Running) -> None:

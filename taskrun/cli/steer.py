@@ -173,8 +173,9 @@ def stack(words: tuple[str, ...], json: bool, authkey_file: str | None, **given:
 
 @_steering("cancel", _words("[ADDRESS] [RUN] CALL|run|RUN"))
 def cancel(words: tuple[str, ...], json: bool, authkey_file: str | None, **given: Any) -> None:
-    """Cancel CALL, queued or running, with all that needs it; or the whole
-    run, as Ctrl-C does."""
+    """Cancel CALL, queued or running, with all that needs it (the run's exit
+    status is then 1, unless that is tolerated); or the whole run, as Ctrl-C
+    does (130), the second time at once."""
     where, call = _where_and_what(words, "cancel", _CALL)
     with asking(where, authkey_file, given) as ask:
         _tell(ask("cancel", call=call), json)

@@ -98,6 +98,10 @@ class LentPool:
             self._peer.finish()
             self.end(128 + number)
 
+    def cancel(self) -> None:
+        """The same."""
+        self.interrupt()
+
     def kill(self) -> None:
         """The same."""
         self.interrupt(signal.SIGKILL)

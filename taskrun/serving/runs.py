@@ -23,6 +23,7 @@ from taskrun.reactor import Reactor
 from taskrun.serving.control import Control
 from taskrun.serving.kept import Follower, Kept, Peer
 from taskrun.serving.talk import STDERR, STDOUT
+from taskrun.steering import WHOLE_RUN
 from taskrun.workers.jobs import Folder
 
 HERE: Final = "local"
@@ -76,6 +77,7 @@ class ServedRun:
         self._lease = lease
         self._followers: list[Follower] = []
         self._process: subprocess.Popen[bytes] | None = None
+        self._cancelled = False
         self.control = Control(reactor, self.address, key, self._tell_slots, on_wants)
         self._folder = Folder()
         try:
@@ -211,6 +213,18 @@ class ServedRun:
             self._process.send_signal(number)
         elif self.state == WAITING:
             self._end(128 + number, "stopped before it began")
+
+    def cancel(self) -> None:
+        """Do as Ctrl-C does; its process says by whom it was told to, where it can be told."""
+        first, self._cancelled = not self._cancelled, True
+        if first and self.state == RUNNING:
+            self.control.ask({"do": "cancel", "call": WHOLE_RUN}, self._on_cancel_answer)
+        else:
+            self.interrupt()
+
+    def _on_cancel_answer(self, answer: Any) -> None:
+        if answer is None:  # it does not listen yet
+            self.interrupt()
 
     def kill(self) -> None:
         """End its process at once; its workers end with it."""

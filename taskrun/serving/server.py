@@ -287,7 +287,7 @@ class Server:
             run = self.find(str(request["call"]))
             if run.state == ENDED:
                 raise UsageError(f"{run.name} has ended, with status {run.status}")
-            run.interrupt(signal.SIGTERM)
+            run.cancel()
             return f"{run.name} is being stopped"
         if do == "drain":
             host = self._hosts.find(str(request["node"]))
