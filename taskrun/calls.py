@@ -29,6 +29,11 @@ CANCELLED: Final = "cancelled"
 FINAL: Final = frozenset((OK, FAILED, SKIPPED, CANCELLED))
 
 
+def both_names(name: str, label: str | None) -> str:
+    """What people see who may want to ask again, by either: the label, and the name behind it."""
+    return name if label in (None, name) else f"{label} ({name})"
+
+
 class Call:
     """One invocation of a task with its arguments.
 

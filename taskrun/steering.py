@@ -2,22 +2,26 @@
 
 Requests come by the run's own addresses, from whoever has proved the key, as one JSON
 object a frame: ``{"do": "status"}``, ``{"do": "cancel", "call": "fetch[3]"}``.  The answer is
-``{"ok": ...}`` or ``{"error": "..."}``.
+``{"ok": {...}}`` or ``{"error": "..."}``.  What people read of an answer is its ``text``; the rest
+is described in ``docs/cli.md``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskrun import messages as m
-from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call
+from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call, both_names
 from taskrun.core.explain import explain
+from taskrun.core.workforce import worker_name
 from taskrun.errors import MALFORMED, StateError, UsageError
 from taskrun.model import nearest
+from taskrun.reporting.records import describe_failure
 
 if TYPE_CHECKING:
     from taskrun.core.scheduler import Scheduler
@@ -32,6 +36,7 @@ MOST_SHOWN: Final = 1000  # running calls that a status lists
 RARELY: Final = 20  # a status costs at most this fraction of the loop's time
 WHOLE_RUN: Final = "run"
 MOST_REQUEST: Final = 16 * 1024 * 1024  # bytes
+_FRAME: Final = re.compile(r'^  File "(.*)", line (\d+), in (.*)\n(?:    (.*)\n)?', re.MULTILINE)
 
 
 class Steered(Protocol):
@@ -199,7 +204,39 @@ class Steering:
         }
 
     def _explain(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
-        answer(explain(self._core, self._find(request["call"]), time.monotonic()))
+        call = self._find(request["call"])
+        why = self._why(call)
+        answer(
+            {
+                **self._described(call),
+                "why": why,
+                "cause": None if call.cause is None else call.cause.name,
+                "failure": describe_failure(call.failure),
+                "text": explain(self._core, call, time.monotonic(), why),
+            }
+        )
+
+    def _why(self, call: Call) -> str:
+        """Why it takes part in the run."""
+        if call.parent is not None:
+            return f"submitted by {call.parent.title}"
+        return self._run.plan.reasons.get(call.recipe.name, "one argument of taskrun map")
+
+    def _described(self, call: Call) -> dict[str, Any]:
+        """What programs want to know of a call."""
+        return {
+            "call": call.name,
+            "label": call.label,
+            "task": call.recipe.name,
+            "state": call.state,
+            "attempt": call.attempt,
+            "worker": None if call.worker is None else self._name_of_worker(call.worker),
+            "since": call.wall or None,
+        }
+
+    def _name_of_worker(self, id: int) -> str:
+        worker = self._core.worker(id)
+        return worker_name(id, "" if worker is None else worker.node)
 
     def _stack(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         call = self._find(request["call"])
@@ -208,20 +245,21 @@ class Steering:
         ask = getattr(self._run.engine, "stack", None)
         if ask is None:
             raise UsageError("this engine cannot look into its workers")
-        worker = self._core.worker(call.worker)
-        name = f"w{call.worker}" if worker is None else worker.name
+        described, name = self._described(call), self._name_of_worker(call.worker)
         answered: list[str] = []
 
-        def give_up() -> None:
-            if not answered:
-                answered.append("")
-                answer(f"{name} does not answer: C code may hold the interpreter's lock\n")
-
-        def on_stack(text: str) -> None:
+        def tell(stack: str | None, text: str) -> None:
             if not answered:
                 answered.append(text)
-                text = text or "in no code of the task's just now\n"
-                answer(f"{call.title} on {name}:\n{text}")
+                frames = None if stack is None else _frames(stack)
+                answer({**described, "frames": frames, "text": text})
+
+        def give_up() -> None:
+            tell(None, f"{name} does not answer: C code may hold the interpreter's lock\n")
+
+        def on_stack(stack: str) -> None:
+            where = stack or "in no code of the task's just now\n"
+            tell(stack, f"{both_names(call.name, call.label)} on {name}:\n{where}")
 
         self._run.reactor.call_at(time.monotonic() + STACK_SECONDS, give_up)
         ask(call.worker, on_stack, call.id)
@@ -231,14 +269,14 @@ class Steering:
     def _cancel(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         if request["call"] == WHOLE_RUN:
             self._run.cancel()
-            answer("the run is being stopped")
+            answer({"run": None, "text": "the run is being stopped"})
             return
         call = self._find(request["call"])
         if call.state in FINAL:
             raise UsageError(f"{call.title} has ended: it is {call.state}")
         self._run.observer.notice(f"taskrun cancel: {call.title}")
         self._run.post(m.CancelCalls((call.id,), "taskrun cancel"))
-        answer(f"{call.title} is cancelled")
+        answer({**self._described(call), "text": f"{call.title} is cancelled"})
 
     def _tell(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         call = self._find(request["call"])
@@ -246,15 +284,15 @@ class Steering:
             self._run.tell(call.id, request["message"])
         except StateError:
             raise UsageError(f"{call.title} hears nothing more: it is {call.state}") from None
-        answer(f"{call.title} is told")
+        answer({**self._described(call), "text": f"{call.title} is told"})
 
     def _pause(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         self._set_paused(True)
-        answer("nothing new starts until taskrun unpause")
+        answer({"paused": True, "text": "nothing new starts until taskrun unpause"})
 
     def _unpause(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
         self._set_paused(False)
-        answer("the run goes on")
+        answer({"paused": False, "text": "the run goes on"})
 
     def _set_paused(self, paused: bool) -> None:
         if paused != self._core.paused:
@@ -281,7 +319,7 @@ class Steering:
         if nodes is None:
             raise UsageError("this run has no nodes: it was started without --listen")
         nodes.drain(str(request["node"]))
-        answer(f"{request['node']} takes no more calls, and leaves when it has ended its own")
+        answer(drained(str(request["node"])))
 
     def _nodes(self) -> Any:
         return getattr(self._run.engine, "nodes", None)
@@ -309,4 +347,21 @@ class Steering:
                 f" yet: it waits for the items of {', '.join(open_)}" if open_ else ""
             )
         near = nearest(name, [call.name for call in self._core.calls[:10_000]])
-        return f"did you mean {near!r}?" if near else "taskrun status shows what runs"
+        hint = f"did you mean {near!r}?" if near else "taskrun status shows what runs"
+        if any(task.options.label for task in self._run.plan.tasks):
+            hint += " (a label is known once its call has begun)"
+        return hint
+
+
+def drained(node: str) -> dict[str, Any]:
+    """The answer to who has a node leave."""
+    text = f"{node} takes no more calls, and leaves when it has ended its own"
+    return {"node": node, "text": text}
+
+
+def _frames(stack: str) -> list[dict[str, Any]]:
+    """The frames of a stack that is written as Python does it, the outermost first."""
+    return [
+        {"file": file, "line": int(line), "function": function, "source": source}
+        for file, line, function, source in _FRAME.findall(stack)
+    ]

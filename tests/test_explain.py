@@ -27,6 +27,7 @@ from simulation import Simulation
 
 from taskrun import messages as m
 from taskrun.api import each, result
+from taskrun.core.explain import explain
 from taskrun.model import Limit
 
 SLOW: Script = (Run(5.0), Value())
@@ -111,6 +112,14 @@ def test_a_ready_call_leaves_alone_what_a_better_one_waits_for() -> None:
 def test_a_running_call_runs_in_a_worker() -> None:
     sim = at_one_second(leaf, does={"leaf": SLOW})
     assert sim.explain("leaf") == "leaf runs in worker w1, attempt 1"
+
+
+def test_both_names_of_a_call_are_said_and_why_it_takes_part() -> None:
+    sim = at_one_second(leaf, a_task("work", {"x": result(leaf)}), does={"leaf": SLOW})
+    sim.call("leaf").label = "page 1"
+    told = explain(sim.scheduler, sim.call("leaf"), sim.now, "needed by work")
+    assert told == "page 1 (leaf) runs in worker w1, attempt 1 (needed by work)"
+    assert sim.explain("work") == "work waits for leaf (1 open)"
 
 
 def test_a_running_call_waits_for_calls_that_it_made() -> None:

@@ -271,6 +271,9 @@ def test_status_and_steering_reach_a_run_of_the_server(site: Site) -> None:
     site.go_on()
     assert "1 cancelled" in site.attach(run).end().err
     assert "has ended" in site.ask("cancel", run).check(2).err
+    other = site.detach(source=LONG)
+    stopped = json.loads(site.ask("cancel", other, "--json").check().out)
+    assert stopped == {"run": other, "text": f"{other} is being stopped"}
 
 
 def test_the_address_of_a_server_and_its_only_run_may_be_left_out(site: Site) -> None:

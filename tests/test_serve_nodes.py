@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -201,7 +202,8 @@ def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:
     run = site.detach()
     site.await_begun(3)
     assert "there is no node 'lib'" in site.ask("drain", "lib").check(2).err
-    site.ask("drain", "lab").check()
+    answer = json.loads(site.ask("drain", "lab", "--json").check().out)
+    assert answer["node"] == "lab" and "takes no more calls" in answer["text"]
     wait_until(lambda: node(site)["state"] == "draining")
     assert lab.process.poll() is None  # its calls go on
     site.go_on()

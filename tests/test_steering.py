@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,65 @@ def test_explain_says_why_a_call_does_not_run(runs: Runs, live: Running) -> None
     assert "waits for a slot" in ask(runs, live, "explain", "work[5]").check().out
     wrong = ask(runs, live, "explain", "wrok[5]")
     assert wrong.status == 2 and "did you mean 'work[" in wrong.err
+
+
+LABELLED = """
+@task(label="job {n}")
+def long(n=each(range(2))):
+    mark(f"begun{n}")
+    part.submit(n).result()
+
+@task
+def total(all=result(long)): ...
+
+@task(default=False)
+def part(n):
+    mark(f"part{n}")
+    while not os.path.exists("go on"): time.sleep(0.01)
+"""
+
+
+def test_status_and_explain_show_the_label_and_the_name_and_why_a_call_runs(runs: Runs) -> None:
+    live = runs.start_exec(LABELLED, "-j1", "long")
+    live.await_file(runs.folder / "part0")
+    assert "job 0 (long[0])" in ask(runs, live, "status").check().out
+    for name in ("job 0", "long[0]"):
+        said = ask(runs, live, "explain", name).check().out
+        assert said.startswith("job 0 (long[0]) runs and waits for part#0 (running)"), said
+        assert said.endswith(" (named on the command line)\n"), said
+    said = ask(runs, live, "explain", "part#0").check().out
+    assert "attempt 1 (submitted by job 0)" in said
+    unknown = ask(runs, live, "explain", "job 7").check(2).err
+    assert "no call 'job 7'" in unknown and "a label is known once its call has begun" in unknown
+    go_on(runs)
+    assert live.end().status == 0
+
+
+def test_the_answers_are_objects_for_programs(runs: Runs) -> None:
+    live = runs.start_exec(LABELLED, "-j1", "-k")
+    live.await_file(runs.folder / "part0")
+
+    def answer(*words: str) -> Any:
+        return json.loads(ask(runs, live, *words, "--json").check().out)
+
+    long0 = {"call": "long[0]", "label": "job 0", "task": "long", "state": "running", "attempt": 1}
+    explained = answer("explain", "long[0]")
+    assert explained.items() >= long0.items() and abs(explained["since"] - time.time()) < 60
+    assert (
+        explained["why"] == "all tasks run" and explained["failure"] is explained["cause"] is None
+    )
+    assert explained["worker"] == "w1" and "waits for part#0" in explained["text"]
+    frames = answer("stack", "part#0")["frames"]
+    assert frames[-1].items() >= {"function": "part", "file": str(runs.folder / "tasks.py")}.items()
+    assert frames[-1]["source"].startswith("while not") and frames[-1]["line"] > 0
+    assert answer("tell", "part#0", "hello")["call"] == "part#0"
+    assert [answer(do)["paused"] for do in ("pause", "unpause")] == [True, False]
+    cancelled = answer("cancel", "total")
+    assert (cancelled["call"], cancelled["state"]) == ("total", "cancelled")
+    assert answer("explain", "total")["failure"]["kind"] == "cancelled"
+    stopped = answer("cancel", "run")
+    assert stopped == {"run": None, "text": "the run is being stopped"}
+    assert live.end().status == 130
 
 
 def test_stack_shows_where_a_running_call_is_without_stopping_it(runs: Runs, live: Running) -> None:

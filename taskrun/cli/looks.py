@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from taskrun.calls import both_names
 from taskrun.reporting import text
 
 SHOWN = 20  # running calls that people are shown
@@ -141,7 +142,8 @@ def _call(call: dict[str, Any], with_run: bool) -> tuple[str, ...]:
     if call["waits"]:
         since = f"{since} (waits)".strip()
     run = (call["run"],) if with_run else ()
-    return (call["label"] or call["call"], *run, call["worker"], since, str(call["attempt"]))
+    name = both_names(call["call"], call["label"])
+    return (name, *run, call["worker"], since, str(call["attempt"]))
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:

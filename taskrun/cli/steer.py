@@ -125,8 +125,8 @@ def _where_and_what(words: tuple[str, ...], command: str, what: str) -> tuple[Wh
 _CALL = "CALL such as 'fetch[3]'"
 
 
-def _tell(value: Any, json: bool) -> None:
-    click.echo(json_module.dumps(value) if json else str(value).rstrip("\n"))
+def _tell(answer: dict[str, Any], json: bool) -> None:
+    click.echo(json_module.dumps(answer) if json else answer["text"].rstrip("\n"))
 
 
 # -- the commands ---------------------------------------------------------------------

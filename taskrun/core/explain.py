@@ -14,15 +14,19 @@ from taskrun.calls import (
     SLEEPING,
     WAITING,
     Call,
+    both_names,
 )
 from taskrun.core.families import CallWire, WholeWire
 from taskrun.core.scheduler import Scheduler
 from taskrun.core.workforce import Wait, worker_name
 
 
-def explain(scheduler: Scheduler, call: Call, now: float) -> str:
-    """What ``call`` is doing and why, live or afterwards."""
-    sentence = f"{call.title} {_why(scheduler, call, now)}"
+def explain(scheduler: Scheduler, call: Call, now: float, takes_part: str = "") -> str:
+    """What ``call`` is doing and why, live or afterwards; ``takes_part``: why it takes part in
+    the run at all, which is said while it runs."""
+    sentence = f"{both_names(call.name, call.label)} {_why(scheduler, call, now)}"
+    if takes_part and call.state is RUNNING:
+        sentence += f" ({takes_part})"
     if call.failure is not None and not call.ending and call.state not in FINAL:
         ended = call.attempt if call.state in (READY, SLEEPING) else call.attempt - 1
         sentence += f"; attempt {ended} ended with {call.failure.headline}"

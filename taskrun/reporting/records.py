@@ -230,7 +230,7 @@ class Events(Observer):
             began=round(began_at(event, self._now), 6),
             seconds=round(event.seconds, 6),
             again=event.again,
-            failure=_failure(event.failure),
+            failure=describe_failure(event.failure),
         )
 
     def call_ended(self, call: Any) -> None:
@@ -242,7 +242,7 @@ class Events(Observer):
             state=state,
             tolerated=call.tolerated,
             cause=None if call.cause is None else call.cause.id,
-            failure=None if state == "ok" else _failure(call.failure),
+            failure=None if state == "ok" else describe_failure(call.failure),
         )
 
     def result(self, call: Any, value: str) -> None:
@@ -299,7 +299,8 @@ def _described(call: Any) -> dict[str, Any]:
     }
 
 
-def _failure(failure: Failure | None) -> dict[str, str] | None:
+def describe_failure(failure: Failure | None) -> dict[str, str] | None:
+    """A failure as JSON has it."""
     if failure is None:
         return None
     return {

@@ -36,6 +36,7 @@ from taskrun.serving.shares import Wish, deal
 from taskrun.serving.states import States
 from taskrun.signals import Signals
 from taskrun.state.service import Service
+from taskrun.steering import drained
 
 REMEMBERED: Final = 20  # runs that have ended, with their output
 GOODBYE: Final = 1.0  # seconds that those who follow have to take the last words
@@ -288,11 +289,11 @@ class Server:
             if run.state == ENDED:
                 raise UsageError(f"{run.name} has ended, with status {run.status}")
             run.cancel()
-            return f"{run.name} is being stopped"
+            return {"run": run.name, "text": f"{run.name} is being stopped"}
         if do == "drain":
             host = self._hosts.find(str(request["node"]))
             self._hosts.drain(host)
-            return f"{host.name} takes no more calls, and leaves when it has ended its own"
+            return drained(host.name)
         raise ValueError(do)
 
     def _describe_to(self, peer: transport.Peer, runs: list[dict[str, Any]]) -> None:
