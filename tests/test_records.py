@@ -263,6 +263,15 @@ def test_a_skip_gives_its_reason() -> None:
     assert [event["failure"]["message"] for event in parse(pages)] == ["old", "old"]
 
 
+def test_only_a_failure_is_said_to_be_tolerated() -> None:
+    pages = Pages()
+    events = Events(pages.terminal)
+    for number, state in enumerate(("ok", "failed", "skipped", "cancelled")):
+        end(events, Call(number, "a", tolerated=True), state)
+    told = {e["state"]: e["tolerated"] for e in parse(pages) if e["event"] == "call_ended"}
+    assert told == {"ok": False, "failed": True, "skipped": False, "cancelled": False}
+
+
 # -- the documentation ----------------------------------------------------------------
 
 

@@ -240,7 +240,7 @@ class Events(Observer):
             "call_ended",
             id=call.id,
             state=state,
-            tolerated=call.tolerated,
+            tolerated=state == "failed" and call.tolerated,
             cause=None if call.cause is None else call.cause.id,
             failure=None if state == "ok" else describe_failure(call.failure),
         )
