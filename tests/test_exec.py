@@ -1126,8 +1126,24 @@ def test_the_modes_of_output(runs: Runs) -> None:
     raw = runs.exec(MODES, "-j3", "--output=raw").check()
     assert sorted(raw.out.splitlines()) == sorted(["part 0", "part 1", "part 2"] * 3)
     quiet = runs.exec(MODES, "-j3", "--output=quiet").check()
-    assert quiet.out == ""
-    assert "error" not in quiet.err
+    assert quiet.out == quiet.err == ""
+
+
+def test_quiet_shows_failures_and_the_last_line_of_the_summary_alone(runs: Runs) -> None:
+    source = """
+        @task
+        def good(): print("fine")
+
+        @task
+        def bad():
+            print("odd row")
+            raise ValueError("no good")
+        """
+    shown = runs.exec(source, "-k", "-j1", "--output=quiet").check(1).err.splitlines()
+    assert shown[0].startswith("FAILED bad") and "    | odd row" in shown
+    assert sum("FAILED" in line for line in shown) == 1
+    assert not any("fine" in line for line in shown)
+    assert shown[-1].startswith("2 calls in ") and shown[-1].endswith(": 1 ok, 1 failed")
 
 
 def test_output_of_any_bytes_is_passed_on(runs: Runs) -> None:

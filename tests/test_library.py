@@ -50,7 +50,7 @@ def test_a_script_runs_a_file_and_gets_the_values(runs: Runs) -> None:
         """
     )
     lines = ended.check().out.splitlines()
-    assert lines[0] == "6"
+    assert ended.err == "" and lines[0] == "6"
     assert eval(lines[1]) == {"double": [0, 2, 4, 6], "total": 12}
     assert lines[2] == "[0, 2, 4]"
 

@@ -39,10 +39,11 @@ class Display(Observer):
         if results:
             output.stdout = "stderr"
         self.observers: list[Observer] = [self, output]
-        if settings.output != "quiet" and not settings.inline:
+        quiet = settings.output == "quiet"
+        if not (quiet or settings.inline):
             self._progress = Progress(self.terminal, running=self._running)
             self.observers.append(self._progress)
-        self.observers.append(Summary(self.terminal, output.tail))
+        self.observers.append(Summary(self.terminal, output.tail, quiet=quiet))
         if settings.joblog is not None:
             self._add_job_log(settings.joblog, output)
         if settings.json:

@@ -273,7 +273,8 @@ class Summary(Observer):
     """Keeps the account of a run, and writes the summary to stderr when the run ends.
 
     ``tail`` gives what a failed call wrote last (``Output.tail``).  ``now`` is any clock
-    that counts seconds.
+    that counts seconds.  ``quiet``: of a run that failed the verdict is all, and of others
+    there is nothing.
     """
 
     def __init__(
@@ -282,6 +283,7 @@ class Summary(Observer):
         tail: Callable[[Any], Captured],
         now: Callable[[], float] = time.monotonic,
         slow: float = SLOW,
+        quiet: bool = False,
     ) -> None:
         self.account = Account()
         self._terminal = terminal
@@ -289,6 +291,7 @@ class Summary(Observer):
         self._now = now
         self._started = now()
         self._slower_than = slow
+        self._quiet = quiet
         self._failed: dict[int, Failed] = {}
         self._failing: dict[int, str] = {}
         self._by_call: dict[int, Failed] = {}
@@ -355,9 +358,13 @@ class Summary(Observer):
         account = self.account
         account.elapsed = self._now() - self._started
         account.status, account.reason = status, reason
+        if self._quiet and not status:
+            return
         account.slowest.sort(reverse=True)
         self._judge_the_undecided()
-        summary = text.encode(render(account, self._terminal.paint("stderr")))
+        paint = self._terminal.paint("stderr")
+        shown = f"{_verdict(account, paint)}\n" if self._quiet else render(account, paint)
+        summary = text.encode(shown)
         is_terminal = self._terminal.is_terminal("stderr")
         self._terminal.write_lines("stderr", text.tame(summary) if is_terminal else summary)
 
