@@ -266,17 +266,36 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_the_task_file_of_the_readme_runs(tmp_path: Path, site: str) -> None:
-    (tmp_path / "tasks.py").write_text(blocks(ROOT / "README.md", "python")[0])
-    done = subprocess.run(
-        [sys.executable, "-m", "taskrun", "exec", "-p", f"seed={site}", "-j", "2"],
-        cwd=tmp_path,
+def run_the_readme(folder: Path, seed: str) -> subprocess.CompletedProcess[str]:
+    (folder / "tasks.py").write_text(blocks(ROOT / "README.md", "python")[0])
+    return subprocess.run(
+        [sys.executable, "-m", "taskrun", "exec", "-p", f"seed={seed}", "-j", "2"],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def test_the_task_file_of_the_readme_runs(tmp_path: Path, site: str) -> None:
+    done = run_the_readme(tmp_path, site)
     assert done.returncode == 0, done.stderr
     assert "3 words on 3 pages" in done.stdout
+
+
+def test_the_task_file_of_the_readme_does_without_some_of_the_pages(
+    tmp_path: Path, site: str
+) -> None:
+    (tmp_path / "site" / "gone.html").symlink_to("nowhere")  # listed, and cannot be read
+    done = run_the_readme(tmp_path, site)
+    assert done.returncode == 0, done.stderr
+    assert "3 words on 3 pages" in done.stdout and "failed (tolerated)" in done.stderr
+
+
+def test_the_task_file_of_the_readme_fails_where_its_seed_cannot_be_reached(tmp_path: Path) -> None:
+    done = run_the_readme(tmp_path, "http://127.0.0.1:1/")  # nobody listens there
+    assert done.returncode == 1, done.stderr
+    assert "words on" not in done.stdout and "refused" in done.stderr
 
 
 def test_the_documents_name_all_commands_and_options_and_no_others() -> None:
