@@ -270,6 +270,11 @@ def _load_error(file: str, error: BaseException) -> LoadError:
     from taskrun.failures import guarded  # its str() is the user's code, too
 
     last = f"{type(error).__name__}: {guarded(error, str)}".splitlines()[0]
+    if isinstance(error, ImportError) and "no known parent package" in last:
+        last += (
+            "; a task file and the files beside it are modules of no package: import them "
+            "absolutely, as in  from helpers import ..."
+        )
     return LoadError(f"{shown(file)} cannot be imported: {last}", text)
 
 

@@ -276,6 +276,7 @@ class Plan:
     asked for.  ``constants``: task name -> {run parameter: converted value}; only what was
     set, a function supplies its own defaults.  ``reasons``: task name -> why it takes part.
     ``file`` and ``module``: where workers find the functions (None: by cloudpickle).
+    ``left_out``: tasks that would run too if these parameters of theirs had a value.
     """
 
     tasks: tuple[Task, ...]
@@ -284,6 +285,7 @@ class Plan:
     reasons: dict[str, str] = field(default_factory=dict)
     file: str | None = None
     module: str | None = None
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

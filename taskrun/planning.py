@@ -46,6 +46,7 @@ def make_plan(
         reasons=reasons,
         file=loaded.file,
         module=loaded.module,
+        left_out=_left_out_by_default(loaded, targets, values),
     )
 
 
@@ -76,6 +77,22 @@ def choose(loaded: Loaded, targets: Sequence[str], values: Values) -> dict[str, 
 def left_out(loaded: Loaded, values: Values) -> dict[str, list[str]]:
     """The tasks that run only by ``submit`` or with ``-p``, and the parameters they lack."""
     return {name: names for name, task in loaded.tasks.items() if (names := lacking(task, values))}
+
+
+def _left_out_by_default(
+    loaded: Loaded, targets: Sequence[str], values: Values
+) -> dict[str, list[str]]:
+    """Of these those that would run now if they did not lack anything."""
+    tasks = loaded.tasks
+    if targets or any(task.options.default for task in tasks.values()):
+        return {}
+    lack = left_out(loaded, values)
+    return {name: lack[name] for name in lack if tasks[name].options.default is None}
+
+
+def needs_flags(parameters: Iterable[str]) -> str:
+    """What to type where a task lacks ``parameters``: ``needs -p x=... -p y=...``."""
+    return " ".join(["needs", *(f"-p {parameter}=..." for parameter in parameters)])
 
 
 def lacking(task: Task, values: Values) -> list[str]:
@@ -110,8 +127,7 @@ def _check_required(loaded: Loaded, reasons: dict[str, str], values: Values) -> 
 
 def _nothing_to_run(loaded: Loaded, values: Values) -> str:
     ways = [
-        f"{name} needs {' '.join(f'-p {parameter}=...' for parameter in missing)}"
-        for name, missing in left_out(loaded, values).items()
+        f"{name} {needs_flags(missing)}" for name, missing in left_out(loaded, values).items()
     ] or [f"name one of {', '.join(_some(loaded.tasks))}"]
     return f"nothing in {_place(loaded)} runs by default: {'; '.join(_some(ways))}"
 

@@ -400,6 +400,14 @@ def test_a_dry_run_says_what_would_run_how_often_and_why(
     assert executed == []
 
 
+def test_a_dry_run_says_what_is_left_out_for_want_of_a_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert output_of(capsys, "exec", "-n").splitlines()[-1] == "work   left out: needs -p x=..."
+    assert "left out" not in output_of(capsys, "exec", "-n", "-p", "x=1")
+    assert "left out" not in output_of(capsys, "exec", "-n", "total")
+
+
 # -- map ------------------------------------------------------------------------------
 
 

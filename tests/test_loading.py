@@ -216,6 +216,16 @@ def test_an_error_in_a_module_that_the_file_imports_shows_both_files(folder: Pat
     assert "jobs.py" in text and "helpers.py" in text and "importlib" not in text
 
 
+@pytest.mark.parametrize("source", ["from .helpers import x\n", "from . import helpers\n"])
+def test_a_relative_import_is_told_how_files_beside_a_task_file_are_imported(
+    folder: Path, source: str
+) -> None:
+    write(folder, "x = 1\n", "helpers.py")
+    error = error_of(folder, source)
+    assert "modules of no package: import them absolutely" in str(error)
+    assert source.strip() in error.traceback_text
+
+
 def test_sys_exit_while_importing_is_told(folder: Path) -> None:
     error = error_of(folder, "import sys\nsys.exit(3)\n")
     assert "ended with sys.exit(3) while it was imported" in str(error)

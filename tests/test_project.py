@@ -214,6 +214,26 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
         assert (path.parent / link).exists(), f"{path.relative_to(ROOT)}: {link}"
 
 
+def anchors(text: str, level: str = "##+") -> set[str]:
+    """What the headings of a document are linked by."""
+    headings = re.findall(rf"^{level} (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_to_a_heading_leads_to_one() -> None:
+    for path, link in documents_say(r"\]\((?!https?:)([^)]*#[^)]+)"):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert anchor in anchors(target.read_text()), f"{path.relative_to(ROOT)}: {link}"
+
+
+@pytest.mark.parametrize("name", ["tasks.md", "cli.md"])
+def test_a_table_of_contents_names_all_sections(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text()
+    contents = text.partition("\n## ")[0]
+    assert set(re.findall(r"\]\(#([^)]+)\)", contents)) == anchors(text, "##")
+
+
 def test_every_file_that_the_documents_name_exists() -> None:
     for path, name in documents_say(r"`((?:taskrun|workers|examples|tests|docs)/[\w/.]+)"):
         assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"

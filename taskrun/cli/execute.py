@@ -20,7 +20,7 @@ from taskrun.cli.options import (
 from taskrun.errors import UsageError
 from taskrun.lanes import check_lanes
 from taskrun.model import Plan
-from taskrun.planning import estimate, make_plan
+from taskrun.planning import estimate, make_plan, needs_flags
 from taskrun.reporting import text
 
 
@@ -80,11 +80,16 @@ def execute(
 
 
 def dry_run_text(plan: Plan) -> str:
-    """A line a task: its name, how many calls, and why."""
+    """A line a task: its name, how many calls, and why; or why it is left out."""
     calls = estimate(plan.tasks)
-    wide = min(text.WIDEST, max(text.columns(name) for name in calls))
+    wide = min(text.WIDEST, max(map(text.columns, [*calls, *plan.left_out])))
     wide_calls = max(len(count) for count in calls.values())
-    return "\n".join(
+    lines = [
         f"{text.padded(name, wide)}  {count:{wide_calls}}  {plan.reasons[name]}"
         for name, count in calls.items()
-    )
+    ]
+    lines += [
+        f"{text.padded(name, wide)}  left out: {needs_flags(missing)}"
+        for name, missing in plan.left_out.items()
+    ]
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from taskrun.cli.options import CONTEXT, load_words, words_argument
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded
 from taskrun.model import Parameter, Task, describe
-from taskrun.planning import choose, left_out, with_needs
+from taskrun.planning import choose, left_out, needs_flags, with_needs
 from taskrun.reporting import text
 
 
@@ -34,7 +34,7 @@ def list_text(loaded: Loaded) -> str:
         lines.append(f"{mark} {text.padded(name, wide)}  {_first_line(task)}".rstrip())
         notes = [_signature(task)] if task.params else []
         if name in lacking:
-            notes.append(f"needs {' '.join(f'-p {one}=...' for one in lacking[name])}")
+            notes.append(needs_flags(lacking[name]))
         lines += [f"  {'':{wide}}  {note}" for note in notes]
     return "\n".join(lines)
 
