@@ -573,6 +573,49 @@ def test_commands_and_tasks_are_completed() -> None:
     assert completed("taskrun exec tasks.py zz", 3) in ([], [""])
 
 
+def test_list_completes_a_file_and_map_a_file_and_its_functions() -> None:
+    assert completed("taskrun list ", 2) == ["file,"]
+    assert completed("taskrun list tasks.py ", 3) in ([], [""])
+    assert completed("taskrun map ta", 2) == ["file,ta"]
+    assert completed("taskrun map tasks.py:d", 2) == ["plain,tasks.py:double"]
+
+
+def test_run_parameters_are_completed_and_no_others() -> None:
+    assert completed("taskrun exec -p ", 3) == ["plain,seed=", "plain,depth=", "plain,x="]
+    assert completed("taskrun exec tasks.py -p de", 4) == ["plain,depth="]
+    assert completed("taskrun exec tasks.py -p urls.", 4) == [
+        "plain,urls.seed=",
+        "plain,urls.depth=",
+    ]
+
+
+@pytest.mark.parametrize("command", ["exec", "worker", "serve", "status", "state", "key"])
+def test_the_options_that_name_files_complete_files(command: str) -> None:
+    assert completed(f"taskrun {command} --authkey-file ke", 3) == ["file,ke"]
+    if command != "key":
+        assert completed(f"taskrun {command} --tls-ca ca", 3) == ["file,ca"]
+
+
+@pytest.mark.parametrize(
+    ("imported", "prefix"),
+    [
+        ("import taskrun as tr", "tr."),
+        ("import os, taskrun", "taskrun."),
+        ("from taskrun import task as t, each as every", ""),
+    ],
+)
+def test_tasks_are_completed_by_whatever_names_the_file_has_for_ours(
+    folder: Path, imported: str, prefix: str
+) -> None:
+    task, each = (f"{prefix}task", f"{prefix}each") if prefix else ("t", "every")
+    (folder / "tasks.py").write_text(
+        f"{imported}\n@{task}\ndef a(one={each}([1]), /, two=2, *, three={each}([3]), four): ...\n"
+        f"@{task}(name='b')\nasync def c(): ...\n"
+    )
+    assert task_names(None) == ["a", "b"]
+    assert completed("taskrun exec -p ", 3) == ["plain,two=", "plain,four="]
+
+
 def test_completing_never_runs_the_file(folder: Path) -> None:
     (folder / "tasks.py").write_text("print('ran')\n@task(name='x')\ndef a(): ...\n1 / 0\n")
     assert completed("taskrun exec ", 2) == ["plain,x"]

@@ -24,11 +24,19 @@ from taskrun.planning import estimate, make_plan, needs_flags
 from taskrun.reporting import text
 
 
+def _complete_param(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[Any]:
+    from taskrun.cli.words import params_for  # only when TAB is pressed
+
+    return params_for(context.params.get("words") or (), incomplete)
+
+
 @click.command("exec", context_settings=CONTEXT)
 @words_argument("[FILE] [TASK]...")
 @click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", envvar="TASKRUN_PARAM",
-    help="Set a parameter, of one task by TASK.NAME=VALUE.",
+    shell_complete=_complete_param, help="Set a parameter, of one task by TASK.NAME=VALUE.",
 )  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would run and why; run nothing.")
 @click.option(

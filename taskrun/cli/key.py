@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import click
 
-from taskrun.cli.options import CONTEXT
+from taskrun.cli.options import A_FILE, CONTEXT
 
 
 @click.command("key", context_settings=CONTEXT)
-@click.option("--authkey-file", metavar="F", help="Where it is to be. [default: your own]")
+@click.option(
+    "--authkey-file", type=A_FILE, metavar="F", help="Where it is to be. [default: your own]"
+)
 def key(authkey_file: str | None) -> None:
     """Make the file with the key that coordinators, workers and clients must
     share, unless there is one, and print its path. Copy it to the other

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from taskrun.cli.options import CONTEXT, load_words, words_argument
+from taskrun.cli.options import CONTEXT, complete_file, load_words, words_argument
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded
 from taskrun.model import Parameter, Task, describe
@@ -13,7 +13,7 @@ from taskrun.reporting import text
 
 
 @click.command("list", context_settings=CONTEXT)
-@words_argument("[FILE]")
+@words_argument("[FILE]", complete_file)
 def list_(words: tuple[str, ...]) -> None:
     """Show the tasks of FILE (of the nearest tasks.py, upwards): what runs when
     none is named (*), what they do, and where their parameters come from."""

@@ -22,8 +22,16 @@ from taskrun.loading import Loaded, load, shown
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result, Task, describe, nearest
 
 
+def _complete_function(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[Any]:
+    from taskrun.cli.words import functions_for  # only when TAB is pressed
+
+    return functions_for(incomplete)
+
+
 @click.command("map", context_settings=CONTEXT)
-@click.argument("function", metavar="FILE:FUNC")
+@click.argument("function", metavar="FILE:FUNC", shell_complete=_complete_function)
 @click.argument("arguments", nargs=-1, metavar="[ARG]...")
 @click.option("--keep-order", is_flag=True, help="Print results in the order of the arguments.")
 @run_options

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 CONTEXT: dict[str, Any] = {"auto_envvar_prefix": "TASKRUN", "max_content_width": 80}
 """Settings of every command: ``TASKRUN_JOBS``, not ``TASKRUN_EXEC_JOBS``."""
+A_FILE = click.Path(readable=False)
+"""A file that shells complete; what is wrong with it is said by who reads it."""
 MOST_UNITS = 100_000
 
 
@@ -109,9 +111,11 @@ def _check_joblog(
 
 
 _TLS_OPTIONS = (  # for few, and the help has to fit one screen
-    click.option("--tls-cert", metavar="F", help="A certificate to show.", hidden=True),
-    click.option("--tls-key", metavar="F", help="Its key.", hidden=True),
-    click.option("--tls-ca", metavar="F", help="Who signed the others'.", hidden=True),
+    click.option(
+        "--tls-cert", type=A_FILE, metavar="F", help="A certificate to show.", hidden=True
+    ),
+    click.option("--tls-key", type=A_FILE, metavar="F", help="Its key.", hidden=True),
+    click.option("--tls-ca", type=A_FILE, metavar="F", help="Who signed the others'.", hidden=True),
 )
 
 
@@ -188,7 +192,7 @@ _OPTIONS = (
         "--bundle", multiple=True, metavar="GLOB", hidden=True,
         help="Data files beside the task file that other machines need.",
     ),
-    click.option("--authkey-file", metavar="F", help="Where the key of clients is."),
+    click.option("--authkey-file", type=A_FILE, metavar="F", help="Where the key of clients is."),
     *_TLS_OPTIONS,
     click.option(
         "--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone.", hidden=True,
@@ -310,9 +314,18 @@ def complete_words(
     return words_for(context.params.get(parameter.name or "") or (), incomplete)
 
 
-def words_argument(metavar: str) -> Callable[[Command], Command]:
+def complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
+    """A single FILE, for :func:`words_argument`."""
+    from taskrun.cli.words import a_file
+
+    return [] if context.params.get(parameter.name or "") else a_file(incomplete)
+
+
+def words_argument(
+    metavar: str, complete: Callable[..., list[Any]] = complete_words
+) -> Callable[[Command], Command]:
     """The argument ``[FILE] [TASK]...``, for :func:`split_words`."""
-    return click.argument("words", nargs=-1, metavar=metavar, shell_complete=complete_words)
+    return click.argument("words", nargs=-1, metavar=metavar, shell_complete=complete)
 
 
 def load_words(words: Sequence[str]) -> tuple[Loaded, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from taskrun.cli.options import (
+    A_FILE,
     CONTEXT,
     Seconds,
     check_certificates,
@@ -40,7 +41,7 @@ def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | 
     "--lease", type=Seconds(min=0.5), default=15.0, metavar="SECONDS", hidden=True,
     help="How long a node may be silent. [default: 15]",
 )  # fmt: skip
-@click.option("--authkey-file", metavar="F", help="Where the key of clients is.")
+@click.option("--authkey-file", type=A_FILE, metavar="F", help="Where the key of clients is.")
 @tls_options
 @click.option("--insecure-plain", is_flag=True, help="--listen without TLS, read by anyone.")
 @click.pass_context
@@ -77,7 +78,7 @@ def serve(
 @click.command(context_settings=CONTEXT)
 @click.argument("run")
 @click.argument("address", required=False, metavar="[ADDRESS]")
-@click.option("--authkey-file", metavar="F", help="Where the key is.")
+@click.option("--authkey-file", type=A_FILE, metavar="F", help="Where the key is.")
 @dialling_options
 @click.pass_context
 def attach(context: click.Context, /, run: str, address: str | None, **given: Any) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taskrun.addresses import may_be_address
-from taskrun.cli.options import CONTEXT, check_certificates, dialling_options
+from taskrun.cli.options import A_FILE, CONTEXT, check_certificates, dialling_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
 from taskrun.reporting.text import columns, one_line, padded
@@ -25,7 +25,8 @@ ACTIONS = ("list", "get", "dump", "watch")
 @click.option("--run", metavar="RUN", help="Of a server's runs, that one.")
 @click.option("--json", "json", is_flag=True, help="Write JSON.")
 @click.option(
-    "--authkey-file", metavar="F", help="Where the key is, if not where taskrun looks for it.",
+    "--authkey-file", type=A_FILE, metavar="F",
+    help="Where the key is, if not where taskrun looks for it.",
 )  # fmt: skip
 @dialling_options
 @click.pass_context

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from taskrun.addresses import may_be_address
-from taskrun.cli.options import CONTEXT, check_certificates, dialling_options
+from taskrun.cli.options import A_FILE, CONTEXT, check_certificates, dialling_options
 from taskrun.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _steering(name: str, *more: Any) -> Callable[[Command], click.Command]:
         options: list[Any] = [
             *more,
             click.option("--json", "json", is_flag=True, help="Write JSON."),
-            click.option("--authkey-file", metavar="F", help="Where the key is."),
+            click.option("--authkey-file", type=A_FILE, metavar="F", help="Where the key is."),
             dialling_options,
         ]
         for option in reversed(options):

@@ -11,6 +11,7 @@ import click
 
 from taskrun import sessions
 from taskrun.cli.options import (
+    A_FILE,
     CONTEXT,
     Seconds,
     check_certificates,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word that status shows.")
 @click.option("--name", metavar="NAME", help="What it is called. [default: the host's name]")
-@click.option("--authkey-file", metavar="F", help="Where the coordinator's key is.")
+@click.option("--authkey-file", type=A_FILE, metavar="F", help="Where the coordinator's key is.")
 @click.option(
     "--idle-exit", type=Seconds(min=0), metavar="SECONDS",
     help="Leave after so long without anything to do.",
