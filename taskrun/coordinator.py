@@ -198,6 +198,11 @@ class Run:
         self._state.roles[ROLE] = nodes.accept
         return nodes
 
+    @property
+    def reason(self) -> str:
+        """Why it ended before its time, if it did."""
+        return self._failure or self.core.stopping or self._stopped_by
+
     # -- the main flow ----------------------------------------------------------------
 
     def execute(self) -> int:
@@ -211,8 +216,7 @@ class Run:
                 self._run()
                 signals.settle()
                 assert self.status is not None
-                reason = self._failure or self.core.stopping or self._stopped_by
-                self.observer.run_ended(self.status, reason)
+                self.observer.run_ended(self.status, self.reason)
         finally:
             self.reactor.close()
         if self._failure is not None:

@@ -132,8 +132,8 @@ def _values_of(plan: Plan, settings: Settings, single: bool) -> Any:
 
 def _failed(calls: list[Call], run: Run) -> RunFailed:
     failed = [call for call in calls if call.state == FAILED]
-    if not failed and run.core.stopping:
-        return RunFailed(f"the run was stopped: {run.core.stopping}")
+    if not failed and run.reason:
+        return RunFailed(f"the run was stopped: {run.reason}")
     calls = failed or calls
     said = tuple(call.ended_as() for call in calls)
     first = calls[0]

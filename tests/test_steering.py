@@ -289,9 +289,9 @@ def test_a_run_whose_call_was_cancelled_and_is_needed_exits_with_1(runs: Runs) -
     assert ended.states == {"build": "cancelled", "deploy": "cancelled"}
 
 
-def in_a_script(runs: Runs) -> Running:
+def in_a_script(runs: Runs, source: str = TASKS.replace(', errors="skip"', "")) -> Running:
     """A run by ``taskrun.run``, which prints what that raises, and whose first call has begun."""
-    runs.write(TASKS.replace(', errors="skip"', ""))
+    runs.write(source)
     live = runs.start(
         "-c",
         "import taskrun, taskrun.errors\n"
@@ -338,6 +338,23 @@ def test_a_library_run_that_is_cancelled_from_outside_raises_no_keyboard_interru
 ) -> None:
     live = in_a_script(runs)
     ask(runs, live, "cancel", "run").check()
+    assert live.end().check().out.splitlines()[-1] == "the run was stopped: taskrun cancel"
+
+
+def test_a_library_run_that_is_cancelled_while_its_workers_end_says_so(runs: Runs) -> None:
+    live = in_a_script(
+        runs,
+        """
+        def make():
+            yield 1
+            mark("begun0")
+            doze()
+
+        @task
+        def total(x=per_worker(make)): ...
+        """,
+    )
+    ask(runs, live, "cancel", "run")
     assert live.end().check().out.splitlines()[-1] == "the run was stopped: taskrun cancel"
 
 
