@@ -348,9 +348,7 @@ class Steering:
             )
         near = nearest(name, [call.name for call in self._core.calls[:10_000]])
         hint = f"did you mean {near!r}?" if near else "taskrun status shows what runs"
-        if any(task.options.label for task in self._run.plan.tasks):
-            hint += " (a label is known once its call has begun)"
-        return hint
+        return f"{hint} (a label is known once its call has begun)"
 
 
 def drained(node: str) -> dict[str, Any]:
