@@ -15,9 +15,10 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from contextvars import copy_context
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, starmap
 from shlex import quote
 from subprocess import CalledProcessError, CompletedProcess
@@ -275,39 +276,39 @@ class _Shell:
         return (os.POSIX_SPAWN_DUP2, theirs, 0), [theirs]
 
     def spawn(self, actions: list[tuple[Any, ...]]) -> None:
-        program, arguments = self.command_line()
+        """Start bash; or the program itself, as make does it, where bash would do nothing but
+        execute it: starting bash costs more than many commands do."""
+        words = None if _changes_bash(self.env) else plain_words(self.script)
+        if words:
+            # What cannot be executed, as a text without #! or a folder, is left to bash.
+            with suppress(OSError, StopIteration):
+                program = next(_on_path(words[0], self.env.get("PATH", os.defpath)))
+                return self.execute(program, words, actions)
+        own_path = os.environ.get("PATH", os.defpath)
+        bash = next(filter(os.path.isfile, _on_path("bash", own_path)), None)
+        if bash is None:
+            raise FileNotFoundError(f"sh() needs bash, and there is none on PATH ({own_path})")
+        try:
+            self.execute(bash, ["bash", "-eo", "pipefail", "-c", self.script], actions)
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                error.add_note("The command is too long: pass what is long as input=")
+            raise
+
+    def execute(self, program: str, words: list[str], actions: list[tuple[Any, ...]]) -> None:
         start = partial(
             os.posix_spawn,
             program,
-            arguments,
+            words,
             file_actions=actions,
             setpgroup=0,
             setsigmask=(),
             setsigdef=_DEFAULT_SIGNALS,
         )
         whose = context.owner() if context.owner is not None else None
-        try:
-            with _lock:
-                self.pids.extend(map(start, (self.env,)))
-                _groups.update(dict.fromkeys(self.pids, whose))
-        except OSError as error:
-            if error.errno == errno.E2BIG:
-                error.add_note("The command is too long: pass what is long as input=")
-            raise
-
-    def command_line(self) -> tuple[str, list[str]]:
-        """Bash and its arguments; or the program itself, as make does it, where bash would
-        do nothing but execute it: starting bash costs more than many commands do."""
-        path = self.env.get("PATH", os.defpath)
-        words = None if _changes_bash(self.env) else plain_words(self.script)
-        program = _on_path(words[0], path) if words else None
-        if words and program and _is_binary(program):
-            return program, words
-        own_path = os.environ.get("PATH", os.defpath)
-        bash = _on_path("bash", own_path)
-        if bash is None:
-            raise FileNotFoundError(f"sh() needs bash, and there is none on PATH ({own_path})")
-        return bash, ["bash", "-eo", "pipefail", "-c", self.script]
+        with _lock:
+            self.pids.extend(map(start, (self.env,)))
+            _groups.update(dict.fromkeys(self.pids, whose))
 
     def watch_exit(self) -> None:
         try:
@@ -431,24 +432,11 @@ def _changes_bash(env: Mapping[str, str]) -> bool:
     return "BASH_ENV" in env or any(name.startswith("BASH_FUNC_") for name in env)
 
 
-@lru_cache(maxsize=256)
-def _on_path(name: str, path: str) -> str | None:
-    """The file that ``name`` stands for."""
-    for folder in path.split(os.pathsep):
-        file = f"{folder or '.'}/{name}"
-        if os.access(file, os.X_OK) and os.path.isfile(file):
-            return file
-    return None
-
-
-@lru_cache(maxsize=256)
-def _is_binary(file: str) -> bool:
-    """Whether the system can execute it: a text without ``#!`` is a script to bash only."""
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(4) == b"\x7fELF"
-    except PermissionError:
-        return False  # it may be executed, but not read
+def _on_path(name: str, path: str) -> Iterator[str]:
+    """What ``name`` may stand for, now: a task may install it, or change folders."""
+    folders = path.split(os.pathsep)
+    files = [name] if "/" in name else [f"{folder or '.'}/{name}" for folder in folders]
+    return (file for file in files if os.access(file, os.X_OK))
 
 
 def _folder(cwd: str | os.PathLike[str]) -> str:

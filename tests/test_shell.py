@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,56 @@ def test_a_script_without_a_first_line_still_runs(
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert sh("old-script").stdout == f"from {script}\n"
+
+
+def program(file: Path, text: str) -> None:
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+def test_a_program_named_by_its_path_is_that_one_and_none_of_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "id", "#!/bin/sh\necho here $0\n")
+    program(tmp_path / "bin" / "id", "#!/bin/sh\necho of path\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert sh("./id").stdout == "here ./id\n"
+    assert sh("bin/id").stdout == "of path\n"
+    shutil.copy("/bin/echo", "id")
+    assert sh("./id a").stdout == "a\n"
+    assert sh("./no-such-program", check=False).returncode == 127
+
+
+def test_a_program_is_looked_for_at_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("bin", "one/bin", "other/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    path = {"PATH": f"bin:{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    assert sh("id -u", env=path).stdout == f"{os.getuid()}\n"
+    shutil.copy("/bin/echo", tmp_path / "bin" / "id")
+    assert sh("id -u", env=path).stdout == "-u\n"
+    (tmp_path / "bin" / "id").unlink()
+    program(tmp_path / "bin" / "id", "echo a script\n")
+    assert sh("id -u", env=path).stdout == "a script\n"
+    for folder in ("one", "other"):
+        program(tmp_path / folder / "bin" / "id", f"#!/bin/sh\necho {folder}\n")
+        monkeypatch.chdir(tmp_path / folder)
+        assert sh("id -u", env=path).stdout == f"{folder}\n"
+
+
+def test_what_cannot_be_executed_is_left_to_bash_which_looks_on_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("id", "bash"):
+        (tmp_path / name).mkdir()
+    program(tmp_path / "broken", "#!/no/such/interpreter\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert sh("id -u").stdout == f"{os.getuid()}\n"
+    broken = sh("broken", check=False)
+    assert broken.returncode in (126, 127) and "broken: " in broken.stderr
 
 
 def test_a_missing_bash_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
