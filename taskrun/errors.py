@@ -7,6 +7,9 @@ what the command line returns when the error ends a run (1 a task failed,
 
 from __future__ import annotations
 
+from math import inf
+from typing import SupportsFloat
+
 
 class TaskrunError(Exception):
     """Root of all of taskrun's errors."""
@@ -160,12 +163,17 @@ class Retry(TaskrunError):
     """Raise in a task to have the call tried again, holding no worker meanwhile.
 
     ``after`` is in seconds.  Where the task says ``retries=``, this counts against it;
-    where it does not, the call may ask again as often as it likes.
+    where it does not, the call may ask again as often as it likes.  Raises TypeError and
+    ValueError where nothing can wait for so long: a header's ``"5"`` is text, for example.
     """
 
     def __init__(self, reason: str = "", *, after: float = 0.0) -> None:
         super().__init__(reason)
-        self.after = after
+        if isinstance(after, bool) or not isinstance(after, SupportsFloat):
+            raise TypeError(f"Retry(after=) must be a number of seconds, not {after!r}")
+        self.after = float(after)
+        if not 0 <= self.after < inf:
+            raise ValueError(f"Retry(after=) is in seconds, 0 or more and finite, not {after!r}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_retry, (str(self), self.after))

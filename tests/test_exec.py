@@ -361,6 +361,30 @@ def test_skip_and_retry_are_said_by_raising(runs: Runs) -> None:
     assert "nothing to do" in ended.failure("skipped")["message"]
 
 
+@pytest.mark.parametrize(
+    ("after", "error"),
+    [
+        ('"1"', "TypeError"), ("None", "TypeError"), ("True", "TypeError"),
+        ("float('inf')", "ValueError"), ("float('nan')", "ValueError"), ("-1", "ValueError"),
+    ],
+)  # fmt: skip
+def test_a_retry_after_what_is_no_time_is_an_error_of_its_own_line(
+    runs: Runs, after: str, error: str
+) -> None:
+    source = f"""
+        @task
+        def later(n=each(range(3))):
+            if n == 1:
+                raise Retry("wait", after={after})
+            print("said by", n)
+        """
+    ended = runs.exec(source, "-k", "-j1").check(1)
+    assert f'raise Retry("wait", after={after})' in ended.err
+    assert f"{error}: Retry(after=)" in ended.err
+    assert "said by 2" in ended.out
+    assert "switched off" not in ended.err
+
+
 def test_retries_back_off_and_stop_at_their_limit(runs: Runs) -> None:
     source = """
         @task(retries=3, backoff=0.1)

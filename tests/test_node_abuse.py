@@ -166,6 +166,7 @@ FAILURE = Failure("error", "E", "said")
     [
         ("value", None, math.nan), ("value", None, -1.0), ("value", None, "1"), ([], None),
         ("nothing", None), ("error", None), ("error", (1, 2)), ("retry", (FAILURE, 1)),
+        ("retry", ("1", FAILURE)), ("retry", (math.nan, FAILURE)), ("retry", (10**400, FAILURE)),
         ("held", 5), ("skip", FAILURE),
     ],
 )  # fmt: skip

@@ -449,7 +449,7 @@ class Executor:
         if isinstance(error, Skip):
             return "skip", str(error), items
         if isinstance(error, Retry):
-            return "retry", (error.after, encode_failure(error, "retry")), items
+            return "retry", (float(error.after), encode_failure(error, "retry")), items
         if not isinstance(error, Exception):
             return "error", (encode_failure(_exit(running.known, error)), False), items
         return "error", (encode_failure(error), self._is_retryable(running, error)), items

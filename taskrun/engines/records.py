@@ -265,5 +265,7 @@ def _is_payload(kind: str, payload: Any) -> bool:
         return False
     if kind == "held":
         return True
-    failure = payload[kind == "retry"]
-    return isinstance(failure, Failure)
+    if kind == "retry":
+        after, failure = payload
+        return type(after) is float and 0 <= after < inf and isinstance(failure, Failure)
+    return isinstance(payload[0], Failure)
