@@ -54,6 +54,7 @@ class _Interest:
 
 _READ, _WRITE = 1, 4  # as epoll has them
 _AT_ONCE = 64  # descriptors of one turn; the others' turn comes
+_LONGEST = 86400.0  # seconds to wait at once: the system counts milliseconds, up to 25 days
 _MOMENT = 50e-6  # seconds: about what it takes to be put to sleep and woken
 
 
@@ -308,13 +309,15 @@ class Reactor:
             return 0.0
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - monotonic()) if self._timers else None
+        if not self._timers:
+            return None
+        return max(0.0, min(self._timers[0][0] - monotonic(), _LONGEST))
 
     def _patience(self, timeout: float | None) -> float | None:
         patience = self.patience()
         if timeout is None:
             return patience
-        return max(0.0, timeout if patience is None else min(timeout, patience))
+        return max(0.0, min(timeout, _LONGEST if patience is None else patience))
 
     def _call_due(self) -> None:
         now = monotonic()

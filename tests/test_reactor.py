@@ -92,6 +92,18 @@ def test_nothing_is_due_when_only_cancelled_timers_are_left(reactor: Reactor) ->
     assert reactor.patience() is None
 
 
+@pytest.mark.parametrize("seconds", [1e7, 1e300])
+def test_what_is_due_in_a_year_does_not_keep_the_loop_from_waiting(
+    reactor: Reactor, seconds: float
+) -> None:
+    reactor.call_at(time.monotonic() + seconds, lambda: None)
+    posting = threading.Timer(0.05, lambda: reactor.post(lambda: came.append(1)))
+    came: list[int] = []
+    posting.start()
+    assert reactor.run_until(lambda: bool(came), time.monotonic() + seconds)
+    posting.join(10)
+
+
 def test_a_callback_that_asks_for_another_does_not_starve_the_rest(reactor: Reactor) -> None:
     turns = 0
 
