@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskrun.messages import AttemptEnded, Succeeded
+from taskrun.telling import tell
 
 
 class Observer:
@@ -104,10 +105,14 @@ class Observers(Observer):
             return
         self._active.remove(observer)
         self._bind()
-        self.notice(
+        text = (
             f"{type(observer).__name__} failed in {name} and is switched off: "
             f"{type(error).__name__}: {error}"
         )
+        if any(_overrides(one, "notice") for one in self._active):
+            self.notice(text)
+        else:
+            tell(text)  # it was the one that shows notices
 
 
 def _overrides(observer: Observer, name: str) -> bool:

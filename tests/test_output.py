@@ -591,3 +591,16 @@ def test_an_output_that_raises_is_switched_off_and_the_run_goes_on(
     for _ in range(3):
         observers.output(Call(1, "a"), "stdout", b"hi\n")
     assert told == ["LineOutput failed in output and is switched off: RuntimeError: no"]
+
+
+def test_the_last_one_that_shows_notices_is_not_switched_off_unseen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Shows(output_module.Observer):
+        def notice(self, text: str) -> None:
+            raise RuntimeError("no")
+
+    observers = Observers([Shows(), output_module.Observer()])
+    observers.notice("something")
+    told = "taskrun: Shows failed in notice and is switched off: RuntimeError: no\n"
+    assert capsys.readouterr().err == told
