@@ -6,6 +6,7 @@ import os
 import pty
 import random
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -492,6 +493,44 @@ def test_in_a_hurry_a_reader_that_reads_nothing_is_given_up(
     assert os.read(read, 100) == b"hello\n" and not terminal.broken
     terminal.write_lines("stdout", b"x" * 1_000_000)
     assert terminal.broken == "cannot write to stdout: nobody reads it"
+    os.close(read)
+
+
+def test_in_a_hurry_a_reader_that_reads_gets_everything_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taskrun.reporting.terminal.PATIENCE", 1.0)
+    read, write = os.pipe()
+    terminal = Terminal(write, None, {})
+    block = (b"x" * 99 + b"\n") * 4000
+    received = bytearray()
+
+    def consume() -> None:
+        while len(received) < len(block):
+            received.extend(os.read(read, 4096))
+            time.sleep(0.02)  # so that it takes two seconds
+
+    reader = threading.Thread(target=consume, daemon=True)
+    reader.start()
+    terminal.hurry()
+    terminal.write_lines("stdout", block)
+    assert not terminal.broken
+    reader.join(20)
+    assert bytes(received) == block
+
+
+def test_in_a_hurry_where_no_thread_can_start_the_stream_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    read, write = os.pipe()
+    terminal = Terminal(write, None, {})
+    terminal.hurry()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    terminal.write_lines("stdout", "hello")
+    assert terminal.broken == "cannot write to stdout: can't start new thread"
     os.close(read)
 
 

@@ -96,19 +96,22 @@ class Sink:
 
     def _write_in_time(self, fd: int) -> int:
         """Write in a thread, which can be left behind: nothing else ends for certain a write
-        that has room for a part only."""
+        that has room for a part only.  A piece at a time: a reader that reads has time anew."""
         done: list[int | OSError] = []
-        data = self._left
+        piece = self._left[: select.PIPE_BUF]
 
         def write() -> None:
             try:
-                done.append(os.write(fd, data))
+                done.append(os.write(fd, piece))
             except OSError as error:
                 done.append(error)
 
         if self._room.poll(PATIENCE * 1000):
             writer = threading.Thread(target=write, daemon=True)
-            writer.start()
+            try:
+                writer.start()
+            except RuntimeError as error:  # no thread is to be had
+                raise OSError(0, str(error)) from error
             writer.join(PATIENCE)
         if not done:
             raise OSError(0, "nobody reads it")
