@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def wait_until(
         assert time.monotonic() < end, f"{what} within {deadline:g} s"
         time.sleep(STEP)
     return found
+
+
+def until_it_is_full(stream: IO[bytes]) -> None:
+    """Until a pipe, or a terminal, that nobody reads takes nothing more."""
+    wait_until(lambda: not select.select([], [stream], [], 0)[1])
 
 
 # -- a run that has ended -------------------------------------------------------------

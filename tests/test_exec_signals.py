@@ -5,16 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
-import select
 import signal
 import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
-from harness import SIGNALS, Ended, Running, Runs, started, wait_until
+from harness import SIGNALS, Ended, Running, Runs, started, until_it_is_full
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -353,11 +351,6 @@ SPEAKS = """
     @task
     def work(n=each(range(100))): print("x" * 1_000_000)
     """
-
-
-def until_it_is_full(stream: IO[bytes]) -> None:
-    """Until a pipe, or a terminal, that nobody reads takes nothing more."""
-    wait_until(lambda: not select.select([], [stream], [], 0)[1])
 
 
 @BOTH

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import TASKRUN, Ended, Running, Runs, started, wait_until
+from harness import TASKRUN, Ended, Running, Runs, started, until_it_is_full, wait_until
 
 import taskrun
 from taskrun.addresses import parse
@@ -132,6 +132,50 @@ def test_a_run_is_followed_to_its_end_where_its_output_can_go_nowhere(
     ended = site.submit("-k", program=program).end().check()
     assert ("total | 28" in ended.out) == (closed == "2>&-")
     assert ("all ok" in ended.err) == (closed == ">&-")
+
+
+SPEAKS = """
+@task
+def speak():
+    for n in range(5000): print(n, "x" * 60)
+"""
+
+
+def test_a_run_is_followed_through_a_pipe_that_somebody_has_made_non_blocking(site: Site) -> None:
+    site.serve()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(reader, "rb") as stdout:
+        with open(writer, "wb") as other_end:
+            client = site.submit("--output=raw", source=SPEAKS, stdout=other_end)
+            until_it_is_full(other_end)
+        assert stdout.read().splitlines() == [b"%d %s" % (n, b"x" * 60) for n in range(5000)]
+        client.end().check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_reader_that_reads_nothing_does_not_keep_a_signal_from_being_taken(
+    site: Site, number: int
+) -> None:
+    site.serve()
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb") as stdout:
+        client = site.submit("--output=raw", source=SPEAKS + LONG, stdout=stdout)
+        until_it_is_full(stdout)
+        client.signal(number)
+        assert client.end(15).status == (130 if number == signal.SIGINT else 143)
+    if number == signal.SIGINT:
+        assert site.run("r1")["status"] == 130
+
+
+def test_who_has_no_reader_any_more_is_told_that_the_run_goes_on(site: Site) -> None:
+    site.serve()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as stdout:
+        ended = site.submit(stdout=stdout).end().check(3)
+    assert "cannot write to stdout: Broken pipe; r1 goes on; taskrun attach r1" in ended.err
+    assert site.run("r1")["state"] == "running"
 
 
 def test_what_the_environment_says_for_runs_of_this_machine_keeps_none_from_a_server(

@@ -218,6 +218,11 @@ class Terminal:
             over_bar = self._bar and (stream == "stderr" or self._shared)
             self._write(stream, CLEAR + data + self._bar if over_bar else data)
 
+    def write(self, stream: str, data: bytes) -> None:
+        """Write what another run has written there: not always whole lines, and no bar."""
+        with self.lock:
+            self._write(stream, data)
+
     def set_bar(self, text: str) -> None:
         """Show ``text``, one line narrower than the terminal, below all lines; ``""``: none."""
         bar = encode(text)

@@ -15,6 +15,7 @@ from taskrun import addresses, transport
 from taskrun.errors import DialError, RunError, UsageError
 from taskrun.network.bundles import Bundle
 from taskrun.reactor import Reactor
+from taskrun.reporting.terminal import Terminal
 from taskrun.serving import talk
 from taskrun.signals import Signals
 from taskrun.telling import tell
@@ -58,6 +59,9 @@ class Following:
         self._status: int | None = None
         self._error: Exception | None = None
         self._asking = False
+        self._signalled = False
+        self._terminal = Terminal(sys.stdout, sys.stderr)
+        self._terminal.on_broken = lambda reason: reactor.post(lambda: self._on_broken(reason))
         self._handlers: dict[str, Callable[[Any], None]] = {
             "run": self._on_run,
             "skipped": self._on_skipped,
@@ -68,7 +72,7 @@ class Following:
     def run(self) -> int:
         """Follow to the end; gives the exit status.  Raises UsageError and RunError."""
         try:
-            with Signals(self._reactor, self._on_signal):
+            with Signals(self._reactor, self._on_signal, noted=self._terminal.hurry):
                 self._dial(self._on_peer, self._on_failure)
                 self._reactor.run_until(lambda: self._status is not None or bool(self._error))
         finally:
@@ -104,7 +108,8 @@ class Following:
         if self._status is not None:
             return
         if frame and frame[0] in (talk.STDOUT, talk.STDERR):
-            self._write(frame[0], frame[1:])
+            stream = "stdout" if frame[0] == talk.STDOUT else "stderr"
+            self._terminal.write(stream, bytes(frame[1:]))
             return
         try:
             said = talk.heard(frame)
@@ -114,19 +119,6 @@ class Following:
         for key, value in said.items():
             if key in self._handlers:
                 self._handlers[key](value)
-
-    def _write(self, stream: int, data: memoryview) -> None:
-        file = sys.stdout if stream == talk.STDOUT else sys.stderr
-        if file is None:
-            return  # it was closed: >&-
-        try:
-            file.flush()
-            file.buffer.write(data)
-            file.buffer.flush()
-        except OSError as error:
-            self._error = error if isinstance(error, BrokenPipeError) else RunError(
-                f"the output of the run cannot be written: {error.strerror}"
-            )  # fmt: skip
 
     def _on_run(self, name: str) -> None:
         self._run = name
@@ -143,9 +135,15 @@ class Following:
     def _on_error(self, text: str) -> None:
         self._error = UsageError(text)
 
+    def _on_broken(self, reason: str) -> None:
+        """The output cannot be written.  After a signal that is the end's business."""
+        if self._status is None and not self._signalled:
+            self._error = RunError(f"{reason}; {self._goes_on()}")
+
     # -- Ctrl-C -----------------------------------------------------------------------
 
     def _on_signal(self, number: int) -> None:
+        self._signalled = True
         if number == signal.SIGTERM or not self._run:
             self._leave(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
         elif self._asking or not (os.isatty(0) and os.isatty(2)):
@@ -167,8 +165,11 @@ class Following:
 
     def _leave(self, status: int) -> None:
         if self._run:
-            tell(f"{self._run} goes on; taskrun attach {self._run} {self._shown} follows it")
+            tell(self._goes_on())
         self._status = status
+
+    def _goes_on(self) -> str:
+        return f"{self._run} goes on; taskrun attach {self._run} {self._shown} follows it"
 
     def _cancel(self) -> None:
         if self._peer is not None:
