@@ -285,6 +285,8 @@ def test_taskrun_state_shows_a_live_run(runs: Runs) -> None:
     dumped = json.loads(runs.run("state", address, "dump", "--json").check().out)
     assert dumped["s"] == ["a", "b"] and dumped["pages"]["('x', 1)"] == {"k": "v"}
     assert "did you mean 'pages'?" in runs.run("state", "get", "page").check(2).err
+    for key in ("{[1]: 2}", "(" * 100_000, "+" * 5000 + "1", "a"):
+        assert "n has no item" in runs.run("state", "get", "n", key).check(2).err
     assert "state has no action 'lst'" in runs.run("state", "lst").check(2).err
     watch = runs.start("state", "watch")
     with connect() as seen:

@@ -131,8 +131,8 @@ def _literal(text: str) -> Any:
 
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text  # all that literal_eval() raises for what it cannot read
 
 
 def _dump(connected: Connected, rest: list[str], json: bool) -> None:
