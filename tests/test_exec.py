@@ -1218,7 +1218,10 @@ def test_a_full_disk_is_said(runs: Runs) -> None:
         assert "Traceback" not in ended.err
         ended = runs.exec(source, "-j2", stdout=full, stderr=full)
         assert ended.status not in (0, 130)
-    ended = runs.exec(source, "-j2", "--joblog=/dev/full")
+    (runs.folder / "old.tsv").write_text("kept")
+    ended = runs.exec(source, "--joblog=old.tsv", "--listen=192.0.2.1:7").check(2)
+    assert "cannot listen" in ended.err and (runs.folder / "old.tsv").read_text() == "kept"
+    ended = runs.exec(source, "-j2", "--joblog=/dev/full").check()
     assert "No space left" in ended.err
     assert "Traceback" not in ended.err
 

@@ -40,6 +40,13 @@ def silent(text: str) -> None:
     raise AssertionError(f"nothing was to be said: {text}")
 
 
+def started(path: Path, *more: Any, **how: Any) -> JobLog:
+    """The log of a run that has started."""
+    log = JobLog(path, *more, **how)
+    log.run_started(None)
+    return log
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     header, *lines = [line.split("\t") for line in path.read_text().split("\n")[:-1]]
     assert tuple(header) == COLUMNS
@@ -50,7 +57,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_row_is_there_as_soon_as_its_attempt_ended(tmp_path: Path) -> None:
-    log = JobLog(tmp_path / "log", silent)
+    log = started(tmp_path / "log", silent)
     call = Call(3, "fetch[3]")
     log.attempt_ended(attempt(call, "error", error(), again=1.0), "w1")
     assert rows(tmp_path / "log") == [
@@ -71,7 +78,7 @@ def test_a_row_is_there_as_soon_as_its_attempt_ended(tmp_path: Path) -> None:
 
 
 def test_a_message_stays_in_its_field(tmp_path: Path) -> None:
-    log = JobLog(tmp_path / "log", silent)
+    log = started(tmp_path / "log", silent)
     nasty = 'tab\there\nline \\n C:\\new \x85 \u2028 \udcff "quoted" é'
     log.attempt_ended(attempt(Call(1, "a"), "error", error(nasty)), "")
     log.attempt_ended(attempt(Call(2, "b"), "error", error("x" * 1_000_000)), "")
@@ -83,7 +90,7 @@ def test_a_message_stays_in_its_field(tmp_path: Path) -> None:
 
 
 def test_an_attempt_whose_beginning_is_not_known_began_before_its_end(tmp_path: Path) -> None:
-    log = JobLog(tmp_path / "log", silent, now=lambda: 1_700_000_010.0)
+    log = started(tmp_path / "log", silent, now=lambda: 1_700_000_010.0)
     log.attempt_ended(attempt(Call(1, "a"), "lost", error(), began=-1.0, seconds=10.0), "w1")
     assert rows(tmp_path / "log")[0]["start"] == "2023-11-14T22:13:20.000Z"
 
@@ -92,7 +99,7 @@ def test_the_rows_of_one_turn_are_written_in_one_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turn = Turn()
-    log = JobLog(tmp_path / "log", silent, turn)
+    log = started(tmp_path / "log", silent, turn)
     written: list[int] = []
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: (written.append(1), real_write(fd, data))[1])
@@ -104,9 +111,12 @@ def test_the_rows_of_one_turn_are_written_in_one_piece(
     assert len(rows(tmp_path / "log")) == 100
 
 
-def test_a_log_that_exists_is_replaced(tmp_path: Path) -> None:
+def test_a_log_that_exists_is_replaced_once_the_run_starts(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("old\n" * 1000)
-    JobLog(tmp_path / "log", silent).run_ended(0, "")
+    log = JobLog(tmp_path / "log", silent)
+    assert (tmp_path / "log").read_text() == "old\n" * 1000
+    log.run_started(None)
+    log.run_ended(0, "")
     assert rows(tmp_path / "log") == []
 
 
@@ -116,9 +126,12 @@ def test_a_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path, where: str
         JobLog(tmp_path / where, silent)
 
 
-def test_a_log_that_cannot_take_its_first_line_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="No space left"):
-        JobLog("/dev/full", silent)
+def test_a_log_that_cannot_take_its_first_line_is_given_up_and_the_run_goes_on() -> None:
+    said: list[str] = []
+    log = started(Path("/dev/full"), said.append)
+    log.attempt_ended(attempt(Call(1, "a")), "w1")
+    log.run_ended(0, "")
+    assert len(said) == 1 and "No space left" in said[0]
 
 
 def test_when_the_disk_is_full_the_log_ends_with_a_whole_row_and_says_so_once(
@@ -126,7 +139,7 @@ def test_when_the_disk_is_full_the_log_ends_with_a_whole_row_and_says_so_once(
 ) -> None:
     said: list[str] = []
     turn = Turn()
-    log = JobLog(tmp_path / "log", said.append, turn)
+    log = started(tmp_path / "log", said.append, turn)
     for number in range(3):
         log.attempt_ended(attempt(Call(number, f"a[{number}]")), "w1")
     real_write, room = os.write, 100
@@ -156,6 +169,7 @@ def test_a_log_is_valid_after_kill_9(tmp_path: Path) -> None:
         "from watched import Call, attempt\n"
         "from taskrun.reporting.records import JobLog\n"
         "log = JobLog(sys.argv[1], print)\n"
+        "log.run_started(None)\n"
         "for number in range(1000):\n"
         "    log.attempt_ended(attempt(Call(number, f'a[{number}]')), 'w1')\n"
         "os.kill(os.getpid(), 9)\n"

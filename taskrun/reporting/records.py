@@ -65,8 +65,9 @@ def began_at(event: AttemptEnded, now: Callable[[], float]) -> float:
 class JobLog(Observer):
     """A row per attempt, appended as attempts end; whole at any moment, kill -9 or not.
 
-    Raises UsageError if the file cannot be opened.  If it cannot be written later, a
-    notice says so once and the run goes on without it.
+    Raises UsageError if the file cannot be opened.  What is in it stays until the run starts:
+    perhaps none does.  If it cannot be written later, a notice says so once and the run goes
+    on without it.
     """
 
     def __init__(
@@ -84,6 +85,11 @@ class JobLog(Observer):
         self._batch = Batch(self._append, soon)
         self._second = -1
         self._second_text = ""
+
+    def run_started(self, run: Any) -> None:
+        if self._fd is not None and stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.ftruncate(self._fd, 0)
+        self._append(("\t".join(COLUMNS) + "\n").encode())
 
     def attempt_ended(self, event: AttemptEnded, worker: str) -> None:
         if self._fd is None:
@@ -138,11 +144,8 @@ class JobLog(Observer):
 
 
 def _open_log(path: str) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags, 0o666)
-        os.write(fd, ("\t".join(COLUMNS) + "\n").encode())
-        return fd
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write the job log {path}: {error.strerror}") from error
 
