@@ -157,6 +157,9 @@ WRONG_COMMANDS = [
         "and with --engine fake there are none; say -j 1 or more",
     ),
     (["exec", "-j", "-2"], "-j is a number of workers, 1 or more, not -2"),
+    (["worker", "127.0.0.1:7", "-j", "0"], "nobody to do the work; say -j 1 or more\n"),
+    (["worker", "127.0.0.1:7", "-j", "-1"], "-j is a number of workers, 1 or more, not -1"),
+    (["serve", "-j", "-1"], "-j is a number of workers, 0 or more, not -1"),
     (["exec", "-k", "--fail-fast"], "--keep-going and --fail-fast exclude each other"),
     (["exec", "--inline", "--engine", "dask"], "--inline and --engine exclude each other"),
     (["exec", "--output", "grop"], "'grop' is not one of"),
@@ -198,7 +201,7 @@ WRONG_COMMANDS = [
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_two(
     capsys: pytest.CaptureFixture[str], executed: list[Any], args: list[str], says: str
 ) -> None:
-    assert says in error_of(capsys, *args)
+    assert says in error_of(capsys, *args) + "\n"
     assert executed == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -43,17 +44,18 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-def check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
-    """How many workers; as many as cores, where nothing is said."""
-    if jobs == 0 and context.params.get("listen"):
-        return 0  # others do the work
-    if jobs == 0:
-        raise UsageError(
-            "-j 0 leaves nobody to do the work; say -j 1 or more, or --listen for nodes"
-        )
-    if jobs is not None and jobs < 0:
-        raise UsageError(f"-j is a number of workers, 1 or more, not {jobs}")
-    return jobs if jobs is not None else cores_here()
+def check_jobs(
+    context: click.Context, parameter: click.Parameter, jobs: int | None, *, instead: str = ""
+) -> int:
+    """How many workers; as many as cores, where nothing is said.  Where 0 would leave nobody to
+    do the work, ``instead`` says what to say; that it does not where others may come."""
+    if jobs is None:
+        return cores_here()
+    if jobs < 0:
+        raise UsageError(f"-j is a number of workers, {1 if instead else 0} or more, not {jobs}")
+    if jobs == 0 and instead and not context.params.get("listen"):
+        raise UsageError(f"-j 0 leaves nobody to do the work; {instead}")
+    return jobs
 
 
 def check_resources(
@@ -146,7 +148,8 @@ def _check_engine(
 
 _OPTIONS = (
     click.option(
-        "-j", "--jobs", type=int, metavar="N", callback=check_jobs,
+        "-j", "--jobs", type=int, metavar="N",
+        callback=partial(check_jobs, instead="say -j 1 or more, or --listen for nodes"),
         help="How many workers. [default: the cores]",
     ),
     click.option(

@@ -13,24 +13,17 @@ from taskrun.cli.options import (
     CONTEXT,
     Seconds,
     check_certificates,
+    check_jobs,
     check_needed,
     dialling_options,
     tls_options,
 )
-from taskrun.errors import UsageError
-from taskrun.settings import cores_here
-
-
-def _check_jobs(context: click.Context, parameter: click.Parameter, jobs: int | None) -> int:
-    if jobs is not None and jobs < 0:
-        raise UsageError(f"-j is a number of workers, 0 or more, not {jobs}")
-    return cores_here() if jobs is None else jobs
 
 
 @click.command(context_settings=CONTEXT)
 @click.option("--listen", metavar="ADDRESS", help="Where others come: HOST:PORT.")
 @click.option(
-    "-j", "--jobs", type=int, metavar="N", callback=_check_jobs,
+    "-j", "--jobs", type=int, metavar="N", callback=check_jobs,
     help="How many workers this machine has for all runs. [default: the cores]",
 )  # fmt: skip
 @click.option(

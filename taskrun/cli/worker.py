@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "--jobs",
     type=int,
     metavar="N",
-    callback=check_jobs,
+    callback=partial(check_jobs, instead="say -j 1 or more"),
     help="How many workers. [default: the cores]",
 )
 @click.option(
