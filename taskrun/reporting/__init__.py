@@ -1,4 +1,4 @@
 """What people and programs see of a run: lines, a bar, a summary, a job log, events.
 
-``output`` is the only one that writes to the terminal; ``display`` puts them together.
+``terminal`` is the only one that writes to the terminal; ``display`` puts them together.
 """
