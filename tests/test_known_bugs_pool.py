@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import Runs, started
 
 from taskrun import places
 from taskrun.errors import (
@@ -55,6 +56,11 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     with Pool(2, context=multiprocessing.get_context(request.param)) as made:
         yield made
     made.join()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    yield from started(tmp_path)
 
 
 def forked(processes: int = 2, **options: Any) -> Pool:
@@ -462,6 +468,33 @@ def test_nothing_is_left_of_an_unclosed_pool_at_exit(
     pids = done.stdout.split()
     assert len(pids) == 2
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+GONE_AT_ONCE = """
+import multiprocessing, os, time, taskrun
+from taskrun import sessions
+
+home = os.getpid()
+
+def outlive_it():
+    while os.getppid() == home:
+        time.sleep(0.001)
+
+os.register_at_fork(after_in_child=outlive_it)
+pool = taskrun.Pool(1, context=multiprocessing.get_context("fork"))
+if {forks} and os.fork() == 0:  # it has all that this process had open
+    template = pool._driver._engine._local._nursery.pid
+    while not sessions.has_ended(template):
+        time.sleep(0.001)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_a_process_that_is_gone_before_its_pool_has_begun_leaves_nothing(
+    runs: Runs, forks: bool
+) -> None:
+    assert runs.script(GONE_AT_ONCE.format(forks=forks)).status == 0
 
 
 # -- imap -----------------------------------------------------------------------------------

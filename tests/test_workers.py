@@ -680,7 +680,7 @@ def await_state(pid: int, state: str) -> None:
 def test_a_template_whose_end_was_taken_by_nobody_has_ended(end: str) -> None:
     """As in a process that ignores SIGCHLD: its number may be somebody else's by then."""
 
-    def launch(fd: int) -> int:
+    def launch(fd: int, ours: int) -> int:
         pid = os.posix_spawn("/bin/true", ["true"], {})
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, 0)  # it is gone

@@ -104,7 +104,7 @@ class Template:
         apply(self._settings)
         self._preload()
         self._listen_to_signals()
-        self._poll = self._make_poll()
+        self._watch()
         self._tell((UP, self._preloaded.failure))
         while self._grace is None:
             self._turn(self._patience())
@@ -142,16 +142,18 @@ class Template:
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         self._wake_writer.send(bytes([signal.SIGCHLD]))  # what ended before we listened
 
-    def _make_poll(self) -> select.poll:
-        poll = select.poll()
+    def _watch(self) -> None:
+        self._poll = poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
         # Another process may hold the coordinator's end of the socket open (a child that it
         # forked): its own end is seen here.
-        self._parent_fd = _watch_process(self._settings.coordinator)
+        coordinator = self._settings.coordinator
+        self._parent_fd = _watch_process(coordinator)
         if self._parent_fd is not None:
             poll.register(self._parent_fd, select.POLLIN)
-        return poll
+        elif os.getppid() != coordinator:
+            self._coordinator_is_gone()  # since before we looked
 
     def _turn(self, timeout: float | None) -> None:
         ready = [fd for fd, _ in self._poll.poll(None if timeout is None else timeout * 1000)]
@@ -215,7 +217,8 @@ class Template:
         try:
             send_frame(self._sock.fileno(), pickle.dumps(message))
         except ConnectionError:
-            self._grace = 0.0  # nobody is there any more
+            if self._grace is None:  # else it was told to quit, and nobody waits for that
+                self._coordinator_is_gone()
 
     def _serve_one(self, request: tuple[Any, ...]) -> None:
         kind = request[0]

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from taskrun import descriptors, sessions
 from taskrun.engines.links import PROCESS, Link, PipeLink
-from taskrun.engines.nursery import Nursery, how_it_ended
+from taskrun.engines.nursery import Launch, Nursery, how_it_ended
 from taskrun.errors import RunError, WireError
 from taskrun.reactor import Reactor
 from taskrun.workers.settings import EXITED, STARTED, UP, Birth, Settings
@@ -22,8 +22,6 @@ HANGING: Final = 0.5  # seconds between the end of a worker's Pipe and its own
 FILES: Final = 8  # descriptors that a worker may take here, on its way and with its state
 BESIDE: Final = 128  # ... and what else there may be in this process
 FEW: Final = 5  # templates that may end before they are of any use
-
-Launch = Callable[[int], int]
 
 
 class Crew(Protocol):

@@ -25,6 +25,7 @@ _living: set[int] = set()  # templates of this process
 
 Message = tuple[Any, ...]
 Open = Callable[[int], tuple[Any, list[int]] | None]
+Launch = Callable[[int, int], int]
 
 
 class Nursery:
@@ -33,7 +34,8 @@ class Nursery:
     ``opened(worker)`` makes what a worker needs, when its turn has come: what it is told,
     and its descriptors, which are closed here once they are sent; None: it cannot be.
     ``heard`` is called with the template's messages, ``ended`` when it has ended.
-    ``launch`` starts a template with such a socket, and gives its pid.
+    ``launch`` starts a template with such a socket, and without the coordinator's end of it,
+    the second; gives its pid.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Nursery:
         opened: Open,
         heard: Callable[[Message], None],
         ended: Callable[[str], None],
-        launch: Callable[[int], int] | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self._reactor = reactor
         self._opened = opened
@@ -57,7 +59,8 @@ class Nursery:
         self.pid: int | None = None
         self._sock, theirs = socket.socketpair()
         try:
-            self.pid = (launch or launch_fresh)(theirs.fileno())
+            fd = theirs.fileno()
+            self.pid = launch(fd, self._sock.fileno()) if launch else launch_fresh(fd)
         except OSError as error:
             self._sock.close()
             raise RunError(f"cannot start a worker process: {error}") from error

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 from taskrun import blobs, bunch, places
 from taskrun import messages as m
 from taskrun.engines.links import PROCESS, Link, PipeLink
-from taskrun.engines.local import Launch, Local
+from taskrun.engines.local import Local
+from taskrun.engines.nursery import Launch
 from taskrun.engines.records import Records
 from taskrun.errors import WireError
 from taskrun.model import Failure, Recipe

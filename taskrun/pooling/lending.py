@@ -81,7 +81,7 @@ class Borrower:
         """Whether a function of ``__main__`` is found there by its name in workers."""
         return self.bundle is not None and known_names(self.method)(function)
 
-    def launch(self, fd: int) -> int:
+    def launch(self, fd: int, ours: int) -> int:
         """Nothing starts on this machine."""
         raise NotImplementedError
 

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakValueDictionary
 
 from taskrun.engines.links import Link
-from taskrun.engines.local import Launch
-from taskrun.engines.nursery import launch_fresh
+from taskrun.engines.nursery import Launch, launch_fresh
 from taskrun.engines.pool import PoolEngine
 from taskrun.messages import Event
 from taskrun.observers import Observer
@@ -78,8 +77,8 @@ class Supply(Protocol):
     def in_main(self, function: Any) -> bool:
         """Whether a function of ``__main__`` is found there by its name in workers."""
 
-    def launch(self, fd: int) -> int:
-        """Start a template with this socket; gives its pid."""
+    def launch(self, fd: int, ours: int) -> int:
+        """See ``Nursery``."""
 
     def close(self) -> None:
         """Let go of what workers inherit."""
@@ -180,9 +179,9 @@ class Starter:
         """The engine."""
         return PoolWorkers(self, recipe_ids, grace, state)
 
-    def launch(self, fd: int) -> int:
-        """Start a template with this socket; gives its pid."""
-        return self._fork(fd) if self.method == FORK else self._launch_fresh(fd)
+    def launch(self, fd: int, ours: int) -> int:
+        """See ``Nursery``."""
+        return self._fork(fd, ours) if self.method == FORK else self._launch_fresh(fd)
 
     def close(self) -> None:
         """Let go of what workers inherit."""
@@ -191,7 +190,7 @@ class Starter:
 
     # -- fork -------------------------------------------------------------------------
 
-    def _fork(self, fd: int) -> int:
+    def _fork(self, fd: int, ours: int) -> int:
         remote.flush_streams()
         with warnings.catch_warnings():
             # From 3.12 on: other threads exist.  The child touches nothing of theirs.
@@ -199,6 +198,7 @@ class Starter:
             pid = os.fork()
         if pid == 0:
             try:
+                os.close(ours)  # or it would never see that we are gone
                 remote.inherited = self._setup
                 remote.forget_other_imports()
                 sock = socket.socket(fileno=os.dup(fd))
