@@ -78,18 +78,9 @@ class CallFuture(concurrent.futures.Future[Any]):
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Call ``fn`` with the future when it is done."""
-        super().add_done_callback(partial(self._call_back, fn))
-
-    def _call_back(self, fn: Callable[[Any], object], future: Any) -> None:
-        try:
-            fn(future)
-        except Exception:
-            raise  # it is logged
-        except BaseException as error:
-            # sys.exit ends neither the loop nor the other callbacks.
-            if self._driver is None or not self._driver.loop.in_thread:
-                raise
-            report(error)
+        # Without self, which would have a callback that has it: it and its result would stay
+        # until the cyclic collector came.
+        super().add_done_callback(partial(_call_back, self._driver, fn))
 
     def cancel(self) -> bool:
         """End the call; False where it has ended."""
@@ -112,6 +103,18 @@ class CallFuture(concurrent.futures.Future[Any]):
     def __repr__(self) -> str:
         shown = super().__repr__()
         return shown.replace("state=pending", "state=running") if self.running() else shown
+
+
+def _call_back(driver: Driver | None, fn: Callable[[Any], object], future: Any) -> None:
+    try:
+        fn(future)
+    except Exception:
+        raise  # it is logged
+    except BaseException as error:
+        # sys.exit ends neither the loop nor the other callbacks.
+        if driver is None or not driver.loop.in_thread:
+            raise
+        report(error)
 
 
 class _FutureJob:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
@@ -101,6 +103,25 @@ def test_a_callback_that_calls_sys_exit_ends_neither_the_executor_nor_other_call
     future.add_done_callback(lambda done: called.set())
     assert called.wait(SECONDS)
     assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+def test_a_future_with_a_callback_goes_with_the_last_who_holds_it(
+    executor: Executor, tmp_path: Path
+) -> None:
+    gc.disable()
+    try:
+        future = executor.submit(wait_for, tmp_path / "go")
+        future.add_done_callback(lambda done: None)
+        gone = weakref.ref(future)
+        (tmp_path / "go").touch()
+        future.result(SECONDS)
+        del future
+        end = time.monotonic() + SECONDS
+        while gone() is not None:  # whoever told of its end may hold it a moment longer
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        gc.enable()
 
 
 def test_a_failing_initializer_breaks_the_executor() -> None:
