@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 from joblib.parallel import (
     AutoBatchingMixin,
@@ -34,6 +35,9 @@ from taskrun.pooling.functions import dumps_by_value
 from taskrun.pooling.remote import dumps
 from taskrun.pooling.starting import Bare
 from taskrun.settings import cores_here
+
+# Whoever is told how long batches take: another Parallel of the same backend may go on.
+_NOBODY: Final = SimpleNamespace(verbose=0)
 
 _Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
@@ -109,6 +113,8 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
     def terminate(self) -> None:
         """One Parallel is over; the next of this backend gets the same workers."""
         self.reset_batch_stats()
+        # It has this backend: both, and the workers, would stay until the cyclic collector came.
+        self.parallel = _NOBODY
 
     def _close(self) -> None:
         if self._executor is not None:

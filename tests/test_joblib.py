@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 joblib = pytest.importorskip("joblib", reason="joblib is not installed")
@@ -212,6 +214,28 @@ with joblib.parallel_config(backend="taskrun", n_jobs=2):
     except Wrong as error:
         print(repr(error))
 """
+
+
+def test_the_workers_of_a_parallel_of_its_own_end_with_it() -> None:
+    before = psutil.Process().children(recursive=True)
+    gc.disable()
+    try:
+        assert run(square, range(3), backend="taskrun", n_jobs=2) == [0, 1, 4]
+        end = time.monotonic() + SECONDS
+        while set(psutil.Process().children(recursive=True)) - set(before):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+def test_a_generator_goes_on_when_another_parallel_of_its_config_is_over() -> None:
+    # By then its batches are found too short, and it is to be said so.
+    with joblib.parallel_config(backend="taskrun", n_jobs=2, verbose=10):
+        items = run(square, range(3000), return_as="generator", pre_dispatch=4)
+        assert next(items) == 0
+        assert run(square, range(3)) == [0, 1, 4]
+        assert list(items) == [x * x for x in range(1, 3000)]
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 1), (1, 1), (3, 3)])
