@@ -32,7 +32,7 @@ from taskrun.errors import (
 )
 from taskrun.failures import guarded
 from taskrun.model import Failure
-from taskrun.pool import Pool
+from taskrun.pool import Pool, wait_at_exit
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.looping import FOREIGN
 from taskrun.pooling.remote import Submit, SubmitAny
@@ -229,7 +229,7 @@ class Executor(ProcessPoolExecutor):
             address=address, authkey=authkey, insecure_plain=insecure_plain,
         )  # fmt: skip
         self._pool._kinds = Submit, SubmitAny
-        self._pool._driver.waits_at_exit = True  # as the standard library's
+        wait_at_exit(self._pool._driver)  # as the standard library's
         weakref.finalize(self, _close, self._pool).atexit = False
 
     @property

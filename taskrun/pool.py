@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from multiprocessing import parent_process, util
 from multiprocessing import pool as standard
 from pickle import HIGHEST_PROTOCOL, dumps
 from typing import Any, Final, NamedTuple
@@ -50,6 +51,7 @@ TERMINATE: Final = "TERMINATE"
 
 WINDOW: Final = 1024  # calls of one imap that may be under way, at least
 PER_WORKER: Final = 64  # ... and for each worker
+FIRST: Final = 100  # multiprocessing's own finalizers have less: managers 0, pools 15
 SMALLER: Final = 4  # ... so many times more while their arguments are plain numbers
 
 Size = int | str | None  # of memory
@@ -57,6 +59,7 @@ Size = int | str | None  # of memory
 _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+_waits = 0  # the process of multiprocessing whose end waits for calls
 _forks = 0  # how many there are between this process and the one that imported this
 
 
@@ -604,12 +607,28 @@ def _bar(total: int) -> Callable[[int], None]:
     return advance
 
 
-@atexit.register
-def _terminate_all() -> None:
+def wait_at_exit(driver: Driver) -> None:
+    """Have the end of this process wait for the calls that ``driver`` has then."""
+    global _waits
+    driver.waits_at_exit = True
+    # A child of multiprocessing leaves without atexit, but not without its finalizers.
+    if parent_process() is not None and _waits != os.getpid():
+        _waits = os.getpid()
+        util.Finalize(None, _wait_for_calls, exitpriority=FIRST)
+
+
+def _wait_for_calls() -> None:
     # Of the standard library's workers a Ctrl-C ends the calls; of ours it does not.
-    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    if KeyboardInterrupt in (getattr(sys, "last_type", None), sys.exc_info()[0]):
+        return
     for driver in living(_drivers):
-        if driver.waits_at_exit and driver.loop.is_here and not interrupted:
+        if driver.waits_at_exit and driver.loop.is_here:
             driver.close()
             driver.loop.finished.wait()
+
+
+@atexit.register
+def _terminate_all() -> None:
+    _wait_for_calls()
+    for driver in living(_drivers):
         driver.terminate()

@@ -268,6 +268,40 @@ def test_the_workers_can_be_ended_with_the_calls_they_are_in(
         executor.submit(square, 3)
 
 
+def submit_and_leave(path: Path, error: type[BaseException] | None) -> None:
+    Executor(1).submit(touch_late, path)
+    if error is not None:
+        raise error
+
+
+def touch_late(path: Path) -> None:
+    wait_for(path.with_suffix(".go"))
+    path.touch()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_the_end_of_a_child_of_multiprocessing_waits_for_calls(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    context: Any = multiprocessing.get_context(method)
+    child = context.Process(target=submit_and_leave, args=(path, None))
+    child.start()
+    end = time.monotonic() + SECONDS
+    while not path.with_suffix(".begun").exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    path.with_suffix(".go").touch()
+    child.join(SECONDS)
+    assert child.exitcode == 0 and path.exists()
+
+
+def test_the_end_of_a_child_that_was_interrupted_waits_for_nothing(tmp_path: Path) -> None:
+    context: Any = multiprocessing.get_context("fork")
+    child = context.Process(target=submit_and_leave, args=(tmp_path / "late", KeyboardInterrupt))
+    child.start()
+    child.join(SECONDS / 2)
+    assert child.exitcode == 1
+
+
 def test_a_forked_child_cannot_submit(executor: Executor) -> None:
     assert executor.submit(square, 3).result(SECONDS) == 9
     pid = os.fork()
