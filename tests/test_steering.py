@@ -161,13 +161,12 @@ def test_the_answers_are_objects_for_programs(runs: Runs) -> None:
     long0 = {"call": "long[0]", "label": "job 0", "task": "long", "state": "running", "attempt": 1}
     explained = answer("explain", "long[0]")
     assert explained.items() >= long0.items() and abs(explained["since"] - time.time()) < 60
-    assert (
-        explained["why"] == "all tasks run" and explained["failure"] is explained["cause"] is None
-    )
+    assert explained["why"] == "all tasks run"
+    assert explained["failure"] is explained["cause"] is None
     assert explained["worker"] == "w1" and "waits for part#0" in explained["text"]
-    frames = answer("stack", "part#0")["frames"]
-    assert frames[-1].items() >= {"function": "part", "file": str(runs.folder / "tasks.py")}.items()
-    assert frames[-1]["source"].startswith("while not") and frames[-1]["line"] > 0
+    [frame] = [one for one in answer("stack", "part#0")["frames"] if one["function"] == "part"]
+    assert frame["file"] == str(runs.folder / "tasks.py") and frame["line"] > 0
+    assert frame["source"].startswith(("mark(", "while not"))
     assert answer("tell", "part#0", "hello")["call"] == "part#0"
     assert [answer(do)["paused"] for do in ("pause", "unpause")] == [True, False]
     cancelled = answer("cancel", "total")
