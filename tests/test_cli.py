@@ -429,12 +429,12 @@ def test_map_takes_tasks_and_whatever_their_first_parameter_comes_from(
 
 
 MAPPED = """
-import sys, types
+import os, sys, types
 fake = types.ModuleType("taskrun.coordinator")
 fake.Settings = types.SimpleNamespace
 def execute_map(loaded, task, lines, settings, keep_order, *, stdout):
     for line in lines:
-        print(repr(line), flush=True)
+        os.write(stdout, repr(line).encode() + b"\\n")
     return 0
 fake.execute_map = execute_map
 sys.modules["taskrun.coordinator"] = fake

@@ -187,8 +187,9 @@ def test_bytes_that_are_no_text_arrive_as_they_were(runs: Runs) -> None:
     assert os.fsencode(ended.out)
 
 
-@pytest.mark.parametrize("mode", ["line", "group"])
-def test_what_calls_print_does_not_get_between_the_results(runs: Runs, mode: str) -> None:
-    ended = runs.run("map", "f.py:shout", "a", "b", "--keep-order", "--output", mode).check()
+@pytest.mark.parametrize("how", ["--output=line", "--output=group", "--output=raw", "--inline"])
+def test_what_calls_print_does_not_get_between_the_results(runs: Runs, how: str) -> None:
+    runs.write(f"print('imported')\n{FUNCTIONS}", "g.py")
+    ended = runs.run("map", "g.py:shout", "a", "b", "--keep-order", how).check()
     assert ended.out == "A\nB\n"
-    assert "heard a" in ended.err and "heard b" in ended.err
+    assert "heard a" in ended.err and "heard b" in ended.err and "imported" in ended.err

@@ -13,9 +13,9 @@ import click
 from taskrun.cli.options import (
     CONTEXT,
     check_needed,
+    reserved_stdout,
     run_options,
     settings_from,
-    stdout_for_events,
 )
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded, load, shown
@@ -47,7 +47,7 @@ def map_(
     """Call FUNC of FILE once per ARG, or once per line of stdin; print what it
     returns. Put -- before arguments that start with a dash."""
     check_needed(context)
-    stdout = stdout_for_events(context, options)
+    stdout = reserved_stdout(context)  # for results only
     loaded, task = find_function(function)
     parameter = only_parameter(task)
     lines = iter([_convert(task, parameter, one, "") for one in arguments])

@@ -297,13 +297,15 @@ def exclude(context: click.Context, options: dict[str, Any], *names: str) -> Non
 
 
 def stdout_for_events(context: click.Context, options: dict[str, Any]) -> int | None:
-    """With ``--json`` a descriptor of stdout, taken before the task file, or anything else,
-    can write there; else None."""
-    if not options["json"]:
-        return None
-    from taskrun.reporting.terminal import reserved_stdout
+    """With ``--json`` a descriptor of stdout, as of :func:`reserved_stdout`; else None."""
+    return reserved_stdout(context) if options["json"] else None
 
-    return context.with_resource(reserved_stdout())
+
+def reserved_stdout(context: click.Context) -> int:
+    """A descriptor of stdout, taken before the task file, or anything else, can write there."""
+    from taskrun.reporting import terminal
+
+    return context.with_resource(terminal.reserved_stdout())
 
 
 # -- which file, which tasks ----------------------------------------------------------

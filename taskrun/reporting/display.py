@@ -27,7 +27,7 @@ class Display(Observer):
         results: bool = False,
     ) -> None:
         """``stdout``: where it goes, unless to this process's own.  ``results``: it is for
-        results; what calls print goes to stderr, where it carries their names."""
+        results; what calls print goes to stderr."""
         self.terminal = Terminal(sys.stdout if stdout is None else stdout, sys.stderr)
         self.terminal.on_broken = lambda reason: reactor.post(lambda: self._stop(reason))
         self._reactor = reactor

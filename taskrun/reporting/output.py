@@ -204,7 +204,7 @@ class Output(Observer):
     shows_captured = False
     """Whether a failure's block repeats what the call wrote."""
     stdout = "stdout"
-    """Where lines of stdout go that are shown with their call's name."""
+    """Where lines of stdout go."""
     WIDEST_TITLE = 40
     WIDEST_PADDING = 20
 
@@ -413,7 +413,7 @@ class RawOutput(Output):
     overwrite = False
 
     def show(self, live: _Live, stream: str, block: bytes) -> None:
-        self.terminal.write_lines(stream, block)
+        self.terminal.write_lines(self.place(stream), block)
 
 
 class QuietOutput(Output):
