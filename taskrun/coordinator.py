@@ -40,6 +40,7 @@ from taskrun.state.service import Service
 
 if TYPE_CHECKING:
     from taskrun.engines.nodes import Nodes  # only where others may join
+    from taskrun.feed import Argument
     from taskrun.network.bundles import Bundle
 
 CLOSE_SECONDS = 5.0  # how long workers may take to finish what per_worker() made
@@ -385,16 +386,16 @@ class Run:
 def execute_map(
     loaded: Loaded,
     task: Task,
-    lines: Iterator[Any],
+    arguments: Iterator[Argument],
     settings: Settings,
     keep_order: bool,
     *,
     stdout: Target = None,
 ) -> int:
-    """Call ``task`` once per item of ``lines`` and print each result; gives the exit status.
+    """Call ``task`` once per argument and print each result; gives the exit status.
 
-    ``stdout``: as in :func:`execute`.  ``lines`` is read as far ahead as the workers need, in
-    a thread of its own.
+    ``stdout``: as in :func:`execute`.  ``arguments`` are read as far ahead as the workers need,
+    in a thread of its own.
     """
     from taskrun.feed import Feed, Results
     from taskrun.reporting.display import Display
@@ -407,10 +408,7 @@ def execute_map(
     if settings.lanes:
         check_lanes([task])
     run = Run(plan, settings, [*display.observers, results], reactor, open_feed=True)
-    feed = Feed(run, task, lines)
+    feed = Feed(run, task, arguments)
     results.taken = feed.taken
     feed.start()
-    status = run.execute()
-    if feed.error is not None:
-        raise feed.error
-    return status
+    return run.execute()

@@ -9,32 +9,41 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from taskrun import messages as m
 from taskrun.blobs import Portable
 from taskrun.calls import OK
-from taskrun.errors import UsageError
 from taskrun.model import Task
 from taskrun.observers import Observer
 from taskrun.recipes import make_recipe
-from taskrun.values import decode, dumps_arguments
+from taskrun.reporting.text import shorten
+from taskrun.values import decode, dumps_arguments, unfit_arguments
+
+WIDEST = 30  # characters of an argument in the title of its call
+
+
+class Argument(NamedTuple):
+    """What one call gets: the text that was given, and what that means; or why it means
+    nothing, and then the call fails."""
+
+    text: str
+    value: Any = None
+    unfit: str = ""
 
 
 class Feed:
-    """Reads ``lines`` and feeds a call per item to the run.
+    """Feeds a call per argument to the run, which is the coordinator's Run."""
 
-    ``run`` is the coordinator's Run.  ``error``: why reading ended early, if it did: a line
-    that does not convert.
-    """
-
-    def __init__(self, run: Any, task: Task, lines: Iterator[Any]) -> None:
-        self.error: UsageError | None = None
+    def __init__(self, run: Any, task: Task, arguments: Iterator[Argument]) -> None:
         self._run = run
-        self._lines = lines
-        flags = m.RENDER if run.settings.policy == "keep-going" else m.RENDER | m.STOPS
+        self._task = task
+        self._arguments = arguments
+        flags = m.RENDER
+        flags |= 0 if run.settings.policy == "keep-going" else m.STOPS
+        flags |= m.SAY_BEGAN if task.options.says_began else 0
         self._recipe = make_recipe(task, next(run.recipe_ids), names=None, flags=flags)
-        self._read: deque[Portable] = deque()
+        self._read: deque[tuple[str, Portable]] = deque()
         self._room = threading.Semaphore(max(1000, 64 * run.settings.jobs))
         self._posted = False
 
@@ -50,27 +59,35 @@ class Feed:
     def _read_all(self) -> None:
         self._run.reactor.may_wait_for_this_thread()  # in the semaphore
         try:
-            for item in self._lines:
+            for argument in self._arguments:
                 self._room.acquire()
-                blob, _ = dumps_arguments((item,), {})
-                self._read.append(blob)
+                self._read.append((self._title(argument), _pickled(argument)))
                 if not self._posted:
                     self._posted = True
                     self._run.reactor.post(self._feed)
-        except UsageError as error:
-            self.error = error
         finally:
             self._run.reactor.post(self._end)
 
     def _feed(self) -> None:
         self._posted = False  # before taking, so that nothing is left without a post
-        blobs = [self._read.popleft() for _ in range(len(self._read))]
-        if blobs:
-            self._run.post(m.Fed(self._recipe, blobs))
+        read = [self._read.popleft() for _ in range(len(self._read))]
+        if read:
+            labels, blobs = zip(*read, strict=True)
+            self._run.post(m.Fed(self._recipe, list(blobs), labels))
 
     def _end(self) -> None:
         self._feed()
         self._run.post(m.Fed(self._recipe, [], last=True))
+
+    def _title(self, argument: Argument) -> str:
+        return f"{self._task.name}({shorten(argument.text, WIDEST)})"
+
+
+def _pickled(argument: Argument) -> Portable:
+    if argument.unfit:
+        return unfit_arguments(argument.unfit)
+    blob, _ = dumps_arguments((argument.value,), {})
+    return blob
 
 
 class Results(Observer):

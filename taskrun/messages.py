@@ -9,6 +9,7 @@ second; each kind is described here once and built and taken apart in one place 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -238,10 +239,11 @@ class Submitted:
 @dataclass(frozen=True, slots=True)
 class Fed:
     """New calls from outside the run's graph (``taskrun map``, a Pool): pickled (args, kwargs),
-    or bunches."""
+    or bunches.  ``labels``: what people see of them, until the task says that."""
 
     recipe: Recipe
     arguments: list[Portable] | list[Bunch]
+    labels: Sequence[str] = ()
     last: bool = False
 
 

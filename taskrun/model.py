@@ -130,6 +130,12 @@ class Options:
     default: bool | None = None
     cancellable: bool = False
 
+    @property
+    def says_began(self) -> bool:
+        """Whether its calls report at once that they have begun: their time counts from there,
+        and they may have a label."""
+        return self.timeout is not None or bool(self.label)
+
 
 class Task:
     """A function marked ``@task``.  Calling it calls the function, as ever.

@@ -151,6 +151,24 @@ def dumps_arguments(
     return _pickled((args, kwargs), _unpicklable_arguments)
 
 
+def unfit_arguments(why: str) -> Portable:
+    """In the place of arguments of which nothing could be made: to load them raises
+    ArgumentError, with ``why``."""
+    return _dumps(_Unfit(why))
+
+
+class _Unfit:
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __reduce__(self) -> Any:
+        return _refuse, (self._why,)
+
+
+def _refuse(why: str) -> None:
+    raise errors.ArgumentError(why)
+
+
 def loads_arguments(
     blob: Portable, links: dict[bytes, Encoded]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -73,9 +73,10 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return 1
 
     def execute_map(
-        loaded: Any, task: Any, lines: Any, settings: Any, keep_order: bool, *, stdout: int | None
+        loaded: Any, task: Any, arguments: Any, settings: Any, keep_order: bool, *, stdout: int
     ) -> int:
-        asked.append((task, list(lines), settings, keep_order))
+        values = [argument.value for argument in arguments]
+        asked.append((task, values, settings, keep_order))
         return 0
 
     fake = types.ModuleType("taskrun.coordinator")
@@ -432,9 +433,9 @@ MAPPED = """
 import os, sys, types
 fake = types.ModuleType("taskrun.coordinator")
 fake.Settings = types.SimpleNamespace
-def execute_map(loaded, task, lines, settings, keep_order, *, stdout):
-    for line in lines:
-        os.write(stdout, repr(line).encode() + b"\\n")
+def execute_map(loaded, task, arguments, settings, keep_order, *, stdout):
+    for argument in arguments:
+        os.write(stdout, (argument.unfit or repr(argument.value)).encode() + b"\\n")
     return 0
 fake.execute_map = execute_map
 sys.modules["taskrun.coordinator"] = fake
@@ -460,11 +461,10 @@ def test_map_reads_stdin_line_by_line_as_it_comes() -> None:
     assert process.wait(60) == 0
 
 
-def test_map_names_the_line_that_does_not_fit() -> None:
-    process = mapped("tasks.py:double", stderr=subprocess.PIPE)
-    out, err = process.communicate(b"1\nx\n", timeout=60)
-    assert (process.returncode, out) == (2, b"1\n")
-    assert err == b"taskrun: error: line 2 of stdin: double: x='x' does not fit; expected int\n"
+def test_map_names_the_line_that_does_not_fit_and_reads_on() -> None:
+    out, _ = mapped("tasks.py:double").communicate(b"1\nx\n3\n", timeout=60)
+    unfit = b"line 2 of stdin: double: x='x' does not fit; expected int"
+    assert out.splitlines() == [b"1", unfit, b"3"]
 
 
 def test_map_takes_lines_that_are_no_text_as_file_names_do(folder: Path) -> None:

@@ -103,13 +103,39 @@ def test_a_line_that_fails_costs_its_own_result(runs: Runs) -> None:
     assert "exited with status 3" in ended.err
 
 
-def test_a_line_that_does_not_convert_is_named(runs: Runs) -> None:
-    ended = runs.run("map", "f.py:square", "--keep-order", input=b"1\n2\nx\n4\n").check(2)
-    assert "line 3 of stdin" in ended.err
+@pytest.mark.parametrize("how", [["-j1"], ["--inline"]])
+def test_a_line_that_does_not_convert_is_a_call_that_fails(runs: Runs, how: list[str]) -> None:
+    lines = b"1\n2\nx\n4\n"
+    ended = runs.run("map", "f.py:square", "--keep-order", *how, input=lines).check(1)
     assert ended.out.split() == ["1", "4"]
+    ended = runs.run("map", "f.py:square", "-k", "--keep-order", *how, input=lines).check(1)
+    assert ended.out.split() == ["1", "4", "16"]
+    assert "FAILED square(x)" in ended.err and "4 calls in" in ended.err
+    assert "ArgumentError: line 3 of stdin: square: x='x' does not fit; expected int" in ended.err
+    ended = runs.run("map", "f.py:square", "-k", "--json", *how, input=lines).check(1)
+    assert ended.events[-1]["status"] == 1
+    assert ended.events[-1]["counts"] == {"ok": 3, "failed": 1, "skipped": 0, "cancelled": 0}
+
+
+def test_an_argument_of_the_command_line_that_does_not_convert_runs_nothing(runs: Runs) -> None:
     ended = runs.run("map", "f.py:square", "1", "x").check(2)
     assert ended.out == ""
     assert "'x' does not fit" in ended.err
+
+
+def test_a_failure_says_for_which_argument(runs: Runs) -> None:
+    labelled = """
+        @task(label="number {x}")
+        def odd(x: int): raise ValueError("odd")
+
+        def name(x): raise ValueError("no")
+        """
+    ended = runs.run("map", "f.py:fail_odd", "5").check(1)
+    assert "FAILED fail_odd(5)" in ended.err
+    runs.write(labelled, "g.py")
+    assert "FAILED number 5" in runs.run("map", "g.py:odd", "5").check(1).err
+    ended = runs.run("map", "g.py:name", "a\nb" + "x" * 1000).check(1)
+    assert "FAILED name(a\\nbxxxxxxxxxx...xxxxxxxxxxxxxx)" in ended.err
 
 
 @pytest.mark.parametrize("how", [["-j2"], ["-j1"], ["--keep-order"], ["--inline"]])

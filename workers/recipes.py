@@ -105,6 +105,8 @@ class Known:
         blob, links = args
         try:
             positional, keywords = loads_arguments(blob, links)
+        except ArgumentError:
+            raise  # it was known before that nothing could be made of them
         except (Exception, SystemExit) as error:
             raise self._unreadable("its arguments", error) from error
         if self._bare:

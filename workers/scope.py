@@ -463,7 +463,7 @@ def _facts(task: Task, blob: bytes | None) -> dict[str, Any]:
     options = task.options
     return {
         "blob": blob,
-        "flags": SAY_BEGAN if options.timeout is not None or options.label else 0,
+        "flags": SAY_BEGAN if options.says_began else 0,
         "retries": options.retries,
         "retry_timeouts": any(issubclass(CallTimeout, kind) for kind in options.retry_on),
         "backoff": options.backoff,

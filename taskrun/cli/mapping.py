@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from taskrun.cli.options import (
 from taskrun.errors import UsageError
 from taskrun.loading import Loaded, load, shown
 from taskrun.model import MISSING, Each, Parameter, PerWorker, Result, Task, describe, nearest
+
+if TYPE_CHECKING:
+    from taskrun.feed import Argument
 
 
 def _complete_function(
@@ -50,13 +53,15 @@ def map_(
     stdout = reserved_stdout(context)  # for results only
     loaded, task = find_function(function)
     parameter = only_parameter(task)
-    lines = iter([_convert(task, parameter, one, "") for one in arguments])
-    if not arguments:
-        lines = _lines_of_stdin(task, parameter)
-    from taskrun.coordinator import execute_map
-
     settings = settings_from(context, options)
-    return execute_map(loaded, task, lines, settings, keep_order, stdout=stdout)
+    from taskrun.coordinator import execute_map
+    from taskrun.feed import Argument
+
+    if arguments:
+        found = iter([Argument(one, _convert(task, parameter, one)) for one in arguments])
+    else:
+        found = _arguments_of(_stdin(), task, parameter)
+    return execute_map(loaded, task, found, settings, keep_order, stdout=stdout)
 
 
 def find_function(place: str) -> tuple[Loaded, Task]:
@@ -115,13 +120,26 @@ def _check_other(task: Task, name: str, source: Any) -> None:
         raise UsageError(f"map gives {task.name} one argument, but it needs {name!r} too")
 
 
-def _lines_of_stdin(task: Task, parameter: Parameter) -> Iterator[Any]:
+def _stdin() -> int:
+    """The descriptor to read arguments from."""
     if sys.stdin is None:
         raise UsageError("there is no stdin to read arguments from")
     if sys.stdin.isatty():
         click.echo("taskrun: one argument per line, Ctrl-D ends", err=True)
-    for number, line in enumerate(_read_lines(sys.stdin.fileno()), 1):
-        yield _convert(task, parameter, os.fsdecode(line), f"line {number} of stdin: ")
+    return sys.stdin.fileno()
+
+
+def _arguments_of(fd: int, task: Task, parameter: Parameter) -> Iterator[Argument]:
+    """An argument per line.  Others have been used by the time one turns out not to fit, so
+    that is no mistake of the command line any more: its call fails, as others may."""
+    from taskrun.feed import Argument
+
+    for number, line in enumerate(_read_lines(fd), 1):
+        text = os.fsdecode(line)
+        try:
+            yield Argument(text, _convert(task, parameter, text))
+        except UsageError as error:
+            yield Argument(text, unfit=f"line {number} of stdin: {error}")
 
 
 def _read_lines(fd: int) -> Iterator[bytes]:
@@ -139,12 +157,9 @@ def _read_lines(fd: int) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def _convert(task: Task, parameter: Parameter, text: str, place: str) -> Any:
+def _convert(task: Task, parameter: Parameter, text: str) -> Any:
     if parameter.annotation is MISSING and parameter.default is MISSING:
         return text
     from taskrun.parameters import convert_for
 
-    try:
-        return convert_for(task, parameter, text)
-    except UsageError as error:
-        raise UsageError(f"{place}{error}") from None
+    return convert_for(task, parameter, text)

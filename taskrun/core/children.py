@@ -46,6 +46,8 @@ class Children(Attempts):
 
     def on_fed(self, event: m.Fed) -> None:
         calls = [self._submitted(event.recipe, None, b"", blob) for blob in event.arguments]
+        for call, label in zip(calls, event.labels, strict=False):
+            call.label = label
         self._announce()
         for call in calls:
             self._admit(call)

@@ -152,7 +152,7 @@ class Graph:
         takes_value = wanted or any(
             _takes_value(wire, family) for other, _ in family.consumers for wire in other.wires
         )
-        flags = SAY_BEGAN if options.timeout is not None or options.label else 0
+        flags = SAY_BEGAN if options.says_began else 0
         flags |= WANT_ITEMS if ("items", family.name) in self._axes else 0
         flags |= 0 if takes_value else DROP_VALUE
         flags |= STOPS if stops and not family.tolerated else 0
