@@ -234,7 +234,8 @@ class Pool(standard.Pool):
         args, kwds = tuple(args), {} if kwds is None else dict(kwds)
         try:
             if is_stateless(func):
-                recipe = self._recipes.recipe(self._kinds[0], func, timeout, retries)
+                recipe, before = self._recipes.for_call(self._kinds[0], func, timeout, retries)
+                args = (*before, *args)
                 if len(args) == 1 and type(args[0]) in _SCALARS and not kwds:
                     blob = _dumps_scalar(args)
                 else:
@@ -325,7 +326,9 @@ class Pool(standard.Pool):
         failed: Exception | None = None
         try:
             if size:
-                recipe, before = self._recipes.for_items(kind, func, timeout, retries)
+                recipe, before = self._recipes.for_items(
+                    kind, func, timeout, retries, few=size <= chunksize * self._processes * 4
+                )
                 seen: Seen = {}  # whoever changes what he maps over while it is taken: his fault
                 blobs = [
                     (dumps_call(((*before, chunk), {}), seen), len(chunk))
@@ -413,7 +416,7 @@ class Pool(standard.Pool):
         items: Iterable[tuple[Any, ...]]
         try:
             if chunksize > 1:
-                recipe, before = self._recipes.for_items(Map, func, timeout, retries)
+                recipe, before = self._recipes.for_items(Map, func, timeout, retries, few=False)
                 made.held = before
                 items = ((*before, chunk) for chunk in _chunked(iterable, chunksize))
             elif is_stateless(func):

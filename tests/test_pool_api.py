@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from taskrun import Pool
-from taskrun.errors import CallCancelled, CallTimeout
+from taskrun.errors import CallCancelled, CallTimeout, WorkerLost
 
 SECONDS = 20.0
 
@@ -64,6 +65,59 @@ def test_lambdas_closures_partials_and_bound_methods_are_called_as_they_are(pool
     assert list(pool.imap(lambda x: -x, [1, 2])) == [-1, -2]
     assert pool.starmap(lambda x, y: x - y, [(3, 1), (1, 3)]) == [2, -2]
     assert list(pool.imap(str.upper, ["a"])) == ["A"]
+
+
+class Part:
+    """Counts in a process how often it was unpickled there."""
+
+    unpickled = 0
+
+    def __reduce__(self) -> Any:
+        return unpickle_part, ()
+
+    def count(self) -> int:
+        return Part.unpickled
+
+
+def unpickle_part() -> Part:
+    Part.unpickled += 1
+    return Part()
+
+
+def test_a_closure_that_is_called_again_stays_in_the_worker() -> None:
+    with Pool(1) as pool:
+        part = Part()
+        assert [pool.apply(lambda: part.count()) for _ in range(5)] == [1, 2, 2, 2, 2]
+
+
+def test_closures_that_are_called_once_stay_nowhere() -> None:
+    own = psutil.Process()
+    with Pool(1) as pool:
+        worker = psutil.Process(pool.apply(os.getpid))
+
+        def call(size: int) -> None:
+            part = os.urandom(size)
+            assert pool.apply(lambda: len(part)) == size
+            assert pool.map(lambda number: len(part) + number, [0, 1]) == [size, size + 1]
+
+        call(400_000)
+        before = own.memory_info().rss, worker.memory_info().rss
+        for _ in range(100):
+            call(400_000)
+        most = 40_000_000  # half of what they all had captured
+        assert own.memory_info().rss - before[0] < most
+        assert worker.memory_info().rss - before[1] < most
+
+
+def test_a_closure_has_its_name_in_messages() -> None:
+    with Pool(1) as pool:
+
+        def leave() -> None:
+            os._exit(part)
+
+        for part in (3, 4, 4, 4):
+            with pytest.raises(WorkerLost, match=rf"leave.*status {part}"):
+                pool.apply_async(leave).get(SECONDS)
 
 
 def test_a_queued_call_is_cancelled_at_once(pool: Pool) -> None:

@@ -1,8 +1,9 @@
 """How functions and arguments travel to the workers of a Pool.
 
 A function that is found by its name goes by reference, once to each worker.  One that is
-not (a lambda, a closure) goes by cloudpickle, as it is at the time of the call; what has a
-state of its own (a bound method, a partial) is pickled with the arguments.
+not (a lambda, a closure) goes by cloudpickle, as it is at the time of the call: with the
+arguments of its first call, and from the second on once to each worker, too.  What has a state
+of its own (a bound method, a partial) is pickled with the arguments.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, SupportsFloat, SupportsIndex
@@ -23,9 +25,9 @@ from taskrun.messages import SAY_BEGAN
 from taskrun.model import Recipe
 from taskrun.places import Place
 from taskrun.pooling import remote
-from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, Map, MapAny, Starmap
+from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, ApplyOnce, Map, MapAny, Starmap
 
-REMEMBERED: Final = 1024  # recipes
+REMEMBERED: Final = 1024  # recipes, and functions that may get one
 
 Kind = type[Apply] | type[Map] | type[Starmap]
 
@@ -40,39 +42,88 @@ class Recipes:
         self._ids = ids
         self._in_main = in_main
         self._known: OrderedDict[Any, Recipe] = OrderedDict()
+        self._met: OrderedDict[bytes, None] = OrderedDict()  # digests of functions by value
         self.by_name: dict[Any, Recipe] = {}  # for single calls of functions that have a name
 
     def recipe(
         self, kind: Kind, function: Any, timeout: float | None = None, retries: int = 0
     ) -> Recipe:
         """The recipe for calls of ``function``.  Raises what pickling it raises."""
-        named = isinstance(function, NAMED)
-        key: Any = (kind, function, timeout, retries)
-        known = self._known.get(key) if named else None
+        found = self._with_name(kind, function, timeout, retries)
+        return found or self._by_value(kind, function, timeout, retries)[0]
+
+    def for_call(
+        self, kind: Kind, function: Any, timeout: float | None, retries: int
+    ) -> tuple[Recipe, tuple[Any, ...]]:
+        """The recipe for one call, and the arguments before the call's own.
+
+        A closure that was never met may be made for this call alone; a recipe, with all that it
+        has captured, would stay here and in the workers.
+        """
+        found = self._with_name(kind, function, timeout, retries)
+        if found is not None:
+            return found, ()
+        return self._by_value(kind, function, timeout, retries, few=True)
+
+    def _is_new(self, digest: bytes) -> bool:
+        if digest in self._met:
+            return False
+        self._met[digest] = None
+        if len(self._met) > REMEMBERED:
+            self._met.popitem(last=False)
+        return True
+
+    def _with_name(
+        self, kind: Kind, function: Any, timeout: float | None, retries: int
+    ) -> Recipe | None:
+        if not isinstance(function, NAMED):
+            return None
+        key = (kind, function, timeout, retries)
+        known = self._known.get(key)
         if known is not None:
             if kind is Apply and timeout is None and not retries:
                 self.by_name[function] = known
             return known
-        if named and self._is_found(function):
-            blob = pickle.dumps(kind(function), PROTOCOL)
-        else:
-            blob = _in_one(kind(function))
-            digest = blake2b(blob, digest_size=16).digest()
-            key = (kind, digest, timeout, retries)
-            if key in self._known:
-                return self._known[key]
+        if not self._is_found(function):
+            return None
+        blob = pickle.dumps(kind(function), PROTOCOL)
         return self._learn(key, self._made(function, blob, timeout, retries))
 
-    def for_items(
-        self, kind: type[Map], function: Any, timeout: float | None, retries: int
+    def _by_value(
+        self,
+        kind: Kind,
+        function: Any,
+        timeout: float | None,
+        retries: int,
+        *,
+        few: bool = False,
     ) -> tuple[Recipe, tuple[Any, ...]]:
-        """The recipe for calls with some items each, and the arguments before the items."""
-        if not (isinstance(function, NAMED) and self._is_found(function)):
-            # What is large in it is there once, as long as there are calls; not in each call,
-            # nor in each worker for ever.
-            pickled = dumps_call(function)
-            if isinstance(pickled, Shared):
-                return self._apart(kind is Starmap, timeout, retries), (pickled,)
+        blob = _in_one(kind(function))
+        digest = _digest(blob)
+        key = (digest, timeout, retries)
+        known = self._known.get(key)
+        if known is not None:
+            return known, ()
+        if few and self._is_new(digest):
+            once = self.any(timeout, retries, ApplyOnce)
+            return replace(once, name=remote.name_of(function)), (blob,)
+        return self._learn(key, self._made(function, blob, timeout, retries)), ()
+
+    def for_items(
+        self, kind: type[Map], function: Any, timeout: float | None, retries: int, *, few: bool
+    ) -> tuple[Recipe, tuple[Any, ...]]:
+        """The recipe for calls with some items each, and the arguments before the items.
+        ``few``: the calls are, so that the function may go with each."""
+        found = self._with_name(kind, function, timeout, retries)
+        if found is not None:
+            return found, ()
+        # What is large in it is there once, as long as there are calls; not in each call,
+        # nor in each worker for ever.
+        pickled = dumps_call(function)
+        if isinstance(pickled, Shared):
+            return self._apart(kind is Starmap, timeout, retries), (pickled,)
+        if few:
+            return self.for_call(kind, function, timeout, retries)
         return self.recipe(kind, function, timeout, retries), ()
 
     def _apart(self, star: bool, timeout: float | None, retries: int) -> Recipe:
@@ -83,7 +134,10 @@ class Recipes:
         return self._known[key]
 
     def any(
-        self, timeout: float | None = None, retries: int = 0, kind: type[ApplyAny] = ApplyAny
+        self,
+        timeout: float | None = None,
+        retries: int = 0,
+        kind: type[ApplyAny] | type[ApplyOnce] = ApplyAny,
     ) -> Recipe:
         """The recipe for calls whose function comes with the arguments."""
         key = (kind, None, timeout, retries)
@@ -96,7 +150,7 @@ class Recipes:
         return Recipe(
             id=next(self._ids),
             name="call" if function is ApplyAny else remote.name_of(function),
-            reference=blake2b(blob, digest_size=16).digest(),
+            reference=_digest(blob),
             blob=blob,
             retries=retries,
             timeout=timeout,
@@ -198,6 +252,10 @@ def dumps_by_value(obj: Any, to: Place | None = None) -> Portable:
     draft = Draft()
     Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
     return draft.sealed(to)
+
+
+def _digest(blob: bytes) -> bytes:
+    return blake2b(blob, digest_size=16).digest()
 
 
 def _in_one(obj: Any) -> bytes:

@@ -213,6 +213,14 @@ class Map:
         return _pickled(list(map(self.function, items)))
 
 
+class ApplyOnce:
+    """Calls an Apply, Map or the like that comes before its arguments, pickled by itself: there
+    may be no other call of that function."""
+
+    def __call__(self, pickled: bytes, /, *args: Any, **kwargs: Any) -> Any:
+        return pickle.loads(pickled)(*args, **kwargs)
+
+
 class MapAny:
     """Calls the function that comes with its items, pickled by itself: one that is large."""
 
