@@ -156,10 +156,11 @@ def below(but: Callable[[Process], bool] = lambda child: False) -> list[int]:
 
 
 def end_adopted(templates: Collection[int]) -> None:
-    """Kill what this process has adopted, if it is one that does.
+    """Kill what this process has adopted, if it is one that does: its children in other
+    sessions, with all below them, but for the ``templates`` that live.
 
-    That was below a template, so it is in another session.  Children that are in this one are
-    this process's own, and so are the ``templates`` that live.
+    What was below a template is in another session.  So is what the user's own code has started
+    here in one (``start_new_session=True``); nobody can tell that from the rest, and it goes too.
     """
     if _adopting != os.getpid():
         return

@@ -515,6 +515,17 @@ def test_a_full_stdout_is_an_error_of_one_line(command: list[str], unbuffered: s
     assert ended.stderr == b"taskrun: error: cannot write to stdout: No space left on device\n"
 
 
+def test_an_error_is_not_written_to_stdout_where_stderr_is_closed(tmp_path: Path) -> None:
+    words = [str(os.getpid()), str(tmp_path / "socket"), "p1", "1"]
+    command = f"exec {sys.executable} -m taskrun.cli.lent {' '.join(words)} 2>&-"
+    ended = subprocess.run(
+        ["sh", "-c", command], stdout=subprocess.PIPE, timeout=60, check=False,
+        env={**os.environ, "TASKRUN_AUTHKEY_FILE": str(tmp_path / "no key")},
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert ended.stdout == b""
+
+
 def test_graph_draws_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of(capsys, "graph", "total").splitlines() == [
         "total",

@@ -18,6 +18,7 @@ def main() -> int:
     from taskrun.errors import TaskrunError
     from taskrun.network.channels import Offer
     from taskrun.settings import memory_here
+    from taskrun.telling import tell
     from taskrun.transport.tls import Certificates
 
     parent, path, pool, slots = sys.argv[1:]
@@ -27,7 +28,7 @@ def main() -> int:
         server = Coordinator("the server", path, authkey(), Certificates(), insecure_plain=False)
         return take_part(server, pool, offer)
     except TaskrunError as error:
-        print(f"taskrun: error: {pool}: {error}", file=sys.stderr)
+        tell(f"error: {pool}: {error}")
         return error.exit_status
 
 

@@ -49,7 +49,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if not _is_of_stdout(error):
             raise
         _forget_stdout()
-        print(f"taskrun: error: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        from taskrun.telling import tell
+
+        tell(f"error: cannot write to stdout: {error.strerror}")
         return 1
 
 
