@@ -140,6 +140,27 @@ def test_a_map_is_cancelled(pool: Pool) -> None:
         result.get(SECONDS)
 
 
+def test_a_map_that_was_cancelled_while_it_waited_costs_no_other_when_the_pool_is_terminated(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    # More than the workers' part of them: the others wait in front of what is cancelled.
+    first = pool.map_async(time.sleep, [SECONDS] * 2000, chunksize=1)
+    cancelled = pool.map_async(square, range(50), chunksize=1)
+    last = pool.apply_async(square, (3,))
+    cancelled.cancel()
+    with pytest.raises(CallCancelled, match="it was asked for"):
+        cancelled.get(SECONDS)
+    pool.terminate()
+    pool.join()
+    for result in (first, last):
+        assert result.ready()
+        with pytest.raises(CallCancelled, match="terminated"):
+            result.get(0)
+    assert not shown and capfd.readouterr().err == ""
+
+
 def test_an_outcome_says_where_and_how_long(pool: Pool) -> None:
     result = pool.apply_async(os.getpid)
     pid = result.get(SECONDS)

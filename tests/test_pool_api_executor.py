@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from itertools import count, islice
 from pathlib import Path
@@ -300,6 +300,22 @@ def test_the_end_of_a_child_that_was_interrupted_waits_for_nothing(tmp_path: Pat
     child.start()
     child.join(SECONDS / 2)
     assert child.exitcode == 1
+
+
+def test_of_many_that_wait_all_are_done_when_the_workers_are_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    executor = Executor(1, multiprocessing.get_context("fork"))
+    futures = [executor.submit(time.sleep, SECONDS) for _ in range(1500)]
+    assert futures[-2].cancel() and futures[-3].cancel()
+    assert not wait(futures[-3:-1], SECONDS).not_done  # they have been told
+    began = time.monotonic()
+    executor.terminate_workers()
+    assert not wait(futures, SECONDS).not_done
+    assert time.monotonic() - began < SECONDS / 4
+    assert [future.cancelled() for future in futures[-4:]] == [False, True, True, False]
+    assert isinstance(futures[-1].exception(), BrokenProcessPool)
+    assert not caplog.records  # of futures that are told twice
 
 
 def test_a_forked_child_cannot_submit(executor: Executor) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from taskrun.errors import CallCancelled
 from taskrun.model import Recipe
 from taskrun.pooling.inbox import BUNCH_ITEMS, Inbox
 
@@ -13,10 +16,12 @@ TINY, LONG = 1e-6, 0.02  # seconds
 class _Owner:
     def items_ended(self, tokens: Any, values: Any, row: Any) -> None: ...
 
-    def items_failed(self, tokens: Any, error: Any) -> None: ...
+    def items_failed(self, tokens: Any, error: Any) -> None:
+        for token in tokens:
+            token.failed(error)
 
     def is_withdrawn(self, token: Any) -> bool:
-        return False
+        return bool(getattr(token, "call", None))
 
 
 def _sizes(*told: list[float]) -> list[int]:
@@ -50,6 +55,13 @@ def test_calls_that_become_long_soon_travel_alone() -> None:
 class _Token:
     def __init__(self, recipe: Recipe, args: Any) -> None:
         self._recipe, self._args = recipe, args
+        self.call: int | None = None
+        self.told: list[BaseException] = []
+
+    def ended(self, call: Any, last: Any, pid: int | None) -> None: ...
+
+    def failed(self, error: BaseException) -> None:
+        self.told.append(error)
 
 
 def test_calls_of_all_kinds_are_taken_in_the_order_in_which_they_came() -> None:
@@ -72,3 +84,27 @@ def test_calls_of_all_kinds_are_taken_in_the_order_in_which_they_came() -> None:
         ("double", singles, [0, 1, 2]), ("other", singles, [3]), ("double", owner, [4, 5]),
         ("double", singles, [6]),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["job", "token", "single"])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_at_the_end_all_that_wait_are_told_once_and_of_each_what_became_of_it(
+    how: str, at_once: bool
+) -> None:
+    inbox, recipe, owner, over = Inbox(bunches=True), Recipe(1, "double", b""), _Owner(), OSError()
+    inbox.singles = owner
+    tokens = [_Token(recipe, number) for number in range(4)]
+    for token in tokens:
+        entry = (recipe, b"", None if how == "job" else owner, token)
+        inbox.entries.append(token if how == "single" else entry)
+    inbox.withdraw(tokens[1])
+    if at_once:
+        inbox.tell_withdrawn()
+    inbox.withdraw(tokens[2])
+    inbox.fail(over)
+    inbox.tell_withdrawn()
+    assert not inbox
+    assert tokens[0].told == tokens[3].told == [over]
+    for token in tokens[1:3]:
+        (told,) = token.told
+        assert isinstance(told, CallCancelled) and "it was asked for" in str(told)

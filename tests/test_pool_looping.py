@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,6 +79,14 @@ def test_a_guest_that_comes_just_before_the_thread_takes_the_loop_gets_its_callb
         assert loop.finished.wait(SECONDS)
 
 
+def test_a_thread_that_has_the_number_which_the_loops_own_had_may_join_the_pool() -> None:
+    pool = forked(1)
+    pool.terminate()
+    assert pool._loop.finished.wait(SECONDS)
+    pool._loop._thread = threading.current_thread()  # that is how it looks then
+    pool.join()
+
+
 def test_a_loop_may_be_asked_for_something_in_the_middle_of_being_asked() -> None:
     # As a signal handler does, or the end of an executor that the collector has found.
     loop = Loop(Reactor(), "loop under test")
@@ -93,6 +102,63 @@ def test_a_loop_may_be_asked_for_something_in_the_middle_of_being_asked() -> Non
         loop.end()
         assert loop.finished.wait(SECONDS)
     assert asked
+
+
+def test_a_loop_has_finished_whatever_its_last_callback_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+
+    def last() -> None:
+        raise Raised
+
+    loop = Loop(Reactor(), "loop under test")
+    loop.finish = lambda: loop.call_back(last)
+    loop.start()
+    loop.end()
+    assert loop.finished.wait(SECONDS)
+    loop._thread.join(SECONDS)
+    assert [args.exc_type for args in shown] == [Raised]
+
+
+def test_a_callback_that_is_left_as_the_thread_goes_is_called() -> None:
+    loop = Loop(Reactor(), "loop under test")
+    looked, left, called = threading.Event(), threading.Event(), threading.Event()
+    usual = loop._run_callbacks
+
+    def slowly() -> None:
+        usual()
+        if threading.current_thread() is loop._thread and loop._closed:  # for the last time
+            looked.set()
+            assert left.wait(SECONDS)
+
+    loop._run_callbacks = slowly  # type: ignore[method-assign]
+    loop.start()
+    loop.end()
+    assert looked.wait(SECONDS)
+    loop.call_back(called.set)
+    loop.nudge()
+    left.set()
+    assert loop.finished.wait(SECONDS)
+    assert called.is_set()
+
+
+def test_several_may_look_for_the_callbacks_that_are_left_and_each_is_called_once() -> None:
+    loop = Loop(Reactor(), "loop under test")
+    left, called = 0, []
+
+    def leave() -> None:
+        nonlocal left
+        left += 1
+        loop.call_back(partial(called.append, left))
+        loop._run_callbacks()
+
+    try:
+        assert at_each_step(leave, loop._run_callbacks) > 1
+    finally:
+        loop.reactor.close()
+    assert called == [*range(1, left + 1)]
 
 
 def test_all_who_begin_to_wait_for_the_same_at_the_same_time_are_woken_by_one_event() -> None:
