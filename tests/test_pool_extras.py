@@ -131,6 +131,10 @@ def wait_for(name: str) -> Any:
     return state.queue(name).get(timeout=SECONDS)
 
 
+def put(number: int) -> None:
+    state.queue(f"q{number}").put(number)
+
+
 def hold(name: str) -> None:
     state.lock(name).acquire()
 
@@ -175,6 +179,16 @@ def test_a_callback_may_use_state_that_a_call_waits_for() -> None:
         waits = pool.apply_async(wait_for, ("q",))
         pool.apply_async(pid, callback=lambda value: state.queue("q").put(value))
         assert waits.get(SECONDS) > 0
+
+
+def test_a_short_call_that_those_before_it_wait_for_is_not_kept_back() -> None:
+    with Pool(2) as pool:
+        for _ in range(8):  # so that it is known how long one takes
+            pool.apply_async(put, (0,)).get(SECONDS)
+        waiting = [pool.apply_async(wait_for, ("q1",)) for _ in range(4)]
+        for _ in waiting:
+            pool.apply_async(put, (1,)).get(SECONDS / 3)
+        assert [result.get(SECONDS) for result in waiting] == [1] * 4
 
 
 def test_a_lock_excludes_calls_of_two_pools() -> None:
