@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.pool
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +427,60 @@ def test_an_imap_of_a_pool_that_is_broken_is_not_empty_but_an_error(method: str)
         pool._loop.finished.wait(SECONDS)
         with pytest.raises(RuntimeError, match="not today"):
             list(getattr(pool, method)(square, range(3)))
+
+
+@pytest.mark.parametrize("method", ["apply_async", "map_async"])
+@pytest.mark.parametrize(
+    ("argument", "said"), [(1, "not today"), (threading.Lock(), "pickle")], ids=["plain", "lock"]
+)
+def test_calls_of_a_pool_that_is_broken_call_back(method: str, argument: Any, said: str) -> None:
+    with Pool(1, not_today, context=multiprocessing.get_context("fork")) as pool:
+        with pytest.raises(RuntimeError, match="not today"):
+            pool.apply(square, (1,))
+        assert pool._loop.finished.wait(SECONDS)
+        values: list[Any] = []
+        errors: list[BaseException] = []
+        make = getattr(pool, method)
+        for only in ({"error_callback": errors.append}, {"callback": values.append}):
+            result = make(square, (argument,), **only)
+            with pytest.raises(Exception, match=said) as raised:
+                result.get(SECONDS)
+            assert [raised.value] == errors or "callback" in only
+        assert (len(errors), values) == (1, [])
+
+
+@pytest.mark.parametrize("method", ["imap", "imap_unordered"])
+def test_an_item_of_an_imap_that_cannot_be_pickled_costs_no_other(pool: Pool, method: str) -> None:
+    def outcomes(pool: Any, chunksize: int = 1) -> list[Any]:
+        items = [1, 2, threading.Lock(), 4, 5, 6]
+        values = getattr(pool, method)(square, items, chunksize)
+        found: list[Any] = []
+        while True:
+            try:
+                found.append(values.next(SECONDS))
+            except StopIteration:
+                return found if method == "imap" else sorted(found, key=str)
+            except Exception as error:
+                found.append(str(error))
+
+    with multiprocessing.get_context("fork").Pool(2) as standard:
+        found = outcomes(pool)
+        assert found == outcomes(standard)
+    assert len(found) == 6
+    assert {1, 4, 25, 36} < set(outcomes(pool, 2))
+
+
+def test_an_imap_that_is_given_up_after_such_an_item_does_not_keep_itself(pool: Pool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        values = pool.imap(square, chain([threading.Lock()], count()), buffersize=3)
+        assert pool._driver.loop.wait(values, SECONDS)  # it is there, and nobody takes it
+        del values
+        pool.close()
+        assert pool._loop.finished.wait(SECONDS)
+    finally:
+        gc.enable()
 
 
 WARNED = """
