@@ -438,15 +438,18 @@ def test_calls_of_a_pool_that_is_broken_call_back(method: str, argument: Any, sa
         with pytest.raises(RuntimeError, match="not today"):
             pool.apply(square, (1,))
         assert pool._loop.finished.wait(SECONDS)
-        values: list[Any] = []
-        errors: list[BaseException] = []
+        told: list[tuple[object, int]] = []  # and in which thread
+
+        def tell(error: object) -> None:
+            told.append((error, threading.get_ident()))
+
         make = getattr(pool, method)
-        for only in ({"error_callback": errors.append}, {"callback": values.append}):
-            result = make(square, (argument,), **only)
-            with pytest.raises(Exception, match=said) as raised:
-                result.get(SECONDS)
-            assert [raised.value] == errors or "callback" in only
-        assert (len(errors), values) == (1, [])
+        with pytest.raises(Exception, match=said) as raised:
+            make(square, (argument,), error_callback=tell).get(SECONDS)
+        assert told == [(raised.value, threading.get_ident())]
+        with pytest.raises(Exception, match=said):
+            make(square, (argument,), callback=tell).get(SECONDS)
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize("method", ["imap", "imap_unordered"])
@@ -514,6 +517,31 @@ def parent_of_worker(seconds: float) -> tuple[int | None, str, bool]:
 def test_the_parent_of_a_worker_is_the_process_that_has_the_pool(method: str) -> None:
     with Pool(1, context=multiprocessing.get_context(method)) as pool:
         assert pool.apply(parent_of_worker, (0.0,)) == (os.getpid(), "MainProcess", True)
+
+
+def kinship() -> tuple[int, int, bool]:
+    return os.getppid(), os.getsid(0), multiprocessing.current_process().daemon
+
+
+def say_and_exit(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_what_the_documentation_says_to_be_different_is(
+    method: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Pool(1, context=multiprocessing.get_context(method)) as pool:
+        parent, session, daemon = pool.apply(kinship)
+        (worker,) = pool.workers()
+        assert parent not in (os.getpid(), os.getppid()) and not daemon
+        assert session == worker.pid
+        assert worker.pid not in [child.pid for child in multiprocessing.active_children()]
+        with pytest.raises(WorkerLost) as lost:
+            pool.apply(say_and_exit, ("last words",))
+    assert "last words" in capfd.readouterr().err
+    assert "last words" not in str(lost.value)
 
 
 class Liar:

@@ -209,6 +209,18 @@ def test_a_worker_that_dies_costs_its_call_which_is_tried_again_if_it_may(
         assert pool.apply(die_once, retries=1) == 1
 
 
+def test_a_worker_that_dies_is_said_to_have_written_what_it_wrote_last(shared: Site) -> None:
+    def say_and_exit() -> None:
+        import os
+        import sys
+
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    with lent(shared) as pool, pytest.raises(WorkerLost, match=r"output:\n.*last words"):
+        pool.apply(say_and_exit)
+
+
 def test_leaving_the_pool_ends_what_runs(shared: Site, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     with lent(shared) as pool:
