@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import tty
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,19 @@ def test_endless_input_and_a_reader_that_wants_three_lines(runs: Runs, how: list
     )
     assert done.stdout == b"49\n49\n49\n"
     assert "Traceback" not in (runs.folder / "err").read_text()
+
+
+def test_lines_that_cannot_be_read_any_more_are_a_failure_and_not_the_end(runs: Runs) -> None:
+    stdin, other_end = os.openpty()  # reading the one is an error when the other is closed
+    tty.setraw(other_end)
+    running = runs.start("map", "f.py:square", stdin=stdin)
+    os.close(stdin)
+    os.write(other_end, b"3\n")
+    running.await_line("9")
+    os.close(other_end)
+    ended = running.end().check(1)
+    assert ended.out == "9\n"
+    assert "stdin cannot be read after line 1: Input/output error" in ended.err
 
 
 def test_results_come_while_stdin_is_open(runs: Runs) -> None:

@@ -130,16 +130,21 @@ def _stdin() -> int:
 
 
 def _arguments_of(fd: int, task: Task, parameter: Parameter) -> Iterator[Argument]:
-    """An argument per line.  Others have been used by the time one turns out not to fit, so
-    that is no mistake of the command line any more: its call fails, as others may."""
+    """An argument per line.  Others have been used by the time one turns out not to fit, or not
+    to be had, so that is no mistake of the command line any more: its call fails, as others may."""
     from taskrun.feed import Argument
 
-    for number, line in enumerate(_read_lines(fd), 1):
-        text = os.fsdecode(line)
-        try:
-            yield Argument(text, _convert(task, parameter, text))
-        except UsageError as error:
-            yield Argument(text, unfit=f"line {number} of stdin: {error}")
+    number = 0
+    try:
+        for number, line in enumerate(_read_lines(fd), 1):
+            text = os.fsdecode(line)
+            try:
+                yield Argument(text, _convert(task, parameter, text))
+            except UsageError as error:
+                yield Argument(text, unfit=f"line {number} of stdin: {error}")
+    except OSError as error:
+        why = f"stdin cannot be read after line {number}: {error.strerror}"
+        yield Argument("stdin", unfit=why)
 
 
 def _read_lines(fd: int) -> Iterator[bytes]:
