@@ -109,6 +109,7 @@ class Run:
             limit_keys=LimitKeys(plan.tasks),
             lanes=settings.lanes,
             growing=settings.listen is not None and not settings.inline,
+            borrows=settings.borrows,
         )
         self._state = Service(
             reactor,

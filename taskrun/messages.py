@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from taskrun.blobs import Portable
 from taskrun.bunch import Bunch
+from taskrun.demand import Loan
 from taskrun.model import Encoded, Failure, Recipe
 
 CallId: TypeAlias = int
@@ -157,11 +158,19 @@ class Retiring:
 class Capacity:
     """So many slots there are from now on, on all nodes together.  ``nodes``: what the other
     machines have of resources.  ``lanes``: how many workers of a lane machines have that are
-    there for it alone."""
+    there for it alone.  ``places``: what a server calls the nodes."""
 
     slots: int
     nodes: dict[str, dict[str, float]] = field(default_factory=dict)
     lanes: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A server lends resources, or wants some back."""
+
+    loan: Loan
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +342,7 @@ Event: TypeAlias = (
     | WorkerLost
     | Retiring
     | Capacity
+    | Lent
     | Began
     | Finished
     | Items

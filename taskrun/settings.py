@@ -26,7 +26,8 @@ class Settings:
     ``state``: a file in which the shared state is kept.  ``engine``: where calls are executed,
     as ``--engine`` says it; None: by own workers.  ``lane_jobs``: how many workers a lane may
     have, where that is not the usual number.  ``lease``: seconds that a node may be
-    silent; ``bundle``: patterns of the data files that nodes need.
+    silent; ``bundle``: patterns of the data files that nodes need.  ``borrows``: what of the
+    resources this run may use is said by a server, which shares them out.
     """
 
     jobs: int = 1
@@ -49,6 +50,7 @@ class Settings:
     lane_jobs: dict[str, int] = field(default_factory=dict)
     lease: float = 15.0
     bundle: tuple[str, ...] = ()
+    borrows: bool = False
 
     @property
     def lanes(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from taskrun import messages as m
 from taskrun.calls import FAILED, FINAL, READY, RUNNING, Call, both_names
 from taskrun.core.explain import explain
 from taskrun.core.workforce import worker_name
+from taskrun.demand import Loan
 from taskrun.errors import MALFORMED, StateError, UsageError
 from taskrun.model import nearest
 from taskrun.reporting.records import describe_failure
@@ -79,6 +80,7 @@ class Steering:
             "pause": self._pause,
             "unpause": self._unpause,
             "slots": self._slots,
+            "lend": self._lend,
             "drain": self._drain,
         }
 
@@ -305,10 +307,15 @@ class Steering:
         self._run.engine.set_slots(int(request["slots"]), nodes)
         answer("so be it")
 
+    def _lend(self, request: dict[str, Any], answer: Callable[[Any], None]) -> None:
+        """A server lends resources, or wants some back."""
+        self._run.post(m.Lent(Loan(*request["loan"])))
+        answer("so be it")
+
     def _tell_wants(
         self, peer: Peer, request: dict[str, Any], answer: Callable[[Any], None]
     ) -> None:
-        """A server wants to know, from now on, how many slots this run has work for."""
+        """A server wants to know, from now on, what this run has work for."""
         from taskrun.wanting import Wanting  # only runs of a server are asked
 
         self._run.on_event = Wanting(self._core, self._run.reactor, peer).look

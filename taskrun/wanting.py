@@ -1,11 +1,14 @@
-"""How a run tells its server how many slots it has work for, whenever that changes."""
+"""How a run tells its server what it has work for, whenever that changes: how many slots,
+and what of the resources that the server lends."""
 
 from __future__ import annotations
 
 import json
 import math
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from taskrun.demand import NO_DEMAND, Demand
 
 if TYPE_CHECKING:
     from taskrun.core.scheduler import Scheduler
@@ -23,7 +26,7 @@ class Wanting:
         self._core = core
         self._reactor = reactor
         self._peer = peer
-        self._said: int | None = None
+        self._said: dict[str, Any] = {}
         self._due = False
         self._say()
 
@@ -35,10 +38,24 @@ class Wanting:
 
     def _say(self) -> None:
         self._due = False
-        wants = roughly(self._core.wanted_slots())
-        if wants != self._said and not self._peer.closed:
-            self._said = wants
-            self._peer.send(json.dumps({"wants": wants}).encode())
+        says = {"wants": roughly(self._core.wanted_slots()), "demand": self._demand()}
+        back = self._core.returned()
+        if (says != self._said or back) and not self._peer.closed:
+            self._said = says
+            self._peer.send(json.dumps({**says, "back": back}).encode())
+
+    def _demand(self) -> Demand:
+        if not self._core.borrows:
+            return NO_DEMAND
+        demand = self._core.demand()
+        # Not more than there are: what is wanted beside them must not look less.
+        needs = [need._replace(calls=at_least(need.calls)) for need in demand.needs]
+        return demand._replace(needs=needs)
+
+
+def at_least(calls: int) -> int:
+    """A number that is not more; where it is large, a power of two."""
+    return calls if calls <= _EXACT else 1 << (calls.bit_length() - 1)
 
 
 def roughly(slots: float) -> int:

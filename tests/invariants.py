@@ -164,8 +164,10 @@ class Auditor:
             assert worker.calls, f"worker {worker.id} is neither idle nor at work"
 
     def _audit_resources(self) -> None:
-        resources = self.scheduler.resources
-        running = [call for call in self.scheduler.calls if call.units is not None]
+        resources = self.scheduler.resources  # of this machine
+        taken_from = self.scheduler._claims._taken_from
+        running = [call for call in self.scheduler.calls
+                   if call.units is not None and taken_from[call.id] is resources]  # fmt: skip
         for name, capacity in resources.capacity.items():
             if name == "cpu":
                 continue

@@ -554,7 +554,7 @@ class Simulation:
         match command:
             case m.StartWorkers(count, lane, node):
                 for _ in range(count):
-                    self.after(self.start, partial(self.new_worker, lane, node=node or ""))
+                    self.after(self.start, partial(self.new_worker, lane, node=node))
             case m.Assign(id, calls, nested):
                 sent = [(call, call.attempt) for call in calls]
                 self._tell(id, "calls", lambda worker: worker.assign(sent, nested))
@@ -565,7 +565,9 @@ class Simulation:
             case m.Deliver(id, outcomes, waiting):
                 self._tell(id, "calls", lambda worker: worker.deliver(waiting, outcomes))
 
-    def new_worker(self, lane: str = "process", slots: int = 1, node: str = "") -> FakeWorker:
+    def new_worker(
+        self, lane: str = "process", slots: int = 1, node: str | None = None
+    ) -> FakeWorker:
         """A worker is there; one of a lane of its own has room for three calls."""
         id = next(self._worker_ids)
         alone = lane == "process" and slots == 1
@@ -573,7 +575,7 @@ class Simulation:
         self.workers[id] = worker
         self.lane_of[id] = lane
         slots = slots if alone or slots > 1 else 3
-        worker.report(m.WorkerReady(id, lane=lane, slots=slots, node=node))
+        worker.report(m.WorkerReady(id, lane=lane, slots=slots, node=node or ""))
         return worker
 
     def _tell(self, id: int, channel: str, action: Callable[[FakeWorker], None]) -> None:

@@ -67,7 +67,7 @@ class World:
         self.dynamic = [a_task(f"d{n}", None, **self._options(chance)) for n in range(3)]
         self.static = self._tasks(chance)
 
-    def simulation(self, **options: Any) -> Simulation:
+    def simulation(self, make: type[Simulation] = Simulation, **options: Any) -> Any:
         chance = random.Random(self.seed + 1)
         does = {task.name: self.script for task in (*self.static, *self.dynamic)}
         how: dict[str, Any] = {
@@ -84,7 +84,7 @@ class World:
             ),
             "slice": chance.choice((1, 2, 10, None)),
         }
-        return Simulation(self.static, does, **{**how, **options})
+        return make(self.static, does, **{**how, **options})
 
     # -- the graph --------------------------------------------------------------------
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any
@@ -59,11 +62,15 @@ def no_part(run: str, offer: Offer) -> int:
 
 
 def serve(
-    *answers: Answer, part: Callable[[str, Offer], int] = no_part
+    *answers: Answer,
+    part: Callable[[str, Offer], int] = no_part,
+    reactors: list[Reactor] | None = None,
 ) -> tuple[int | None, list[float]]:
     """Be a server that answers the first connection of a node by the first of these, and so on;
     gives how the node ended, and when each connection came."""
     reactor = Reactor()
+    if reactors is not None:
+        reactors.append(reactor)
     came: list[float] = []
     joined: list[Host] = []
 
@@ -314,3 +321,41 @@ def test_a_node_that_waits_to_dial_again_as_its_lease_ends_waits_anew(
 
     leave_alone(reactor, dial_again, say)
     assert len(over) == 1 and dialled[0] - over[0] > 1.1
+
+
+def test_nothing_begins_for_another_server_before_all_has_ended_that_was_for_the_last_one(
+    tmp_path: Path,
+) -> None:
+    began, ended, early = (tmp_path / name for name in ("began", "ended", "early"))
+
+    def part(run: str, offer: Offer) -> int:
+        if run == "r2":
+            (early if not ended.exists() else tmp_path / "late").touch()
+            return 0
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        began.touch()
+        while not (tmp_path / "end").exists():
+            time.sleep(0.01)
+        ended.touch()
+        return 0
+
+    def first(peer: Any) -> None:
+        peer.send(b'{"take": ["r1"], "version": 1}')
+        wait_for(began, lambda: peer.close())
+
+    def second(peer: Any) -> None:
+        peer.send(answer_frame(Hosting("lab", "another session", True)))
+        peer.send(b'{"take": ["r2"], "version": 1}')
+        threading.Timer(0.3, (tmp_path / "end").touch).start()
+        wait_for(tmp_path / "late", lambda: peer.send(DRAIN))
+
+    def wait_for(file: Path, then: Callable[[], object]) -> None:
+        reactor = current[0]
+        if file.exists():
+            then()
+        else:
+            reactor.call_at(monotonic() + 0.01, lambda: wait_for(file, then))
+
+    current: list[Reactor] = []
+    status, _ = serve(first, second, part=part, reactors=current)
+    assert status == 0 and not early.exists()

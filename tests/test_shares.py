@@ -50,6 +50,14 @@ def test_a_run_keeps_the_places_that_it_has() -> None:
     assert deal({"lab": 2}, {"a": Wish(), "b": Wish()}, less) == {"a": {"lab": 1}, "b": {"lab": 1}}
 
 
+def test_a_run_has_slots_where_it_needs_them_and_others_give_way() -> None:
+    places, runs = {"local": 4, "lab": 1}, {"a": Wish(), "b": Wish()}
+    before = {"a": {"local": 2, "lab": 1}, "b": {"local": 2}}
+    shares = deal(places, runs, before, {"b": {"lab": 1}})
+    assert shares == {"a": {"local": 3}, "b": {"lab": 1, "local": 1}}
+    assert deal(places, {"a": Wish(), "b": Wish(None, 0)}, {}, {"b": {"lab": 1}})["b"] == {"lab": 1}
+
+
 def test_any_dealing_gives_out_all_that_is_wanted_and_nothing_twice() -> None:
     chance = random.Random(seed := 7)
     before: Shares = {}

@@ -64,6 +64,8 @@ class Host:
         self._parts: dict[str, int] = {}  # run -> pid
         self._ending: set[str] = set()  # runs whose supervisors were told to leave
         self._wanted: set[str] = set()
+        self._version: int | None = None  # of that, which the server has told last
+        self._former: set[int] = set()  # supervisors for runs of a server that is gone
         self._peer: Any = None
         self._heard = monotonic()
         self._leaving = self._over = False
@@ -129,11 +131,15 @@ class Host:
         if self._peer is not None:
             self._peer.send(json.dumps(what).encode())
 
+    def _report(self) -> None:
+        """Say that we are here, and what of which runs."""
+        self._tell({"version": self._version, "parts": list(self._parts)})
+
     def _beat(self) -> None:
         if self._peer is not None and monotonic() - self._heard > SILENCE:
             self._peer.close()
             self._on_end(self._peer, f"no answer for {SILENCE:g} s")
-        self._tell({"beat": True})
+        self._report()
         self._look_if_idle()
         self._later(BEAT, self._beat)
 
@@ -152,6 +158,7 @@ class Host:
         try:
             said = json.loads(bytes(frame))
             wanted = set(map(str, said.get("take", self._wanted)))
+            version = said.get("version", self._version)
         except MALFORMED as error:
             peer.close()
             self._on_end(peer, f"it says what no server says: {error}")
@@ -159,6 +166,9 @@ class Host:
         if not self._leaving:
             self._wanted = wanted
             self._adjust()
+        if version != self._version:
+            self._version = version
+            self._report()
         if said.get("drain"):
             self._leave()
 
@@ -207,6 +217,8 @@ class Host:
         else:
             self._say(f"joined a server as {answer.name}")
             self._wanted.clear()  # its runs are others
+            self._version = None
+            self._former.update(self._parts.values())
             self._adjust()
         self._hosting = answer
         self._attach(peer)
@@ -217,7 +229,9 @@ class Host:
 
     def _adjust(self) -> None:
         """Start the supervisors that are missing, and have those leave that are too many."""
-        if self._peer is not None:  # without the server none of them could do anything
+        # Without the server none of them could do anything; and what calls hold that go on for
+        # another server, this one does not know.
+        if self._peer is not None and not self._former:
             for run in sorted(self._wanted - self._parts.keys()):
                 self._start(run)
         for run in self._parts.keys() - self._wanted - self._ending:
@@ -265,7 +279,9 @@ class Host:
         for run, pid in list(self._parts.items()):
             if os.waitpid(pid, os.WNOHANG)[0]:
                 del self._parts[run]
+                self._former.discard(pid)
                 self._ending.discard(run)
+                self._report()
                 self._later(AGAIN, self._adjust)  # it may be wanted again
         if self._leaving and not self._parts:
             self._over = True

@@ -28,13 +28,14 @@ class Terminated(KeyboardInterrupt):
     """A SIGTERM came while nobody was there to take it in order."""
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run ``taskrun`` with ``args`` (those of this process); gives the exit status."""
+def main(args: Sequence[str] | None = None, *, served: bool = False) -> int:
+    """Run ``taskrun`` with ``args`` (those of this process); gives the exit status.  ``served``:
+    a server has started this."""
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             # What the terminal cannot show is shown as an escape.
             sys.stdout.reconfigure(errors="backslashreplace")
-        status = _run(sys.argv[1:] if args is None else list(args))
+        status = _run(sys.argv[1:] if args is None else list(args), served)
         if sys.stdout is not None:  # it may have been closed: >&-
             sys.stdout.flush()
         return status
@@ -55,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str], served: bool) -> int:
     _take_sigterm()
     _keep_exit_statuses()
     import click
@@ -69,7 +70,7 @@ def _run(args: list[str]) -> int:
         instruction = os.environ[COMPLETE_VARIABLE]
         return shell_complete(cli, {}, "taskrun", COMPLETE_VARIABLE, instruction)
     try:
-        with cli.make_context("taskrun", args, auto_envvar_prefix="TASKRUN") as context:
+        with cli.make_context("taskrun", args, auto_envvar_prefix="TASKRUN", obj=served) as context:
             return cli.invoke(context) or 0
     except click.exceptions.Exit as ended:
         return ended.exit_code

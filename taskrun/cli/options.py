@@ -280,7 +280,7 @@ def settings_from(context: click.Context, options: dict[str, Any]) -> Settings:
     policy = "keep-going" if keep_going else "fail-fast" if fail_fast else "stop"
     from taskrun.settings import Settings
 
-    return Settings(policy=policy, **options)
+    return Settings(policy=policy, borrows=bool(context.obj), **options)
 
 
 def exclude(context: click.Context, options: dict[str, Any], *names: str) -> None:

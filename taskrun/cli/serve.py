@@ -15,9 +15,11 @@ from taskrun.cli.options import (
     check_certificates,
     check_jobs,
     check_needed,
+    check_resources,
     dialling_options,
     tls_options,
 )
+from taskrun.settings import memory_here
 
 
 @click.command(context_settings=CONTEXT)
@@ -25,6 +27,10 @@ from taskrun.cli.options import (
 @click.option(
     "-j", "--jobs", type=int, metavar="N", callback=check_jobs,
     help="How many workers this machine has for all runs. [default: the cores]",
+)  # fmt: skip
+@click.option(
+    "--resource", "resources", multiple=True, metavar="NAME=AMOUNT", envvar="TASKRUN_RESOURCE",
+    callback=check_resources, help="What this machine has for all runs: gpu=2.",
 )  # fmt: skip
 @click.option(
     "--state", type=click.Path(dir_okay=False), metavar="F",
@@ -43,6 +49,7 @@ def serve(
     /,
     listen: str | None,
     jobs: int,
+    resources: dict[str, float],
     state: str | None,
     lease: float,
     authkey_file: str | None,
@@ -50,8 +57,8 @@ def serve(
     **tls: str | None,
 ) -> int:
     """Take runs from taskrun exec --address, each in a process of its own, and
-    share this machine's workers and those of all nodes among them, until
-    Ctrl-C or SIGTERM."""
+    share this machine's workers and resources and those of all nodes among
+    them, until Ctrl-C or SIGTERM."""
     check_needed(context)
     from taskrun.reactor import Reactor
     from taskrun.serving.server import Server, tell
@@ -65,7 +72,8 @@ def serve(
         insecure_plain=insecure_plain,
         file=state,
     )
-    return Server(Reactor(), jobs, make_service, tell, lease).run()
+    resources = {"memory": memory_here(), **resources}
+    return Server(Reactor(), jobs, resources, make_service, tell, lease).run()
 
 
 @click.command(context_settings=CONTEXT)

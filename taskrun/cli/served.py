@@ -16,7 +16,7 @@ def main() -> int:
 
     sessions.die_with_parent(int(sys.argv[1]))
     del sys.argv[1]
-    return run(sys.argv[1:])
+    return run(sys.argv[1:], served=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,12 @@ _OURS = frozenset(
     "words address detach jobs bundle authkey_file tls_cert tls_key tls_ca insecure_plain".split()
 )
 """What is for this side, or said in another way."""
-_NOT_THERE = frozenset("inline joblog state listen engine".split())
+_NOT_THERE = frozenset("inline joblog state listen engine resources".split())
 """What makes no sense in a process that somebody else has."""
+_INSTEAD = {
+    "resources": "the server lends what there is, which is said to taskrun serve --resource and "
+    "taskrun worker --resource",
+}
 
 
 def submit(context: click.Context, address: str, words: Sequence[str], detach: bool) -> int:
@@ -66,7 +70,8 @@ def _options(context: click.Context) -> Iterator[str]:
         if name in _NOT_THERE:
             if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
                 continue  # the environment says it for the runs of this process
-            raise UsageError(f"{option} is not for a run of a server (--address): leave it out")
+            hint = _INSTEAD.get(name, "leave it out")
+            raise UsageError(f"{option} is not for a run of a server (--address): {hint}")
         yield from _said(option, context.params[name])
 
 
@@ -76,7 +81,7 @@ def _is_said(context: click.Context, name: str) -> bool:
 
 def _said(option: str, value: Any) -> Iterator[str]:
     if isinstance(value, dict):
-        value = tuple(f"{name}={much:.0f}" for name, much in value.items())
+        value = tuple(f"{name}={much}" for name, much in value.items())
     if isinstance(value, bool):
         if value:
             yield option

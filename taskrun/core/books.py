@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from taskrun import messages as m
 from taskrun.calls import RUNNING, Call
+from taskrun.core.borrowed import Borrowed
 from taskrun.core.claims import Claims
 from taskrun.core.crowd import Crowd
 from taskrun.core.graph import Graph
@@ -23,6 +24,7 @@ from taskrun.core.placement import Placement
 from taskrun.core.resources import Resources
 from taskrun.core.timers import Timer, Timers
 from taskrun.core.workforce import Home, Wait, Worker
+from taskrun.demand import HERE, Demand, Lot, need_of
 from taskrun.model import LANES, Plan, Recipe
 
 PROCESS = "process"
@@ -41,7 +43,8 @@ class Books:
     the calls of the others are executed as those of the lane ``process``.  ``engine``: these
     go to workers that come by themselves and execute many at a time.  ``limit_keys`` gives
     the value of each of a call's limits' keys.  ``growing``: other machines may come,
-    with more slots and what nobody has yet.
+    with more slots and what nobody has yet.  ``borrows``: a server lends this run, in shares,
+    what machines have of resources; until then it has none.
     ``seed`` makes the jitter of retries repeatable.
     """
 
@@ -64,6 +67,7 @@ class Books:
         engine: bool = False,
         limit_keys: Callable[[Call], Keys] | None = None,
         growing: bool = False,
+        borrows: bool = False,
         seed: int | None = None,
     ) -> None:
         self.policy = policy
@@ -77,7 +81,8 @@ class Books:
         self.paused = False
         self.growing = growing
         most = math.inf if growing else slots
-        self.resources = Resources({"cpu": most, **(resources or {})})
+        has = {"cpu": most, **(resources or {})}
+        self.resources = Borrowed(HERE, has) if borrows else Resources(has)
         self.graph = Graph(
             plan, self._new_call, self._new_calls, recipe_ids, wanted, policy != "keep-going"
         )
@@ -102,6 +107,7 @@ class Books:
         self._idle_deaths: deque[float] = deque()
         self._yielded: dict[int, int] = {}  # how many items the current attempts have delivered
         self._timeouts: dict[int, Timer] = {}
+        self._given_up = 0  # calls for which a server would lend nothing more
         self._wakings: dict[int, float] = {}  # when calls that sleep are tried again
         self._now = 0.0
         self._handlers = self._make_handlers()
@@ -195,11 +201,47 @@ class Books:
 
     def wanted_slots(self) -> float:
         """How many slots this run has work for: one at least while any call is in a worker."""
-        startable = not (self.stopping or self.paused)
-        wanted = self.placement.wanted_slots() if startable else self.placement.busy_cpu
+        wanted = self.placement.wanted_slots() if self._starts else self.placement.busy_cpu
         in_workers = any(worker.calls for worker in self._workers.values())
-        ready = startable and any(home.ready.count for home in self._busy_homes)
+        ready = self._starts and any(home.ready.count for home in self._busy_homes)
         return max(wanted, 1.0) if in_workers or ready else wanted
+
+    @property
+    def _starts(self) -> bool:
+        """Whether what is ready may start: when a run stops, that is teardown alone."""
+        return bool(self.stopping) or not self.paused
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a server lends this run what machines have of resources."""
+        return self._claims.borrows
+
+    def demand(self) -> Demand:
+        """What is needed of what a server lends."""
+        needs = []
+        for home in self._busy_homes:
+            ready = home.ready.in_order() if self._starts else []
+            calls = [*_at_work(home), *((each.first, len(each.calls)) for each in ready)]
+            for call, number in calls:
+                if need := need_of(
+                    call.recipe.resources, number,
+                    one_by_one=not home.begins_at_once, submitted=call.parent is not None,
+                ):  # fmt: skip
+                    needs.append(need)
+        is_idle = self._starts and all(home.is_idle() for home in self._busy_homes)
+        ready_calls = (call for home in self._busy_homes for call in home.ready)
+        is_stuck = is_idle and self._claims.is_stuck(ready_calls)
+        stuck = self._given_up + 1 if is_stuck else 0
+        return Demand(needs, self._claims.held_by_those_that_wait(), stuck)
+
+    def returned(self) -> Lot:
+        """What goes back to the server."""
+        return self._claims.returned()
+
+    def lent(self, name: str) -> tuple[float, float] | None:
+        """How much of a resource a server lends this run, and of how much, where that is not
+        all of it."""
+        return self._claims.lent(name)
 
     def spare(self) -> Worker | None:
         """The idle worker to which a small call would go if it came now; None: it would wait."""
@@ -289,6 +331,18 @@ class Books:
     ) -> None:
         """The function returned futures: the call ends when they do, and holds no worker."""
         raise NotImplementedError
+
+
+def _at_work(home: Home) -> Iterable[tuple[Call, int]]:
+    """A call of each recipe of which calls hold resources and do not wait, and how many do."""
+    calls: dict[int, Call] = {}
+    numbers: Counter[int] = Counter()
+    for worker in home.workers.values():
+        for call in worker.calls.values():
+            if call.units and call.id not in worker.waits:
+                calls[call.recipe.id] = call
+                numbers[call.recipe.id] += 1
+    return [(call, numbers[id]) for id, call in calls.items()]
 
 
 def _no_keys(call: Call) -> Keys:

@@ -7,12 +7,15 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Reversible
+from collections.abc import Iterable, Iterator, Mapping, Reversible
+from typing import Any
 
 from taskrun.calls import Call
+from taskrun.core.borrowed import Borrowed
 from taskrun.core.limits import Limits
-from taskrun.core.resources import Resources
+from taskrun.core.resources import AMOUNTS, Resources
 from taskrun.core.workforce import Worker, waits_for
+from taskrun.demand import Amounts, Loan, Lot
 
 
 class Impossible(Exception):
@@ -32,19 +35,81 @@ class Claims:
         """``resources`` and ``slots``: what this machine has."""
         self.resources = resources
         self.limits = limits
+        self.awaited: frozenset[str] = frozenset()
+        """What other runs wait for: only submitted calls may take it."""
         self._everyone = everyone
         self._nodes: dict[str, Resources] = {"": resources}
+        self._known = self._nodes  # and those that take no more calls
         self._slots: dict[str, float] = {"": slots}
         self._taken_from: dict[int, Resources] = {}  # by call
+        self._stock: Amounts = {}  # what there is to be lent
+        self._borrowed: dict[str, Borrowed] | None = None  # by place
+        if isinstance(resources, Borrowed):
+            self._borrowed = {resources.place: resources}
 
-    def set_nodes(self, offers: dict[str, dict[str, float]]) -> None:
-        """These other machines there are, with what they have; cpu is their slots."""
+    def set_nodes(
+        self, slots: float, offers: dict[str, dict[str, float]], places: Mapping[str, str]
+    ) -> None:
+        """So many ``slots`` there are altogether, and these other machines, with what they have;
+        cpu is their slots.  ``places``: what the server calls them, where there is one."""
         before = self._nodes
         self._nodes = {"": self.resources}
-        self._slots = {"": self._slots[""]}
+        self._slots = {"": slots - sum(offer.get("cpu", 0.0) for offer in offers.values())}
         for node, offer in offers.items():
-            self._nodes[node] = before.get(node) or Resources(offer)
+            if self._borrowed is None:
+                self._nodes[node] = before.get(node) or Resources(offer)
+            else:
+                # Of one place there may be two: the other one is away, and does not come back.
+                self._nodes[node] = place = self._place(places.get(node, node))
+                place.offer(offer)
             self._slots[node] = offer.get("cpu", 0.0)
+        self._known = {**self._known, **self._nodes}
+
+    # -- what is lent -----------------------------------------------------------------
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a server lends this run what it may use."""
+        return self._borrowed is not None
+
+    def _place(self, name: str) -> Borrowed:
+        assert self._borrowed is not None
+        return self._borrowed.setdefault(name, Borrowed(name, {}))
+
+    def lend(self, loan: Loan) -> None:
+        """A server lends, or wants something back."""
+        assert self._borrowed is not None
+        self.awaited, self._stock = frozenset(loan.awaited), loan.stock
+        for name in self._borrowed.keys() | loan.most.keys() | loan.more.keys():
+            self._place(name).lend(loan.most.get(name, {}), loan.more.get(name, {}))
+
+    def returned(self) -> Lot:
+        """What goes back to the server."""
+        places = (self._borrowed or {}).values()
+        return {place.place: back for place in places if (back := place.returned())}
+
+    def lent(self, name: str) -> tuple[float, float] | None:
+        """How much of a resource a server lends this run, and of how much, where that is not
+        all of it."""
+        places = (self._borrowed or {}).values()
+        lent, of = sum(place.lent(name) for place in places), self._stock.get(name, 0)
+        return (lent, of) if lent < of else None
+
+    def held_by_those_that_wait(self) -> dict[str, Amounts]:
+        """What calls hold that wait for others, by place."""
+        held: dict[str, dict[str, Any]] = {}
+        for worker in self._everyone.values():
+            for wait in worker.waits.values():
+                place = self._taken_from.get(wait.call.id)
+                if isinstance(place, Borrowed):
+                    _add(held.setdefault(place.place, {}), wait.call.units or {})
+        return {
+            place: {name: float(len(lot)) if name not in AMOUNTS else lot
+                    for name, lot in lots.items()}
+            for place, lots in held.items() if lots
+        }  # fmt: skip
+
+    # -- what calls hold --------------------------------------------------------------
 
     def missing(self, needs: dict[str, float]) -> str | None:
         """Why ``needs`` can never be met, as things are: ``gpu=3 (of 2)``."""
@@ -87,7 +152,7 @@ class Claims:
         return {node for node, has in self._nodes.items() if not has.lacking(needs)}
 
     def _of(self, worker: Worker) -> Resources:
-        return self._nodes.get(worker.node, self.resources)
+        return self._known.get(worker.node, self.resources)
 
     def admit(self, call: Call, now: float) -> bool:
         """Let ``call`` pass its limits; else it is parked until it may.
@@ -124,18 +189,31 @@ class Claims:
         if call.recipe.limits:
             self.limits.leave(call)
 
-    def deadlocked(self, ready: Iterable[Call]) -> Call | None:
+    def deadlocked(self, ready: Iterable[Call], *, patient: bool = False) -> Call | None:
         """One that can never start, of those that are ready and parked, where nothing runs
-        that could change it."""
+        that could change it; ``patient``: there is none while more may be lent."""
+        if self._may_go_on():
+            return None
+        stuck = self._stuck(ready)
+        if stuck and patient:
+            return None
+        return min([*stuck, *self.limits.stuck()], key=self._innocence, default=None)
+
+    def is_stuck(self, ready: Iterable[Call]) -> bool:
+        """Whether nothing goes on before more is lent."""
+        return not self._may_go_on() and bool(self._stuck(ready))
+
+    def _may_go_on(self) -> bool:
         workers = self._everyone.values()
         if any(worker.running for worker in workers):
-            return None
-        if any(wait.outside for worker in workers for wait in worker.waits.values()):
-            return None  # it may go on at any time
-        # What nobody has may come yet, with another machine.
+            return True
+        return any(wait.outside for worker in workers for wait in worker.waits.values())
+
+    def _stuck(self, ready: Iterable[Call]) -> list[Call]:
+        # What nobody has may come yet, with another machine; what there is a server knows.
         needs = ((call, call.recipe.resources) for call in ready)
-        stuck = [call for call, need in needs if self.lacking(need) and not self.missing(need)]
-        return min([*stuck, *self.limits.stuck()], key=self._innocence, default=None)
+        return [call for call, need in needs
+                if self.lacking(need) and (self.borrows or not self.missing(need))]  # fmt: skip
 
     # -- those that wait --------------------------------------------------------------
 
@@ -181,6 +259,15 @@ class Claims:
             for name in self.lacking(call.recipe.resources)
         )
         return (not held, call.parent is None, call.id)
+
+
+def _add(held: dict[str, Any], units: Mapping[str, Any]) -> None:
+    """What another call holds; two may share a unit."""
+    for name, lot in units.items():
+        if name not in AMOUNTS:
+            held[name] = held.get(name, set()) | set(lot)
+        elif name != "cpu":
+            held[name] = held.get(name, 0.0) + lot
 
 
 def _without_cpu(needs: dict[str, float]) -> dict[str, float]:

@@ -116,7 +116,8 @@ class Crowd:
         """Assign what there is room for.  Raises claims.Impossible."""
         unmet = self.ready.count - sum(not each.running for each in self._room.values())
         passed_over: list[Queue] = []
-        awaited: set[str] = set()  # what better calls wait for: lesser ones leave it alone
+        # What better calls wait for, and other runs: lesser ones leave it alone.
+        awaited = set(self._claims.awaited)
         while self._room and (queue := self.ready.best(passed_over)) is not None:
             worker = min(self._room.values(), key=_load)
             share = self._share(worker)

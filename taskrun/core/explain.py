@@ -61,16 +61,25 @@ def _why_ready(scheduler: Scheduler, call: Call, now: float) -> str:
 
 
 def _what_is_lacking(scheduler: Scheduler, call: Call) -> str:
-    if missing := scheduler.missing(call):
+    lacking = scheduler.lacking(call)
+    shares = "".join(_share(scheduler, name) for name in lacking)
+    if (missing := scheduler.missing(call)) and not shares:
         return f" for a node that has {missing.partition(' (')[0]}"
-    if lacking := scheduler.lacking(call):
-        return f" until enough {', '.join(lacking)} is free"
+    if lacking:
+        return f" until enough {', '.join(lacking)} is free{shares}"
     if nobody := _who_is_missing(scheduler, call):
         return f" for {nobody}"
     placement = scheduler.placement
     if placement.busy_cpu < placement.slots:
         return " for its turn"
     return f" for a slot: {placement.busy_cpu:g} of {placement.slots} are taken"
+
+
+def _share(scheduler: Scheduler, name: str) -> str:
+    lent = scheduler.lent(name)
+    if lent is None:
+        return ""
+    return f": of {name} the server lends this run {lent[0]:g} of {lent[1]:g} for now"
 
 
 def _who_is_missing(scheduler: Scheduler, call: Call) -> str | None:

@@ -222,7 +222,8 @@ class Placement:
     def _dispatch(self) -> None:
         """Give ready calls to idle workers, best first."""
         passed_over: list[Queue] = []
-        awaited: set[str] = set()  # what better calls wait for: lesser ones leave it alone
+        # What better calls wait for, and other runs: lesser ones leave it alone.
+        awaited = set(self._claims.awaited)
         while self._idle and (queue := self.ready.best(passed_over)) is not None:
             cpu = _cpu(queue.recipe)
             if cpu and self.busy_cpu + cpu > self.slots:
@@ -405,11 +406,8 @@ class Placement:
 
     def _fits(self, call: Call, place: Worker) -> bool:
         recipe = call.recipe
-        if self.busy_cpu + _cpu(recipe) > self.slots or self._claims.limits.keeps_out(
-            call, self._now
-        ):
-            return False
-        return not self._claims.resources.lacking(recipe.resources)
+        fits = self.busy_cpu + _cpu(recipe) <= self.slots
+        return fits and not self._claims.keep_out(call, place, self._now)
 
     def _assign_nested(self, worker: Worker, call: Call) -> None:
         self.ready.discard(call)

@@ -132,6 +132,10 @@ class ReadyCalls:
     def __iter__(self) -> Iterator[Call]:
         return (call for queue in self._queues.values() for call in queue.calls.values())
 
+    def in_order(self) -> list[Queue]:
+        """Those that have calls, best first."""
+        return sorted((each for each in self._queues.values() if each.calls), key=Queue.order)
+
     def clear(self) -> list[Call]:
         """Take all out."""
         calls = list(self)

@@ -7,6 +7,7 @@ units, so that a call can be told *which* GPUs it got.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 AMOUNTS = frozenset(("cpu", "memory"))
@@ -61,25 +62,33 @@ class Resources:
     def used(self, name: str) -> float:
         """How much of a resource is held."""
         if name in AMOUNTS:
-            return self.capacity[name] - self._free[name]
+            return self.capacity.get(name, 0) - self._free.get(name, 0)
         return len(self._units[name]) - sum(self._units[name])
 
     def _fits(self, name: str, amount: float) -> bool:
         if name == "cpu":
             return True
         if name in AMOUNTS:
-            return self._free.get(name, 0) >= amount
-        units = self._units.get(name, [])
+            return self._left(name) >= amount
+        units = [self._units[name][unit] for unit in self._usable(name)]
         if amount < 1:
             return amount <= 0 or any(free >= amount for free in units)
         return sum(free >= 1.0 for free in units) >= amount
+
+    def _left(self, name: str) -> float:
+        """How much of an amount may be taken."""
+        return self._free.get(name, 0)
+
+    def _usable(self, name: str) -> Iterable[int]:
+        """The units of which something may be taken."""
+        return range(len(self._units.get(name, ())))
 
     def _take_units(self, name: str, amount: float) -> list[int]:
         units = self._units[name]
         share = 1.0 if amount >= 1 else amount
         count = int(amount) if amount >= 1 else int(amount > 0)
         # A share goes where another share already is, so that whole units stay whole.
-        order = sorted(range(len(units)), key=lambda unit: (units[unit], unit))
+        order = sorted(self._usable(name), key=lambda unit: (units[unit], unit))
         taken = [unit for unit in order if units[unit] >= share][:count]
         for unit in taken:
             units[unit] = round(units[unit] - share, 9)

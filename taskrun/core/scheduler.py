@@ -55,6 +55,7 @@ class Scheduler(Bunches):
             m.WorkerLost: self.on_worker_lost,
             m.Retiring: self.on_retiring,
             m.Capacity: self.on_capacity,
+            m.Lent: self.on_lent,
             m.NoMoreWorkers: self.on_no_more_workers,
             m.Began: self.on_began,
             m.Finished: self.on_finished,
@@ -122,23 +123,23 @@ class Scheduler(Bunches):
 
     def _schedule(self) -> bool:
         """Assign what can be assigned; False where a call cannot start, and was failed."""
-        if self.paused and not self.stopping:
+        if not self._starts:
             return True
         homes = self._busy_homes
         try:
             for home in homes:
                 home.schedule(self._now)
             if any(home.ready.count for home in homes) or self._limits.parked_count:
-                self._look_for_deadlock()
+                self._look_for_deadlock(patient=self._claims.borrows)
         except Impossible as impossible:
             self._fail_blocked(impossible)
             return False
         return True
 
-    def _look_for_deadlock(self) -> None:
+    def _look_for_deadlock(self, *, patient: bool) -> None:
         if all(home.is_idle() for home in self._busy_homes):
             ready = [call for home in self._busy_homes for call in home.ready]
-            if stuck := self._claims.deadlocked(ready):
+            if stuck := self._claims.deadlocked(ready, patient=patient):
                 raise Impossible(stuck)
 
     def _finish(self) -> None:
@@ -161,9 +162,18 @@ class Scheduler(Bunches):
         # A call that needs more than is left waits for the node that left to come back.
         capacity = self.resources.capacity
         capacity["cpu"] = max(capacity["cpu"], event.slots)
-        self._claims.set_nodes(event.nodes)
+        self._claims.set_nodes(event.slots, event.nodes, event.places)
         for home in self._homes.values():
             home.offered = event.lanes.get(home.lane, 0)
+
+    def on_lent(self, event: m.Lent) -> None:
+        self._claims.lend(event.loan)
+        if event.loan.last:
+            self._given_up += 1
+            try:
+                self._look_for_deadlock(patient=False)
+            except Impossible as impossible:
+                self._fail_blocked(impossible)
 
     def on_no_more_workers(self, event: m.NoMoreWorkers) -> None:
         home = self._homes[event.lane]

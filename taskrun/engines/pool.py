@@ -263,7 +263,8 @@ class PoolEngine:
             if not node.offer.processes:
                 lanes.update(dict.fromkeys(node.offer.lanes, node.slots))
         self._missing.difference_update(*[node.offer.lanes for node in takers])
-        self._post(m.Capacity(self._slots + sum(cpus.values()), offers, lanes))
+        places = {node.name: node.offer.name for node in takers}
+        self._post(m.Capacity(self._slots + sum(cpus.values()), offers, lanes, places))
         unplaced, self._unplaced = self._unplaced, []
         for worker, lane in unplaced:
             self._start_somewhere(worker, lane)

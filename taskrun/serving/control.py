@@ -1,5 +1,5 @@
-"""The server's connection to the process of a run: to tell it its slots, to ask it how it
-goes, and to hear how many slots it has work for."""
+"""The server's connection to the process of a run: to tell it its slots and what it is lent,
+to ask it how it goes, and to hear what it has work for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import transport
+from taskrun.demand import Demand, Loan, Lot, demand_from
 from taskrun.errors import MALFORMED
 from taskrun.reactor import Reactor, Timer
 from taskrun.roles import STEER
@@ -25,7 +26,9 @@ class Control:
 
     ``wants``: how many slots the run has work for; None while that is not known.  It grows at
     once, and shrinks when it has been less for a while: to give slots up costs workers.
-    ``on_wants`` is called when it is another number, ``on_open`` when there is a connection.
+    ``demand``: what it needs of resources; None before it has said so, and when it is gone.
+    ``on_wants`` is called when one of these is another, ``on_back`` with what the run gives back,
+    before that, ``on_open`` when there is a connection.
     """
 
     def __init__(
@@ -35,13 +38,16 @@ class Control:
         key: bytes,
         on_open: Callable[[], object],
         on_wants: Callable[[], object],
+        on_back: Callable[[Lot], object],
     ) -> None:
         self.wants: int | None = None
+        self.demand: Demand | None = None
         self._reactor = reactor
         self._address = address
         self._key = key
         self._on_open = on_open
         self._on_wants = on_wants
+        self._on_back = on_back
         self._said: int | None = None  # what it wanted last
         self._peer: transport.Peer | None = None
         self._dialling: transport.Dialling | None = None
@@ -72,6 +78,10 @@ class Control:
         """How many slots it has, from now on."""
         self.ask({"do": "slots", "slots": here, "nodes": dict(nodes)}, _nothing)
 
+    def tell_loan(self, loan: Loan) -> None:
+        """What it is lent, from now on."""
+        self.ask({"do": "lend", "loan": loan}, _nothing)
+
     def ask(self, request: Mapping[str, Any], answer: Answer) -> None:
         """Ask something that is answered at once: ``answer`` gets it, or None where there is
         none."""
@@ -93,6 +103,8 @@ class Control:
         try:
             said = json.loads(bytes(frame))
             wants, answer = said.get("wants"), said.get("ok")
+            if isinstance(wants, int):
+                self._on_demand(demand_from(said["demand"]), said["back"])
         except MALFORMED:
             wants, answer = None, None  # what no process of ours says is no answer
         if isinstance(wants, int):
@@ -101,12 +113,18 @@ class Control:
             self._asked.popleft()(answer)
 
     def _on_end(self, reason: str) -> None:
-        self._peer = None
+        self._peer = self.demand = None
         asked, self._asked = self._asked, deque()
         for answer in asked:
             answer(None)
 
     # -- how much it wants ------------------------------------------------------------
+
+    def _on_demand(self, demand: Demand, back: Lot) -> None:
+        self._on_back(back)
+        if back or demand != self.demand:
+            self.demand = demand
+            self._on_wants()
 
     def _on_said(self, wants: int) -> None:
         self._said = wants

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import transport
+from taskrun.demand import Amounts
 from taskrun.errors import MALFORMED, UsageError
 from taskrun.network.channels import Offer
 from taskrun.network.joining import Hosting, Refused, answer_frame, read_hello
@@ -40,12 +41,34 @@ class Host:
         self.name = name
         self.session = session
         self.slots = offer.slots
+        self.resources = offer.resources
         self.tags = list(offer.tags)
         self.draining = False
         self.is_away = False  # and that was said
         self.peer: transport.Peer | None = None
         self.heard = monotonic()
         self.takes: dict[str, int] = {}  # run -> slots
+        self.parts: set[str] | None = None  # runs of which something is there, if it said so
+        self._version = 0  # of what it is to take part in
+
+    def take(self, takes: dict[str, int]) -> None:
+        """Have it take part in these runs, and no others."""
+        changed, self.takes = takes.keys() != self.takes.keys(), takes
+        if changed:
+            self._version += 1
+            self.parts = None  # until it says what there is from now on
+            self.remind()
+
+    def remind(self) -> None:
+        """Say in which runs it is to take part."""
+        self.tell(take=list(self.takes), version=self._version)
+
+    def learn(self, said: dict[str, Any]) -> bool:
+        """It says in which runs it takes part; whether that is news."""
+        if said.get("version") != self._version:
+            return False  # it has not heard the last of us
+        before, self.parts = self.parts, set(map(str, said["parts"]))
+        return self.parts != before
 
     def tell(self, **what: Any) -> None:
         """Say so, if it is there."""
@@ -87,13 +110,21 @@ class Hosts:
         """The slots of those that take calls, by name."""
         return {name: host.slots for name, host in self.hosts.items() if not host.draining}
 
+    def stocks(self) -> dict[str, Amounts]:
+        """What those have beside slots that take calls, by name."""
+        return {name: host.resources for name, host in self.hosts.items() if not host.draining}
+
+    def is_rid_of(self, run: str, name: str) -> bool:
+        """Whether nothing of an ended run is left on the node of that name."""
+        host = self.hosts.get(name)
+        if host is None:
+            return True  # so it has ended its calls
+        return host.parts is not None and run not in host.parts and run not in host.takes
+
     def tell(self, shares: Shares) -> None:
         """Have each take part in the runs that have slots of it."""
         for name, host in self.hosts.items():
-            takes = {run: of[name] for run, of in shares.items() if of.get(name)}
-            if takes.keys() != host.takes.keys():
-                host.tell(take=list(takes))
-            host.takes = takes
+            host.take({run: of[name] for run, of in shares.items() if of.get(name)})
 
     def find(self, name: str) -> Host:
         """The node of that name.  Raises UsageError."""
@@ -165,13 +196,15 @@ class Hosts:
         host.heard = monotonic()
         try:
             said = json.loads(bytes(frame))
-            draining = said.get("draining")
+            draining, has_news = said.get("draining"), host.learn(said)
         except MALFORMED as error:
             self._lose(host, f"says what no node says: {error}")
             return
         if draining:
             self._on_draining(host)
-        host.tell(take=list(host.takes))  # every answer says it all: none is missed for long
+        host.remind()  # every answer says it all: none is missed for long
+        if has_news:
+            self._changed()
 
     def _on_draining(self, host: Host) -> None:
         if not host.draining:

@@ -20,9 +20,10 @@ from time import monotonic
 from typing import Any, Final
 
 from taskrun import transport
+from taskrun.demand import HERE
 from taskrun.reactor import Reactor
 from taskrun.serving.hosts import join
-from taskrun.serving.runs import ENDED, HERE, RUNNING, WAITING
+from taskrun.serving.runs import ENDED, RUNNING, WAITING
 from taskrun.serving.talk import said
 from taskrun.workers.jobs import Folder
 
@@ -38,6 +39,7 @@ class LentPool:
 
     words: tuple[str, ...] = ()
     wants: int | None = None  # it does not say how many slots it has work for
+    demand: None = None  # calls of a Pool need nothing else
 
     def __init__(
         self,

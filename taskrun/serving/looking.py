@@ -8,9 +8,10 @@ from functools import partial
 from time import monotonic
 from typing import Any, Final
 
+from taskrun.demand import HERE
 from taskrun.reactor import Reactor
 from taskrun.serving.lent import LentPool
-from taskrun.serving.runs import HERE, RUNNING, ServedRun
+from taskrun.serving.runs import RUNNING, ServedRun
 
 PATIENCE: Final = 2.0  # seconds that the process of a run has to answer
 

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import IO, Any, Final, NamedTuple
 
 from taskrun import addresses
+from taskrun.demand import HERE, Amounts, Demand, Lot
 from taskrun.engines.nursery import how_it_ended
 from taskrun.network.bundles import unpack
 from taskrun.reactor import Reactor
@@ -26,8 +28,6 @@ from taskrun.serving.talk import STDERR, STDOUT
 from taskrun.steering import WHOLE_RUN
 from taskrun.workers.jobs import Folder
 
-HERE: Final = "local"
-"""The place that is this machine, among the names of nodes."""
 WAITING: Final = "waiting"
 RUNNING: Final = "running"
 ENDED: Final = "ended"
@@ -48,8 +48,9 @@ class Submission(NamedTuple):
 
 class ServedRun:
     """One run.  ``on_end`` is called when it has ended, ``on_wants`` when it wants more slots
-    or fewer.  ``key`` is what its process and the
-    server prove to each other; ``lease``: seconds that its nodes may be silent."""
+    or fewer, or other resources, and ``on_back`` with those that it gives back.  ``key`` is what
+    its process and the server prove to each other; ``lease``: seconds that its nodes may be
+    silent; ``resources``: those of the server's machine."""
 
     def __init__(
         self,
@@ -59,7 +60,9 @@ class ServedRun:
         key: bytes,
         on_end: Callable[[ServedRun], object],
         on_wants: Callable[[], object],
+        on_back: Callable[[str, Lot], object],
         lease: float,
+        resources: Amounts,
     ) -> None:
         """Raises OSError and ValueError where the bundle cannot be unpacked."""
         self.name = name
@@ -75,10 +78,13 @@ class ServedRun:
         self._key = key
         self._on_end = on_end
         self._lease = lease
+        self._resources = resources
         self._followers: list[Follower] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
-        self.control = Control(reactor, self.address, key, self._tell_slots, on_wants)
+        self.control = Control(
+            reactor, self.address, key, self._tell_slots, on_wants, partial(on_back, name)
+        )
         self._folder = Folder()
         try:
             self._lay_out(submission.data)
@@ -115,6 +121,11 @@ class ServedRun:
         return self.control.wants
 
     @property
+    def demand(self) -> Demand | None:
+        """What it needs of resources; None: that is not known."""
+        return self.control.demand
+
+    @property
     def slots(self) -> int:
         """Of all places."""
         return sum(self.shares.values())
@@ -128,6 +139,7 @@ class ServedRun:
             sys.executable, "-P", "-m", "taskrun.cli.served", str(os.getpid()), "exec",
             f"./{self.file}", f"--lease={self._lease}", *self.words, "-j", str(shares.get(HERE, 0)),
             "--listen", f"unix:{self.address}",
+            *(f"--resource={name}={much:.0f}" for name, much in self._resources.items()),
         ]  # fmt: skip
         try:
             self._process = made = subprocess.Popen(

@@ -2,8 +2,9 @@
 
 The main flow is :meth:`Server.run`.  The server itself executes nothing and imports nothing
 of its users': every run has a process of its own (see ``runs``).  What there is to be shared
-are the slots of this machine and those of the nodes that have joined (see ``hosts``);
-whenever a run or a node comes or goes, they are dealt anew.
+are the slots of this machine and those of the nodes that have joined (see ``hosts``), and
+what these machines have of resources (see ``lending``); whenever a run or a node comes or
+goes, they are dealt anew.
 """
 
 from __future__ import annotations
@@ -12,27 +13,29 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Any, Final
 
 from taskrun import telling, transport
+from taskrun.demand import HERE, Amounts
 from taskrun.errors import MALFORMED, UsageError
 from taskrun.model import nearest
 from taskrun.network.bundles import digest_of
 from taskrun.network.joining import check_versions
-from taskrun.reactor import Reactor
+from taskrun.reactor import Reactor, Timer
 from taskrun.reporting.text import one_line
 from taskrun.roles import STATE_OF_RUN, STEER
 from taskrun.serving import talk
 from taskrun.serving.hosts import NODE, Hosts, relay, role_of, turn_away
 from taskrun.serving.kept import Follower
+from taskrun.serving.lending import Lending
 from taskrun.serving.lent import LentPool
 from taskrun.serving.looking import Look, machines, running
-from taskrun.serving.runs import ENDED, GRACE, HERE, RUNNING, WAITING, ServedRun, Submission
-from taskrun.serving.shares import Wish, deal
+from taskrun.serving.runs import ENDED, GRACE, LOST, RUNNING, WAITING, ServedRun, Submission
+from taskrun.serving.shares import Shares, Wish, deal, numbers
 from taskrun.serving.states import States
 from taskrun.signals import Signals
 from taskrun.state.service import Service
@@ -40,6 +43,7 @@ from taskrun.steering import drained
 
 REMEMBERED: Final = 20  # runs that have ended, with their output
 GOODBYE: Final = 1.0  # seconds that those who follow have to take the last words
+ENDING: Final = 2.0  # seconds after which nothing is left of a run whose process was killed
 ANSWER_SECONDS: Final = 8.0  # that the process of a run has to answer
 _WITH_RUN: Final = ("explain", "stack", "tell", "pause", "unpause")
 
@@ -47,15 +51,16 @@ _WITH_RUN: Final = ("explain", "stack", "tell", "pause", "unpause")
 class Server:
     """A coordinator that stays.
 
-    ``slots``: how many workers this machine has for all runs together.  ``service``: where it
-    listens, and the state that all its runs can reach.  ``say`` writes a line for people.
-    ``lease``: seconds that a node may be silent.
+    ``slots``: how many workers this machine has for all runs together, and ``resources`` what
+    else.  ``service``: where it listens, and the state that all its runs can reach.  ``say``
+    writes a line for people.  ``lease``: seconds that a node may be silent.
     """
 
     def __init__(
         self,
         reactor: Reactor,
         slots: int,
+        resources: Amounts,
         make_service: Callable[..., Service],
         say: Callable[[str], object],
         lease: float,
@@ -64,6 +69,9 @@ class Server:
         self.status: int | None = None
         self._reactor = reactor
         self._slots = slots
+        self._resources = resources
+        self._lending = Lending()
+        self._next_turn: Timer | None = None
         self._say = say
         self._began = time.time()
         self._numbers = count(1)
@@ -139,7 +147,9 @@ class Server:
                 self._service.authkey,
                 self._on_run_end,
                 self.deal,
+                self._lending.ledger.take_back,
                 self._lease,
+                self._resources,
             )
         except (OSError, ValueError) as error:
             raise UsageError(f"the files of the run cannot be laid out: {error}") from None
@@ -159,10 +169,20 @@ class Server:
         self._say(f"{run.name} {run.file} ended with status {run.status}")
         self._service.roles[role_of(run.name)] = partial(turn_away, run.name)
         self._service.roles.pop(talk.line_of(run.name), None)
+        self._lending.forget(run.name)
+        if run.status == LOST:  # its workers die with it, but not at once
+            self._reactor.call_at(monotonic() + ENDING, partial(self._let_go, run.name, HERE))
+        else:
+            self._lending.ledger.let_go(run.name, HERE)
         ended = [run for run in self.runs.values() if run.state == ENDED]
         for old in ended[:-REMEMBERED]:
             del self.runs[old.name]
             del self._service.roles[role_of(old.name)]
+        self.deal()
+
+    def _let_go(self, run: str, place: str) -> None:
+        """Nothing of an ended run is left there."""
+        self._lending.ledger.let_go(run, place)
         self.deal()
 
     def lend(self, peer: transport.Peer, asked: dict[str, Any]) -> LentPool:
@@ -204,13 +224,39 @@ class Server:
         room = max(0, sum(places.values()) - len(takers))
         chosen = [*started, *waiting[:room]]
         wishes = {run.name: Wish(run.jobs, run.wants) for run in chosen}
-        dealt = deal(places, wishes, {run.name: run.shares for run in started})
+        pins = self._lend(chosen, places, numbers(sum(places.values()), wishes, {}))
+        wishes = {run: wish.without(self._lending.idle(run)) for run, wish in wishes.items()}
+        dealt = deal(places, wishes, {run.name: run.shares for run in started}, pins)
         for run in chosen:
             if run.state == RUNNING:
                 run.share(dealt[run.name])
             elif run.state == WAITING:
                 run.start(dealt[run.name])
         self._hosts.tell(dealt)
+        for name, loan in self._lending.loans():
+            self.find_run(name).control.tell_loan(loan)
+
+    def _lend(
+        self, runs: Sequence[ServedRun | LentPool], slots: dict[str, int], number: dict[str, int]
+    ) -> Shares:
+        """Share out what there is beside slots; gives where runs need some of these for it."""
+        self._collect()
+        stocks = {HERE: self._resources, **self._hosts.stocks()}
+        demands = {run.name: run.demand for run in runs if run.demand is not None}
+        pins = self._lending.deal(stocks, slots, number, demands, monotonic())
+        if self._next_turn is not None:
+            self._next_turn.cancel()
+        due = self._lending.due
+        self._next_turn = None if due is None else self._reactor.call_at(due, self.deal)
+        return pins
+
+    def _collect(self) -> None:
+        """What runs had on nodes that have ended is free when nothing of them is left there."""
+        ledger, live = self._lending.ledger, {run.name for run in self.live()}
+        for run in set(ledger.runs()) - live:
+            for place in ledger.places(run):
+                if place != HERE and self._hosts.is_rid_of(run, place):
+                    ledger.let_go(run, place)
 
     def find(self, name: str) -> ServedRun | LentPool:
         """The run of that name.  Raises UsageError."""

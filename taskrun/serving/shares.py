@@ -1,8 +1,9 @@
 """Who gets how many of the slots: a pure function of what there is and who wants it.
 
 Slots go to those that have work for them, in equal parts, but for one slot; what nobody has
-work for goes to all in equal parts, so that it is there when work comes.  A run keeps the
-places that it has, as far as it may: to move costs it workers.
+work for goes to all in equal parts, so that it is there when work comes.  A run has its slots
+where it needs them, for the resources there, and else keeps the places that it has, as far as
+it may: to move costs it workers.
 """
 
 from __future__ import annotations
@@ -20,23 +21,38 @@ class Wish(NamedTuple):
     most: int | None = None
     wants: int | None = None
 
+    def without(self, idle: int) -> Wish:
+        """It has no work for these, after all."""
+        return self if self.wants is None else self._replace(wants=max(0, self.wants - idle))
 
-def deal(places: Mapping[str, int], runs: Mapping[str, Wish], before: Shares) -> Shares:
+
+def deal(
+    places: Mapping[str, int],
+    runs: Mapping[str, Wish],
+    before: Shares,
+    pins: Shares | None = None,
+) -> Shares:
     """run -> place -> slots; places where a run has none are left out.
 
     ``places``: slots by place.  ``runs``: in order of arrival, the first are served first.
-    ``before``: who has what.
+    ``before``: who has what.  ``pins``: where runs need some in any case, no more than there
+    are.
     """
-    left = sum(places.values())
+    pins = pins or {}
+    return _place(places, numbers(sum(places.values()), runs, pins), before, pins)
+
+
+def numbers(left: int, runs: Mapping[str, Wish], pins: Shares) -> dict[str, int]:
+    """How many of ``left`` slots each run gets."""
     most = {run: left if wish.most is None else wish.most for run, wish in runs.items()}
     wanted = {
         run: most[run] if wish.wants is None else min(most[run], wish.wants)
         for run, wish in runs.items()
     }
-    have = dict.fromkeys(runs, 0)
-    left = _fill(have, wanted, left)
-    _fill(have, most, left)
-    return _place(places, have, before)
+    have = {run: sum(pins.get(run, {}).values()) for run in runs}
+    left -= sum(have.values())
+    _fill(have, most, _fill(have, wanted, left))
+    return have
 
 
 def _fill(have: dict[str, int], most: Mapping[str, int], left: int) -> int:
@@ -54,17 +70,22 @@ def _fill(have: dict[str, int], most: Mapping[str, int], left: int) -> int:
     return left
 
 
-def _place(places: Mapping[str, int], numbers: Mapping[str, int], before: Shares) -> Shares:
+def _place(
+    places: Mapping[str, int], numbers: Mapping[str, int], before: Shares, pins: Shares
+) -> Shares:
     """Which slots those are: so many for each run."""
-    free = dict(places)
+    free = {place: slots - sum(of.get(place, 0) for of in pins.values())
+            for place, slots in places.items()}  # fmt: skip
     dealt: Shares = {}
     for run, number in numbers.items():
-        had = before.get(run, {})
-        room = {place: min(had[place], free[place]) for place in free if place in had}
-        kept = dict.fromkeys(room, 0)
-        _fill(kept, room, number)
-        for place, slots in kept.items():
+        had, kept = before.get(run, {}), dict(pins.get(run, {}))
+        room = {place: min(had[place] - kept.get(place, 0), free[place])
+                for place in free if place in had}  # fmt: skip
+        others = dict.fromkeys(room, 0)
+        _fill(others, room, number - sum(kept.values()))
+        for place, slots in others.items():
             free[place] -= slots
+            kept[place] = kept.get(place, 0) + slots
         dealt[run] = kept
     missing = {run: number - sum(dealt[run].values()) for run, number in numbers.items()}
     for place, slots in free.items():
