@@ -473,7 +473,7 @@ def test_what_goes_wrong_as_a_run_ends_is_told_and_costs_no_other(
     service: Any = SimpleNamespace(roles={}, authkey=KEY.encode())
     runs: Any = {"r1": SimpleNamespace(look=fail), "r2": SimpleNamespace(look=look)}
     reactor = Reactor()
-    server = Server(reactor, 1, lambda *what, **more: service, print, 15.0)
+    server = Server(reactor, 1, {}, lambda *what, **more: service, print, 15.0)
     server.runs = runs
     server._reap()
     reactor.close()
