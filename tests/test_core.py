@@ -407,7 +407,7 @@ def test_a_cancelled_call_in_a_workers_queue_never_begins() -> None:
     quick = a_task("quick", {"n": each(list(range(200)))})
     does = {"quick": by_index({20: (Run(1.0),)}, (Run(0.001), Value()))}
     sim = Simulation([quick], does, slots=1, flushes=0.0)
-    sim.run(until=0.5)
+    sim.run(until=0.08)
     queued = next(call for call in reversed(sim.calls("quick")) if call.state == "running")
     sim.post(m.CancelCalls((queued.id,)))
     sim.run()

@@ -281,12 +281,25 @@ def test_a_worker_that_is_silent_for_long_is_asked_what_it_does() -> None:
     sim = Simulation([work], {"work": by_index({50: (Run(5.0), Value())}, QUICK)},
                      slots=1, flushes=0.0)  # fmt: skip
     sim.run(until=2.0)
-    assert m.Reclaim(1, 0) in sim.of(m.Reclaim)
+    assert sim.of(m.Reclaim)
     running = sim.call("work[50]")
     assert running.began is not None
     # What ended before it is known, though the batch is not over.
     assert sim.calls("work")[49].state == "ok"
+    # And what comes after it waits in no queue of a worker.
+    assert sim.calls("work")[51].state == "ready"
     sim.run()
+
+
+def test_what_waits_behind_a_long_call_is_next_although_nobody_is_idle() -> None:
+    work = many("work", 1000)
+    does = {"work": by_index({50: (Run(5.0), Value()), 51: (Run(2.0), Value())},
+                             (Run(0.005), Value()))}  # fmt: skip
+    sim = Simulation([work], does, slots=2)
+    sim.run()
+    ((first,), (second,)) = sim.began("work[50]"), sim.began("work[51]")
+    assert second - first < 0.2 and sim.ended("work[51]") < sim.ended("work[50]")
+    assert max(sim.ended(call.name) for call in sim.calls("work")) < 6.1  # of 6.0 at best
 
 
 def test_a_silent_worker_with_a_single_call_is_left_alone() -> None:

@@ -34,7 +34,7 @@ BATCH_SECONDS = 0.004  # how much work a worker is given in advance
 BATCH_CALLS = 1024
 LONG = 0.05  # calls longer than this are not sent in advance: a round trip is < 1 % of them
 SILENT = 0.002  # a worker silent for so long gives calls back when another is idle
-OVERDUE = 0.1  # ... and says in any case what it is doing: people want to know
+OVERDUE = 0.1  # ... and in any case, and says what it is doing: people want to know
 HOSTS = 64  # workers, or as many as the others if these are more, for calls that wait outside
 SEARCH = 10_000  # calls looked at to find one that a waiting worker can run itself
 
@@ -443,13 +443,14 @@ class Placement:
 
     def _check(self, worker: Worker, now: float) -> None:
         """A batch should be over by now: which of its calls takes longer than expected, and
-        has something ended before it that is not told yet?"""
+        has something ended before it that is not told yet?  What waits behind it does so no
+        longer: those that were to come first may be the long ones."""
         worker.checked = False
         if self.workers.get(worker.id) is not worker or worker.ahead < 1:
             return
         due = worker.heard + OVERDUE
         if due <= now:
-            self.reclaim(worker, 0)
+            self.reclaim(worker, worker.ahead)
         else:
             self._check_later(worker, due)
 
