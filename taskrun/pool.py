@@ -621,7 +621,8 @@ def wait_at_exit(driver: Driver) -> None:
 
 
 def _wait_for_calls() -> None:
-    # Of the standard library's workers a Ctrl-C ends the calls; of ours it does not.
+    # Of the standard library's workers a Ctrl-C ends the calls; of ours it does not.  (In a child
+    # of multiprocessing nobody knows of it from Python 3.13 on: there another one ends the wait.)
     if KeyboardInterrupt in (getattr(sys, "last_type", None), sys.exc_info()[0]):
         return
     for driver in living(_drivers):
