@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import operator
 import os
 import pickle
@@ -231,7 +232,11 @@ def test_a_reply_that_cannot_be_pickled_is_told() -> None:
         assert "in fail" in caught.value.__notes__[0]
 
 
-def test_an_exception_that_takes_no_note_is_raised_without_one() -> None:
+def test_an_exception_that_takes_no_note_is_raised_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Where distributed was imported, tblib pickles all exceptions, and sets attributes then.
+    monkeypatch.delitem(copyreg.dispatch_table, TakesNoAttributes, raising=False)
     with running(registry=StrangeManager._registry) as server:
         strange = server.client(StrangeManager).Strange()
         for _ in range(2):  # the connection goes on
