@@ -81,12 +81,18 @@ def gone() -> int:
     return process.pid
 
 
-def test_the_next_run_removes_the_sockets_of_those_that_were_killed_and_no_others(
-    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def made_in(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this user's sockets, made there."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
     folder = Path(addresses.runtime_folder())
     folder.mkdir(mode=0o700)
+    return folder
+
+
+def test_the_next_run_removes_the_sockets_of_those_that_were_killed_and_no_others(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made_in(socket_folder, monkeypatch)
     dead, here = gone(), os.getpid()
     left = [f"run-{dead}.sock", f"run-{dead}-1.sock", f"serve-{dead}-r2.sock"]
     others = [f"serve-{here}-r1.sock", "mine.sock", f"run-{dead}.txt"]
@@ -100,9 +106,7 @@ def test_the_next_run_removes_the_sockets_of_those_that_were_killed_and_no_other
 def test_looking_for_live_runs_leaves_one_that_is_about_to_listen_its_socket(
     socket_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
-    folder = Path(addresses.runtime_folder())
-    folder.mkdir(mode=0o700)
+    folder = made_in(socket_folder, monkeypatch)
     starting, dead = folder / f"run-{os.getpid()}.sock", folder / f"run-{gone()}.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(dead))

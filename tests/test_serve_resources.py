@@ -102,17 +102,22 @@ def await_held(site: Site, who: str) -> None:
     wait_until((site.folder / f"held-{who}").exists)
 
 
+def serve_with_a_gpu(site: Site, where: str) -> None:
+    """Two slots and one GPU, on the server's machine or on a node."""
+    if where == "here":
+        site.serve(2, "--resource", "gpu=1")
+    else:
+        site.serve(0)
+        join(site, 1, "-j", "2")
+
+
 def let_go(site: Site, who: str) -> None:
     (site.folder / f"let-{who}").touch()
 
 
 @pytest.mark.parametrize("where", ["here", "on a node"])
 def test_two_runs_take_turns_at_one_gpu_and_never_have_it_at_once(site: Site, where: str) -> None:
-    if where == "here":
-        site.serve(2, "--resource", "gpu=1")
-    else:
-        site.serve(0)
-        join(site, 1, "-j", "2")
+    serve_with_a_gpu(site, where)
     end(site, *[submit(site, who, MANY) for who in "ab"])
     found = notes(site)
     assert len(found) == 500
@@ -159,11 +164,7 @@ def test_explain_says_what_a_run_waits_for_that_others_have(site: Site) -> None:
 
 @pytest.mark.parametrize("where", ["here", "on a node"])
 def test_what_a_killed_run_had_comes_back(site: Site, where: str) -> None:
-    if where == "here":
-        site.serve(2, "--resource", "gpu=1")
-    else:
-        site.serve(0)
-        join(site, 1, "-j", "2")
+    serve_with_a_gpu(site, where)
     first = submit(site, "a", HOLDS)
     await_held(site, "a")
     second = submit(site, "b", QUICK)
