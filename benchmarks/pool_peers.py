@@ -79,7 +79,7 @@ class Peer:
 
 
 class Multiprocessing(Peer):
-    name, module, size = "multiprocessing.Pool", "multiprocessing.pool", 12_000
+    name, module, size = "multiprocessing.Pool", "multiprocessing.pool", 60_000
 
     def open(self) -> None:
         self.pool: Any = self.context.Pool(WORKERS)

@@ -36,7 +36,7 @@ from taskrun.pool import Pool, wait_at_exit
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.looping import FOREIGN
 from taskrun.pooling.remote import Submit, SubmitAny
-from taskrun.pooling.results import decoded, exception_of, raw_of, report
+from taskrun.pooling.results import Raw, decoded, exception_of, raw_of, report
 
 __all__ = ["Executor"]
 
@@ -131,11 +131,11 @@ class _FutureJob:
         self._end(raw_of(call))
 
     def failed(self, error: BaseException) -> None:
-        self._end((error, True))
+        self._end(Raw((error, True)))
 
-    def _end(self, raw: tuple[Any, bool]) -> None:
+    def _end(self, raw: Raw) -> None:
         assert self.future._driver is not None
-        self.raw: tuple[Any, bool] | None = raw
+        self.raw: Raw | None = raw
         self.future._driver.loop.call_back(self._settle)
 
     def _settle(self) -> None:

@@ -225,14 +225,13 @@ def dumps(record: Any) -> bytes:
     return pickle.dumps(record, _PROTOCOL)[2:-1]
 
 
-def parse(data: bytes | memoryview) -> list[tuple[Any, ...]]:
-    """The records in a pickle of them.  Raises WireError where it is malformed."""
+def parse(data: bytes | memoryview) -> list[Any]:
+    """The records, and items of bunches, in a pickle.  Raises WireError where it is malformed."""
     try:
         records: list[tuple[Any, ...]] = pickle.loads(data)
-        sound = type(records) is list and () not in records
     except Exception as error:
         raise WireError(f"a worker sent what is no record: {error!r}") from error
-    if not sound:
+    if type(records) is not list:
         raise WireError("a worker sent what is no record")
     return records
 

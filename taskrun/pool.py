@@ -34,6 +34,7 @@ from taskrun.pooling.results import (
     AsyncResult,
     Callback,
     MapResult,
+    Raw,
     Singles,
     exception_of,
 )
@@ -178,7 +179,7 @@ class Pool(standard.Pool):
         """``func(*args, **kwds)``."""
         if self._state is not RUN or self._forks != _forks:
             self._check_running()
-        result = AsyncResult(self, self._driver, None, None)
+        result = AsyncResult(self, None, None)
         if not (is_small(func, args, kwds, timeout, retries) and self._direct(result, func, args)):
             self._apply(result, func, args, kwds, timeout, retries, waits=True)
         return result.get()
@@ -204,16 +205,15 @@ class Pool(standard.Pool):
         """The same, without waiting for it."""
         if self._state is not RUN or self._forks != _forks:
             self._check_running()
-        driver = self._driver
-        result = AsyncResult(self, driver, callback, error_callback)
+        result = AsyncResult(self, callback, error_callback)
         small = is_small(func, args, kwds, timeout, retries)
         if small and (recipe := self._recipes.by_name.get(func)) is not None:
             direct = callback is None and error_callback is None
-            if not (direct and driver.submit_direct(recipe, args, self._singles, result)):
-                result._recipe = recipe
+            if not (direct and self._driver.submit_direct(recipe, args, self._singles, result)):
+                result._where = recipe
                 plain: Any = args
-                result._args = plain[0] if len(plain) == 1 else plain
-                driver.submit_entry(result)
+                result._value = plain[0] if len(plain) == 1 else plain
+                self._driver.submit_entry(result)
         else:
             self._apply(result, func, args, kwds, timeout, retries)
         return result
@@ -338,12 +338,12 @@ class Pool(standard.Pool):
             failed = error  # as in the standard library, the result tells it
         # Not what len() promises: chunks that do not come would be waited for for ever.
         chunks = len(blobs) if failed is None else 1
-        result = MapResult(self, self._driver, callback, error_callback, chunks)
+        result = MapResult(self, callback, error_callback, chunks)
         result.held = before
         if progress:
             result._advance = _bar(sum(count for _, count in blobs))
         if failed is not None:
-            result.part_ended(result.chunk(0, 0), (failed, True))
+            result.part_ended(result.chunk(0, 0), Raw((failed, True)))
         elif not blobs:
             result.start()
         for number, (blob, count) in enumerate(blobs):

@@ -54,7 +54,7 @@ def test_calls_that_become_long_soon_travel_alone() -> None:
 
 class _Token:
     def __init__(self, recipe: Recipe, args: Any) -> None:
-        self._recipe, self._args = recipe, args
+        self._where, self._value = recipe, args
         self.call: int | None = None
         self.told: list[BaseException] = []
 

@@ -298,7 +298,7 @@ def test_an_imap_that_could_not_begin_reads_no_more(pool: Pool) -> None:
 
 
 def test_all_who_are_about_to_wait_for_a_result_wait_for_the_same(pool: Pool) -> None:
-    result = AsyncResult(pool, pool._driver, None, None)
+    result = AsyncResult(pool, None, None)
     events: list[Flag] = []
 
     def wait() -> None:

@@ -116,6 +116,8 @@ class Records:
                 self._stop_escalating(source, call.id)
 
     def _take(self, source: Source, records: list[tuple[Any, ...]]) -> None:
+        if () in records:
+            raise WireError("a worker sent what is no record")
         reports: list[tuple[Any, ...]] = []
         ended, assigned = m.ENDED, source.assigned
         row: m.Submitted | None = None

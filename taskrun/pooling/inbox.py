@@ -18,7 +18,8 @@ from taskrun.model import Failure, Recipe
 
 BUNCH_SECONDS: Final = 0.001  # how much work is in a bunch ...
 BUNCH_ITEMS: Final = 512  # ... and at most how many calls
-RECENT: Final = 5  # bunches of which it is known how long their items took
+RECENT: Final = 5  # bunches of which it is known how long their items took ...
+ASKED: Final = 64  # ... and of each, so many items
 
 
 class Job(Protocol):
@@ -61,10 +62,11 @@ class Row(NamedTuple):
 
 
 class Single(Protocol):
-    """A token that has its recipe and arguments with it, and so needs no entry."""
+    """A token that has its recipe and arguments with it, and so needs no entry: in the places
+    of where it will have been executed and what comes of it."""
 
-    _recipe: Any
-    _args: Any
+    _where: Any
+    _value: Any
 
 
 Entry = tuple[Recipe, Any, Owner | None, Any]
@@ -94,7 +96,7 @@ class Inbox:
     def _parts(self, entry: Any) -> Entry:
         if type(entry) is tuple:
             return entry
-        return entry._recipe, entry._args, self.singles, entry
+        return entry._where, entry._value, self.singles, entry
 
     def tokens(self) -> list[Any]:
         """The jobs and tokens of all that wait."""
@@ -141,7 +143,7 @@ class Inbox:
             if not entries:
                 continue
             if owner is self.singles:
-                bunches.append(Bunch(owner, entries, [entry._args for entry in entries]))
+                bunches.append(Bunch(owner, entries, [entry._value for entry in entries]))
             else:
                 _, items, _, tokens = zip(*entries, strict=True)
                 bunches.append(Bunch(owner, tokens, items))
@@ -152,7 +154,7 @@ class Inbox:
         count = 0
         if owner is self.singles:
             for entry in entries:
-                if type(entry) is tuple or entry._recipe is not recipe:
+                if type(entry) is tuple or entry._where is not recipe:
                     break
                 count += 1
         else:
@@ -180,6 +182,7 @@ class Inbox:
         """So long took items of a recipe, each."""
         # Without the longest of them, and of what was found last the middle: an item that had
         # to wait for its core says nothing of the next ones, but many long ones do.
+        seconds = seconds[:ASKED]
         count = max(1, len(seconds) - 1)
         recent = self._recent.setdefault(recipe.id, deque(maxlen=RECENT))
         recent.append((sum(seconds) - max(seconds)) / count if len(seconds) > 1 else seconds[0])

@@ -36,7 +36,7 @@ class _Item:
         self.owner.item_ended(self, raw_of(call))
 
     def failed(self, error: BaseException) -> None:
-        self.owner.item_ended(self, (error, True))
+        self.owner.item_ended(self, Raw((error, True)))
 
 
 class IMapIterator(Waitable, _Base):
@@ -69,7 +69,7 @@ class IMapIterator(Waitable, _Base):
         self._taken = 0  # calls that were submitted
         self._over = 0  # those that are not under way any more
         self._room = Flag()
-        self._came: deque[Any] = deque()  # encoded values, and (error, True)
+        self._came: deque[Any] = deque()  # encoded values, and Raws
         self._values: deque[Any] = deque()  # the rest of a chunk
         self._length: int | None = None
         self._given = 0
@@ -104,7 +104,7 @@ class IMapIterator(Waitable, _Base):
                 self._make_room(1)
             if type(raw) is int and not self._chunked:
                 return raw
-            success, value = decoded(raw if type(raw) is tuple else (raw, type(raw) is Failure))
+            success, value = decoded(raw if type(raw) is Raw else Raw((raw, type(raw) is Failure)))
             del raw
             if not success:
                 raise value
@@ -137,7 +137,7 @@ class IMapIterator(Waitable, _Base):
 
     def items_failed(self, tokens: Sequence[int], error: BaseException | Failure) -> None:
         """See ``inbox.Owner``."""
-        self._have_ended(tokens, [(error, True)] * len(tokens))
+        self._have_ended(tokens, [Raw((error, True))] * len(tokens))
 
     def is_withdrawn(self, token: int) -> bool:
         """See ``inbox.Owner``."""
@@ -186,7 +186,7 @@ class IMapIterator(Waitable, _Base):
         """On the loop: so many items were submitted, and then ``error`` was raised, if any."""
         if error is not None:
             self._ended += 1
-            self._arrive([count], [(error, True)])
+            self._arrive([count], [Raw((error, True))])
             count += 1
         self._length = count
         if self._ended == count:

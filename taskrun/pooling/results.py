@@ -50,17 +50,20 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-Raw = tuple[Any, bool]
-"""What came of a call, not decoded: a value, or a Failure or an exception of ours, and whether
-it is one of these."""
+class Raw(tuple[Any, bool]):
+    """What came of a call, not decoded: a value, or a Failure or an exception of ours, and
+    whether it is one of these.  No user's value is one, so it may be where a value will be."""
+
+    __slots__ = ()
 
 
 def raw_of(call: Any) -> Raw:
     """What came of a call that has ended; the call itself lets go of it."""
     if call.state is OK:
         value, call.value = call.value, None
-        return (pickle.loads(value) if type(value) is bytes else value), False  # a pickle in it
-    return call.ended_as(), True
+        value = pickle.loads(value) if type(value) is bytes else value  # a pickle in it
+        return Raw((value, False))
+    return Raw((call.ended_as(), True))
 
 
 def decoded(raw: Raw) -> tuple[bool, Any]:
@@ -105,20 +108,16 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
     # Slots: see Waitable.  There may be very many results, and the collector looks at each of
     # them, and of their attributes, again and again.  The base has a dict, for users'.
     __slots__ = (
-        "_args", "_callback", "_driver", "_error_callback", "_place", "_pool", "_raw", "_recipe",
-        "_success", "_value", "_where", "call",
+        "_callback", "_error_callback", "_place", "_pool", "_success", "_value", "_where", "call",
     )  # fmt: skip
 
-    def __init__(self, pool: Any, driver: Driver, callback: Callback, on_error: Callback) -> None:
+    def __init__(self, pool: Any, callback: Callback, on_error: Callback) -> None:
         self.event = None
-        self._recipe: Recipe | None = None
-        self._args: Any = None
         self.call: int | None = None
-        self._raw: Raw | None = None
         self._success: bool | None = None  # once it is decoded, as ``_value`` then is
-        self._where: Row | m.AttemptEnded | None = None
+        self._value: Any = None  # first its arguments (see ``inbox.Single``), then a Raw
+        self._where: Recipe | Row | m.AttemptEnded | None = None
         self._pool = pool  # lives as long as somebody waits for it; None: the call has ended
-        self._driver = driver
         self._callback = callback
         self._error_callback = on_error
 
@@ -136,12 +135,12 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the call has ended, or ``timeout`` seconds are over."""
-        if self._pool is not None:
-            self._driver.loop.wait(self, timeout)
+        if (pool := self._pool) is not None:
+            pool._driver.loop.wait(self, timeout)
 
     def get(self, timeout: float | None = None) -> Any:
         """The value; raises what the call raised, or TimeoutError."""
-        if self._pool is not None and not self._driver.loop.wait(self, timeout):
+        if (pool := self._pool) is not None and not pool._driver.loop.wait(self, timeout):
             raise TimeoutError
         success, value = self._decoded()
         if success:
@@ -154,18 +153,19 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
     def cancel(self) -> bool:
         """End the call, also while it runs; ``get()`` raises CallCancelled then.  False
         where it has ended already."""
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             return False
-        self._driver.cancel(self._jobs)
+        pool._driver.cancel(self._jobs)
         return True
 
     @property
     def outcome(self) -> Outcome | None:
         """Where and how the call was executed; None as long as it has not ended."""
         where = self._where
-        if where is None:
+        if where is None or isinstance(where, Recipe):
             return None
-        if not isinstance(where, Row):
+        if isinstance(where, m.AttemptEnded):
             worker = "" if where.worker is None else f"w{where.worker}"
             return Outcome(worker, self._place, where.attempt, where.began, where.seconds)
         seconds, place = where.seconds, self._place or 0
@@ -191,7 +191,7 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
 
     def failed(self, error: BaseException) -> None:
         """See ``inbox.Job``."""
-        self._set((error, True))
+        self._set(Raw((error, True)))
 
     def _was(self, where: Row | m.AttemptEnded | None, place: int | None) -> None:
         """It was executed there: as the item of a row that has that place, or alone in the
@@ -200,33 +200,44 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
         self._place = place
 
     def _set(self, raw: Raw) -> None:
-        self._raw = raw
+        self._value = raw
         if self._callback is None and self._error_callback is None:
             self._settle()
         else:
-            self._driver.loop.call_back(self._call_back)
+            self._pool._driver.loop.call_back(self._call_back)
 
     def _call_back(self) -> None:
-        _call_back_each([self])
+        """Tell the user, and whoever waits."""
+        if self._success is None:
+            self._decoded()
+        callback = self._callback if self._success else self._error_callback
+        try:
+            if callback is not None:
+                callback(self._value)
+        except BaseException as error:
+            # As in the standard library from 3.16 on; but somebody is to see it in any case.
+            self._value, self._success = error, False
+            report(error)
+        finally:
+            self._settle()
 
     def _settle(self) -> None:
-        self._args = self._callback = self._error_callback = self._pool = None
+        self._callback = self._error_callback = self._pool = None
         if self.event is not None:
             self.event.set()
 
     def _decoded(self) -> tuple[bool, Any]:
         while self._success is None:
-            raw = self._raw
-            if raw is None:
-                continue  # another thread has decoded it just now
-            self._decide(self._decode(raw))
-            self._raw = None
+            raw = self._value
+            self._decide(self._decode(raw) if type(raw) is Raw else _decided.get(id(self)))
         return bool(self._success), self._value
 
-    def _decide(self, decoded: tuple[bool, Any]) -> None:
+    def _decide(self, decoded: tuple[bool, Any] | None) -> None:
         """Several threads may have decoded it at the same time: all of them get what the first
         one did.  No lock: a signal handler may come in between, and wait for another thread
-        that asks for it."""
+        that asks for it.  None: another one has decided that just now."""
+        if decoded is None:
+            return
         try:
             success, value = _decided.setdefault(id(self), decoded)
             if self._success is None:
@@ -254,7 +265,7 @@ class Singles:
                 result._value = value  # nothing is to be decoded
                 result._success = True
             else:
-                result._raw = value, type(value) is Failure
+                result._value = Raw((value, type(value) is Failure))
             result._where = row
             result._place = place
             if result._callback is None and result._error_callback is None:
@@ -267,7 +278,7 @@ class Singles:
     def items_failed(self, tokens: Sequence[AsyncResult], error: BaseException | Failure) -> None:
         """They get the error."""
         for result in tokens:
-            result._set((error, True))
+            result._set(Raw((error, True)))
 
     def is_withdrawn(self, token: AsyncResult) -> bool:
         """See ``inbox.Owner``."""
@@ -276,27 +287,15 @@ class Singles:
 
 def _call_back_each(results: list[AsyncResult]) -> None:
     for result in results:
-        if result._success is None:
-            result._decoded()
-        callback = result._callback if result._success else result._error_callback
-        try:
-            if callback is not None:
-                callback(result._value)
-        except BaseException as error:
-            # As in the standard library from 3.16 on; but somebody is to see it in any case.
-            result._value, result._success = error, False
-            report(error)
-        finally:
-            result._settle()
+        result._call_back()
 
 
 class MapResult(AsyncResult, standard.MapResult[Any]):
     """What ``map_async`` gives: all the values, or the first error."""
 
-    def __init__(
-        self, pool: Any, driver: Driver, callback: Callback, on_error: Callback, chunks: int
-    ) -> None:
-        super().__init__(pool, driver, callback, on_error)
+    def __init__(self, pool: Any, callback: Callback, on_error: Callback, chunks: int) -> None:
+        super().__init__(pool, callback, on_error)
+        self._error: Raw | None = None  # the first
         self._left = chunks
         self._parts: list[Any] = [None] * chunks
         self._chunks: list[_Chunk] = []
@@ -305,7 +304,7 @@ class MapResult(AsyncResult, standard.MapResult[Any]):
 
     def start(self) -> None:
         """There are no chunks: there is nothing to do."""
-        self._set(([], False))
+        self._set(Raw(([], False)))
 
     def chunk(self, number: int, size: int) -> _Chunk:
         """The job of one chunk of so many items."""
@@ -318,18 +317,17 @@ class MapResult(AsyncResult, standard.MapResult[Any]):
 
     def part_ended(self, chunk: _Chunk, raw: Raw) -> None:
         """One of the chunks has ended."""
-        if raw[1] and self._success is None and self._raw is None:
-            self._raw = raw  # the first error is the map's
+        if raw[1] and self._error is None:
+            self._error = raw  # the map's
         self._parts[chunk.number] = raw[0]
         self._left -= 1
         if self._advance is not None:
             advance, size = self._advance, chunk.size
-            self._driver.loop.call_back(lambda: advance(size))
+            self._pool._driver.loop.call_back(lambda: advance(size))
         if not self._left:
             self._chunks.clear()
             self.held = None
-            failed = self._raw
-            self._set(failed or (self._parts, False))
+            self._set(self._error or Raw((self._parts, False)))
             self._parts = []
 
     def _decode(self, raw: Raw) -> tuple[bool, Any]:
@@ -339,7 +337,7 @@ class MapResult(AsyncResult, standard.MapResult[Any]):
         parts = raw[0]
         for number, part in enumerate(parts):
             if type(part) is not list:  # as none is that is not decoded
-                success, part = decoded((part, False))
+                success, part = decoded(Raw((part, False)))
                 if not success:
                     return False, part
                 parts[number] = part  # nothing is kept twice, and another thread may be at it
@@ -363,7 +361,7 @@ class _Chunk:
         self.result.part_ended(self, raw_of(call))
 
     def failed(self, error: BaseException) -> None:
-        self.result.part_ended(self, (error, True))
+        self.result.part_ended(self, Raw((error, True)))
 
 
 def report(error: BaseException) -> None:
