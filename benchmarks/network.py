@@ -51,7 +51,11 @@ import time
 from taskrun import each, result, task
 
 @task
-def numbers():
+def warm(number=each(range(100))):  # as the Pool is: both workers are there when it is over
+    time.sleep(0.001)
+
+@task
+def numbers(warmed=result(warm)):
     print("began", time.time())
     return list(range({calls}))
 

@@ -102,7 +102,6 @@ class Books:
         self._random = random.Random(seed)
         self._live = 0  # calls that have not ended
         self._feeding = open_feed
-        self._grows = False  # whether more calls of large fan-outs are about to be made
         self._ordinals: dict[int, int] = {}
         self._idle_deaths: deque[float] = deque()
         self._yielded: dict[int, int] = {}  # how many items the current attempts have delivered

@@ -99,7 +99,11 @@ class Scheduler(Bunches):
 
     def deadline(self) -> float | None:
         """When the next Tick is due, if no event comes before."""
-        return None if self.over else self._timers.next()
+        if self.over:
+            return None
+        if self.graph.growing:
+            return self._now  # next, but others have their turn before
+        return self._timers.next()
 
     def _settle(self) -> list[m.Command]:
         self._follow()
@@ -110,16 +114,9 @@ class Scheduler(Bunches):
             self._follow()
         if not (self.over or self._live or self._feeding or self.graph.growing):
             self._finish()
-        if self.graph.growing and not self._grows:
-            self._grows = True
-            self._timers.at(self._now, self._grow)  # next, but others have their turn before
         out = self._out[:]
         self._out.clear()
         return out
-
-    def _grow(self) -> None:
-        self._grows = False
-        self.graph.grow()
 
     def _schedule(self) -> bool:
         """Assign what can be assigned; False where a call cannot start, and was failed."""
@@ -379,7 +376,8 @@ class Scheduler(Bunches):
         self._finish()
 
     def on_tick(self, event: m.Tick) -> None:
-        """Time has passed; timers fire in :meth:`_settle`."""
+        """Time has passed: large fan-outs grow; timers fire in :meth:`_settle`."""
+        self.graph.grow()
 
     def _stop(self, reason: str, *, interrupt: bool) -> None:
         """Start nothing more but teardown; take back what has not begun."""

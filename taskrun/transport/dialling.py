@@ -23,7 +23,7 @@ from taskrun.transport import proof
 from taskrun.transport.gate import acknowledge, prepare
 from taskrun.transport.peer import Peer
 from taskrun.transport.proof import Asking
-from taskrun.wire import Decoder, header
+from taskrun.wire import READ_SIZE, Decoder, header
 
 if TYPE_CHECKING:
     import ssl
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from taskrun.transport.tls import Certificates, Secured
 
 DIAL_TIMEOUT: Final = 10.0  # seconds
-_READ: Final = 256 * 1024
 _JOINED: Final = 64 * 1024  # shorter parts are copied into one write
 _AGAIN: Final = 0.01  # seconds until one asks for a place in a full queue again
 
@@ -265,7 +264,7 @@ class Dialling:
         assert self._socket is not None and self._asking is not None
         try:
             acknowledge(self._socket)
-            data = self._socket.recv(_READ)
+            data = self._socket.recv(READ_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -475,7 +474,7 @@ class Wire:
         """What is there; with TLS, that may be nothing yet."""
         self._socket.setblocking(False)
         try:
-            data = self._socket.recv(_READ)
+            data = self._socket.recv(READ_SIZE)
         except BlockingIOError:
             return
         except ConnectionError:

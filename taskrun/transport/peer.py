@@ -12,12 +12,11 @@ from typing import Final
 
 from taskrun.errors import WireError
 from taskrun.reactor import Reactor
-from taskrun.wire import Decoder, header
+from taskrun.wire import READ_SIZE, Decoder, header
 
 OnFrame = Callable[[memoryview], object]
 OnEnd = Callable[[str], object]
 
-_READ: Final = 256 * 1024
 _CHUNK: Final = 64 * 1024  # bytes that are joined into one write; longer parts are not copied
 _AT_ONCE: Final = 1024 * 1024  # bytes written in one turn of the loop: others wait, too
 _PATIENCE: Final = 5.0  # seconds for the other end to take the last words
@@ -114,7 +113,7 @@ class Peer:
             return
         try:
             # With TLS this takes the whole of a record: what it left would not be seen.
-            data = self._socket.recv(_READ)
+            data = self._socket.recv(READ_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:

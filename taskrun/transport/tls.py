@@ -20,6 +20,7 @@ from taskrun.transport.proof import USE_TLS
 
 _LENGTH: Final = 4  # bytes, before a message
 _MOST_TOLD: Final = _LENGTH + len(USE_TLS)
+_RECORD: Final = 16 * 1024  # bytes, the most that one read gives
 _PIECE: Final = 64 * 1024  # bytes of one write
 _PEM_END: Final = "-----END CERTIFICATE-----"
 
@@ -168,7 +169,7 @@ class Secured(ssl.SSLSocket):
         if flags:
             return self._look(buflen, flags)
         try:
-            return super().recv(buflen)
+            return super().recv(min(buflen, _RECORD))  # see wire.READ_SIZE
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
 
