@@ -136,6 +136,10 @@ def even_ideal(size: int) -> Sample:
     return expect(script("even_ideal", CALLS=size, STEPS=steps()), size * steps())
 
 
+def even_pool(size: int) -> Sample:
+    return expect(script("even_pool", CALLS=size, STEPS=steps()), size * steps())
+
+
 def greedy_list_scheduling(calls: Sequence[float], workers: int = 2) -> float:
     """The makespan when each call, in order, goes to the worker that is free first."""
     free_at = [0.0] * workers
@@ -285,6 +289,12 @@ BENCHMARKS = (
         partial(rate, even_taskrun, 400),
         "two processes, half each", partial(rate, even_ideal, 400),
         0.97, at_least=True,
+    ),
+    Benchmark(
+        "even_pool", "the same calls", "calls/s",
+        partial(rate, even_taskrun, 400),
+        "Pool.imap_unordered(chunksize=1)", partial(rate, even_pool, 400),
+        1.0, at_least=True,
     ),
     Benchmark(
         "heavy", "200 sleeps with a heavy tail, makespan", "s",
