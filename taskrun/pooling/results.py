@@ -196,8 +196,8 @@ class AsyncResult(Waitable, standard.ApplyResult[Any]):
     def _was(self, where: Row | m.AttemptEnded | None, place: int | None) -> None:
         """It was executed there: as the item of a row that has that place, or alone in the
         process with that pid."""
+        self._place = place  # first: who sees where asks for it
         self._where = where
-        self._place = place
 
     def _set(self, raw: Raw) -> None:
         self._value = raw
@@ -266,8 +266,8 @@ class Singles:
                 result._success = True
             else:
                 result._value = Raw((value, type(value) is Failure))
-            result._where = row
             result._place = place
+            result._where = row
             if result._callback is None and result._error_callback is None:
                 result._settle()
             else:
