@@ -31,6 +31,7 @@ from taskrun.failures import class_name, decode_failure, encode_failure, guarded
 from taskrun.model import Encoded, Failure, Kept
 
 __all__ = [
+    "are_plain",
     "decode",
     "decode_failure",
     "dumps_arguments",
@@ -99,12 +100,10 @@ def encode_items(obj: Any) -> list[Held]:
             f"each() needs the items of a result, and this one, of type {class_name(type(obj))}, "
             "has none: return a list or another iterable"
         ) from error
-    if type(obj) is list and _are_plain(obj):
-        return [(item, ()) for item in items]
     return [encode(item) for item in items]
 
 
-def _are_plain(items: list[Any]) -> bool:
+def are_plain(items: list[Any]) -> bool:
     """Whether all of them surely travel as themselves: asked at once, since they are often
     very many."""
     kinds = set(map(type, items))

@@ -36,7 +36,7 @@ from taskrun.errors import (
 )
 from taskrun.messages import BEGAN, DROP_VALUE, ENDED, RENDER, STOPS, WANT_ITEMS
 from taskrun.model import Failure
-from taskrun.values import encode, encode_failure, encode_items
+from taskrun.values import are_plain, encode, encode_failure, encode_items
 from taskrun.workers import native
 from taskrun.workers.folder import Folder
 from taskrun.workers.items import Items, Later
@@ -417,7 +417,11 @@ class Executor:
             if type(value) in _CONTAINERS and self._encode(known, value)[1]:
                 return "held", self._encode(known, value), None
             value = str(value)
-        items = self._items(running, value) if flags & WANT_ITEMS else None
+        items = None
+        if flags & WANT_ITEMS:
+            if type(value) is list and running.items is None and are_plain(value):
+                return "value", None if flags & DROP_VALUE else encode(value)[0], value[:]
+            items = self._items(running, value)
         payload, keys = self._encode(known, value)
         if keys:
             return "held", (payload, keys), items
