@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import Runs, lines_of, started
+from harness import Running, Runs, lines_of, started
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,6 +21,12 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Runs]:
     yield from started(tmp_path)
+
+
+def template_of(running: Running) -> psutil.Process:
+    """The process that starts the workers."""
+    (template,) = [p for p, parent in running.parents().items() if parent == running.process.pid]
+    return template
 
 
 # -- workers that die -----------------------------------------------------------------
@@ -482,12 +488,7 @@ def test_shared_memory_of_a_worker_that_is_killed_ends_with_the_run(runs: Runs, 
     if way == "killed":
         running.signal(signal.SIGKILL)
     elif way == "template":
-        (template,) = [
-            process
-            for process, parent in running.parents().items()
-            if parent == running.process.pid
-        ]
-        template.kill()
+        template_of(running).kill()
     running.end()
     assert not made.exists()
 
@@ -612,9 +613,56 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
         """
     running = runs.start_exec(source, "-j2", "--output=raw")
     running.await_file(runs.folder / "begun")
-    (template,) = [p for p, parent in running.parents().items() if parent == running.process.pid]
-    template.kill()
+    template_of(running).kill()
     assert running.end().check().out == "[0, 1, 2, 3]\n"
+
+
+STOPPED_TEMPLATE = """
+@task(default=False)
+def helper(): return 5
+
+@task
+def work():
+    mark("begun")
+    while not os.path.exists("go on"): time.sleep(0.01)
+    print("helped", helper.submit().result())
+"""
+
+
+def test_a_template_that_is_stopped_goes_on_when_it_is_needed(runs: Runs) -> None:
+    running = runs.start_exec(STOPPED_TEMPLATE, "-j1")
+    running.await_file(runs.folder / "begun")
+    template_of(running).suspend()
+    (runs.folder / "go on").touch()
+    ended = running.end()
+    ended.check(0)
+    assert "helped 5" in ended.out
+
+
+def test_a_template_that_is_stopped_while_it_imports_the_file_goes_on(runs: Runs) -> None:
+    ended = runs.exec(
+        """
+        if os.path.exists("once"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        open("once", "w").close()
+
+        @task
+        def work(): print("worked")
+        """,
+    )
+    ended.check(0)
+    assert "worked" in ended.out
+
+
+def test_a_run_whose_processes_are_all_stopped_ends_at_the_first_signal(runs: Runs) -> None:
+    running = runs.start_exec(STOPPED_TEMPLATE, "-j1")
+    running.await_file(runs.folder / "begun")
+    for process in running.others():
+        process.suspend()
+    running.signal(signal.SIGTERM)
+    ended = running.end()
+    ended.check(143)
+    assert ended.seconds < 20
 
 
 def test_what_a_template_leaves_when_it_is_killed_ends_and_nothing_else(runs: Runs) -> None:

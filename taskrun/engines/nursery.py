@@ -18,6 +18,7 @@ from taskrun.wire import FrameReader, header
 from taskrun.workers.settings import LEASE, QUIT, SIGNAL, START, UP, Settings, python_command
 
 ON_THEIR_WAY: Final = 8  # workers asked for at a time: each takes descriptors meanwhile
+_PATIENCE: Final = 2.0  # seconds to wait for workers before it is woken, in case it was stopped
 
 _IN_ORDER: Final = "exited with status 0"
 
@@ -55,6 +56,7 @@ class Nursery:
         self._on_their_way: set[int] = set()
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
         self._is_up = False
+        self._waking = False  # whether it is woken in a while, if workers are still to come
         self._how = ""  # it ended, once that is known
         self.pid: int | None = None
         self._sock, theirs = socket.socketpair()
@@ -78,6 +80,7 @@ class Nursery:
         """Start these workers, as soon as the template is ready for them."""
         self._wanted.extend(workers)
         self._ask()
+        self._wake_later()
 
     def signal(self, worker: int, number: int, *, whole_session: bool = True) -> None:
         """Signal a worker, or all that is in its session."""
@@ -132,7 +135,25 @@ class Nursery:
                 self._on_their_way.add(worker)
                 self._send((START, birth), fds)
 
+    def _wake_later(self) -> None:
+        """What was asked for before it was stopped, or while it starts, is waited for, too."""
+        if self.busy and not self._waking:
+            self._waking = True
+            self._reactor.call_at(time.monotonic() + _PATIENCE, self._on_patience_over)
+
+    def _on_patience_over(self) -> None:
+        self._waking = False
+        self._wake()
+        self._wake_later()
+
+    def _wake(self) -> None:
+        """Have it go on if somebody has stopped it (SIGSTOP): nobody else starts workers, nor
+        ends what they have started."""
+        if self.pid is not None:
+            sessions.send([self.pid], signal.SIGCONT)
+
     def _send(self, message: Message, fds: list[int] | None = None) -> None:
+        self._wake()
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         self._outgoing.append((header(len(data)) + data, fds or []))
         if len(self._outgoing) == 1:
