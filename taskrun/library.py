@@ -14,6 +14,7 @@ from taskrun.lanes import check_lane_jobs
 from taskrun.loading import Loaded, gather, load
 from taskrun.model import Plan, Task
 from taskrun.observers import Observer
+from taskrun.parameters import capacity
 from taskrun.planning import make_plan
 from taskrun.reactor import Reactor
 from taskrun.settings import Settings, cores_here
@@ -25,7 +26,7 @@ def run(
     jobs: int | None = None,
     params: Mapping[str, Any] | None = None,
     policy: str = "stop",
-    resources: Mapping[str, float] | None = None,
+    resources: Mapping[str, float | str] | None = None,
     output: str = "line",
     inline: bool = False,
     state: str | os.PathLike[str] | None = None,
@@ -39,6 +40,7 @@ def run(
     it, ``run("tasks.py", "total")``; without names, what ``taskrun exec`` would run.
     ``jobs`` defaults to the cores.  ``params``: run parameters, by ``name`` or
     ``task.name``; not converted.  ``policy``: ``stop``, ``keep-going`` or ``fail-fast``.
+    ``resources``: what there is to be shared out, ``{"gpu": 2, "memory": "16G"}``.
     ``output``: ``line``, ``group``, ``raw`` or ``quiet``.  ``inline``: every call in this
     process.  ``state``: a file from which shared state is loaded, if it exists, and in which
     it is kept.  ``listen``: ``"HOST:PORT"``, where clients reach the shared state.
@@ -64,7 +66,7 @@ def run(
     settings = Settings(
         jobs=_jobs(jobs),
         policy=_one_of("policy", policy, ("stop", "keep-going", "fail-fast")),
-        resources=dict(resources or {}),
+        resources=_capacities(resources or {}),
         output=_one_of("output", output, ("line", "group", "raw", "quiet")),
         inline=inline,
         state=None if state is None else os.fspath(state),
@@ -93,6 +95,13 @@ def _jobs(jobs: int | None) -> int:
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"run(jobs=...) is a number of workers, 1 or more, not {jobs!r}")
     return jobs
+
+
+def _capacities(resources: Mapping[str, float | str]) -> dict[str, float]:
+    said = "run(resources=...)"
+    if not isinstance(resources, Mapping):
+        raise UsageError(f"{said} is a dict of names and amounts, not {resources!r}")
+    return {name: capacity(name, much, said) for name, much in resources.items()}
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:

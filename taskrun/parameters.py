@@ -21,6 +21,7 @@ from taskrun.model import MISSING, Parameter, Task
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True} | {
     "false": False, "no": False, "off": False, "0": False
 }  # fmt: skip
+MOST_UNITS = 100_000  # of a resource: each has a number
 _SUFFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
@@ -184,6 +185,20 @@ def amount(name: str, value: object) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be a number, 0 or more, not {value!r}")
     return number
+
+
+def capacity(name: str, value: object, said: str) -> float:
+    """How much there is to be of the resource ``name``; ``said``: where that is said, for the
+    message.  Raises UsageError where it is no such amount."""
+    if name == "cpu":
+        raise UsageError(f"{said}: how many cores are used is said by -j")
+    try:
+        much = amount(name, value)
+    except ValueError as error:
+        raise UsageError(f"{said}: {error}") from None
+    if name != "memory" and (much != int(much) or much > MOST_UNITS):
+        raise UsageError(f"{said}: {name} must be a whole number, at most {MOST_UNITS:,}")
+    return much
 
 
 def _size(name: str, text: str) -> float:

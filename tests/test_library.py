@@ -193,6 +193,36 @@ def test_what_cannot_be_run_is_a_usage_error(runs: Runs) -> None:
     assert "cannot be pickled" in lines[5]
 
 
+def test_what_there_is_to_be_shared_out_is_said_as_on_the_command_line(runs: Runs) -> None:
+    ended = runs.script(
+        """
+        import taskrun
+        from taskrun.errors import UsageError
+
+        @taskrun.task(resources={"gpu": 1, "memory": "3G"})
+        def work(): return taskrun.current().resources
+
+        print(taskrun.run(work, resources={"gpu": "2", "memory": "16G"}, output="quiet"))
+        for resources in ({"memory": "16X"}, {"gpu": -1}, {"gpu": 1.5}, {"gpu": None},
+                          {"cpu": 2}, 3):
+            try:
+                taskrun.run(work, resources=resources)
+            except UsageError as error:
+                print(error)
+        """
+    )
+    assert ended.check().out.splitlines() == [
+        "{'gpu': [0], 'memory': 3000000000.0}",
+        "run(resources=...): memory must be a number or a size such as 512M, 4G or 1.5GiB, "
+        "not '16X'",
+        "run(resources=...): gpu must be a number, 0 or more, not -1",
+        "run(resources=...): gpu must be a whole number, at most 100,000",
+        "run(resources=...): gpu must be a number, not None",
+        "run(resources=...): how many cores are used is said by -j",
+        "run(resources=...) is a dict of names and amounts, not 3",
+    ]
+
+
 def test_so_many_workers_as_lane_jobs_says(runs: Runs) -> None:
     ended = runs.script(
         """

@@ -24,7 +24,6 @@ CONTEXT: dict[str, Any] = {"auto_envvar_prefix": "TASKRUN", "max_content_width":
 """Settings of every command: ``TASKRUN_JOBS``, not ``TASKRUN_EXEC_JOBS``."""
 A_FILE = click.Path(readable=False)
 """A file that shells complete; what is wrong with it is said by who reads it."""
-MOST_UNITS = 100_000
 
 
 # -- how a run is to go ---------------------------------------------------------------
@@ -67,24 +66,10 @@ def check_resources(
         name, equals, much = text.partition("=")
         if not (name and equals):
             raise UsageError(f"--resource takes NAME=AMOUNT such as gpu=2, not {text!r}")
-        if name == "cpu":
-            raise UsageError("--resource cpu=...: how many cores are used is said by -j")
-        resources[name] = _capacity(name, much)
+        from taskrun.parameters import capacity  # few need it
+
+        resources[name] = capacity(name, much, f"--resource {text}")
     return resources
-
-
-def _capacity(name: str, text: str) -> float:
-    from taskrun.parameters import amount
-
-    try:
-        much = amount(name, text)
-    except ValueError as error:
-        raise UsageError(f"--resource {name}={text}: {error}") from None
-    if name != "memory" and (much != int(much) or much > MOST_UNITS):
-        raise UsageError(
-            f"--resource {name}={text}: {name} must be a whole number, at most {MOST_UNITS:,}"
-        )
-    return much
 
 
 def _check_lane_jobs(
