@@ -62,17 +62,17 @@ def run(
     if inline and engine is not None:
         raise UsageError("run(inline=True) and run(engine=...) exclude each other")
     loaded, names, single = _tasks_of(what)
-    plan = make_plan(loaded, names, given=params)
+    plan = make_plan(loaded, names, given=_mapping("params", params))
     settings = Settings(
         jobs=_jobs(jobs),
         policy=_one_of("policy", policy, ("stop", "keep-going", "fail-fast")),
-        resources=_capacities(resources or {}),
+        resources=_capacities(_mapping("resources", resources)),
         output=_one_of("output", output, ("line", "group", "raw", "quiet")),
         inline=inline,
         state=None if state is None else os.fspath(state),
-        listen=listen,
-        engine=engine,
-        lane_jobs=check_lane_jobs(lane_jobs or {}, "run(lane_jobs=...)"),
+        listen=_text("listen", listen),
+        engine=_text("engine", engine),
+        lane_jobs=check_lane_jobs(_mapping("lane_jobs", lane_jobs), "run(lane_jobs=...)"),
     )
     return _values_of(plan, settings, single)
 
@@ -99,9 +99,19 @@ def _jobs(jobs: int | None) -> int:
 
 def _capacities(resources: Mapping[str, float | str]) -> dict[str, float]:
     said = "run(resources=...)"
-    if not isinstance(resources, Mapping):
-        raise UsageError(f"{said} is a dict of names and amounts, not {resources!r}")
     return {name: capacity(name, much, said) for name, much in resources.items()}
+
+
+def _mapping(option: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UsageError(f"run({option}=...) is a dict, by names, not {value!r}")
+    return value or {}
+
+
+def _text(option: str, value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"run({option}=...) is a str, not {value!r}")
+    return value
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:

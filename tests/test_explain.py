@@ -130,7 +130,10 @@ def test_a_running_call_waits_for_calls_that_it_made() -> None:
 
 @pytest.mark.parametrize(
     ("key", "what"),
-    [(m.OUTSIDE, "shared state"), (m.OUTSIDE_ALONE, "a lock or a semaphore of the shared state")],
+    [
+        (m.OUTSIDE, "shared state or a channel"),
+        (m.OUTSIDE_ALONE, "a lock or a semaphore of the shared state"),
+    ],
 )
 def test_a_running_call_waits_for_shared_state(key: bytes, what: str) -> None:
     sim = at_one_second(leaf, does={"leaf": SLOW})

@@ -219,8 +219,18 @@ def test_what_there_is_to_be_shared_out_is_said_as_on_the_command_line(runs: Run
         "run(resources=...): gpu must be a whole number, at most 100,000",
         "run(resources=...): gpu must be a number, not None",
         "run(resources=...): how many cores are used is said by -j",
-        "run(resources=...) is a dict of names and amounts, not 3",
+        "run(resources=...) is a dict, by names, not 3",
     ]
+
+
+@pytest.mark.parametrize("option", ["params", "resources", "lane_jobs", "listen", "engine"])
+def test_an_option_of_another_type_is_named(option: str) -> None:
+    @taskrun.task
+    def work() -> None:
+        pass
+
+    with pytest.raises(UsageError, match=rf"run\({option}=...\) is a (dict|str).*, not 5"):
+        taskrun.run(work, **{option: 5})
 
 
 def test_so_many_workers_as_lane_jobs_says(runs: Runs) -> None:

@@ -105,7 +105,7 @@ def _what_is_awaited(wait: Wait) -> Iterator[str]:
     if wait.pending:
         yield _names(wait.pending.values())
     if wait.hosts:
-        yield "shared state"
+        yield "shared state or a channel"
     elif wait.outside:
         yield "a lock or a semaphore of the shared state"
 
