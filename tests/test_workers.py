@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from taskrun.ledger import Ledger, shared_file
 from taskrun.model import Failure, Task
 from taskrun.reactor import Reactor
 from taskrun.values import decode, dumps_arguments, encode, encode_failure
+from taskrun.workers import native
 from taskrun.workers.capture import MARK_BYTES, Written, mark
 from taskrun.workers.execute import Executor, Running
 from taskrun.workers.recipes import Home, missing_arguments
@@ -644,6 +646,20 @@ def test_a_mark_is_short_enough_to_be_written_in_one_piece() -> None:
 )
 def test_an_exit_status_is_said_in_words(status: Any, words: str) -> None:
     assert how_it_ended(status) == words
+
+
+def test_a_thread_that_ends_before_it_begins_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_memory(function: object, args: object) -> None:
+        threads.append(threading.Thread(target=len, args=[args], daemon=True))
+        threads[0].start()
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(native, "start_new_thread", without_memory)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        native.start_thread(lambda: None)
+    threads[0].join()
 
 
 @pytest.mark.skipif(not sessions.LINUX, reason="what has ended is read from /proc")

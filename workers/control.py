@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from taskrun import sessions
 from taskrun.messages import BEGAN, INTERRUPT, PING, PONG, REPORT, STACK, STACK_IS
 from taskrun.wire import READ_SIZE, Decoder, send_frame
+from taskrun.workers import native
 
 if TYPE_CHECKING:
     from collections import deque
@@ -44,11 +45,10 @@ class Served(Protocol):
         """Report a call that has not begun as cancelled; False where it is not queued."""
 
 
-class Control(threading.Thread):
-    """Reads the control Pipe; see ``messages`` for what comes on it."""
+class Control:
+    """Reads the control Pipe, in a thread; see ``messages`` for what comes on it."""
 
     def __init__(self, worker: Served, fd: int) -> None:
-        super().__init__(name="taskrun control", daemon=True)
         self._worker = worker
         self._fd = fd
         self._main = threading.main_thread().ident
@@ -59,7 +59,15 @@ class Control(threading.Thread):
             STACK: self._stack,
         }
 
-    def run(self) -> None:
+    def start(self) -> None:
+        """Begin to serve.  Raises RuntimeError where no thread is to be had."""
+        native.start_thread(self._run)
+
+    def close(self) -> None:
+        """In a forked child: the thread is not there, the Pipe is."""
+        os.close(self._fd)
+
+    def _run(self) -> None:
         """Serve until the coordinator is gone; the worker then ends as well."""
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # interrupts are the main's
         try:
@@ -73,10 +81,6 @@ class Control(threading.Thread):
         except BaseException as error:
             tell_why(error)
         self._end_with_all()
-
-    def close(self) -> None:
-        """In a forked child: the thread is not there, the Pipe is."""
-        os.close(self._fd)
 
     def _end_with_all(self) -> None:
         sessions.send(sessions.others(), signal.SIGKILL)

@@ -83,7 +83,7 @@ class LaneControl:
     def start(self) -> None:
         """Begin to serve; in the thread in which calls are begun."""
         signal.signal(signal.SIGINT, self._on_signal)
-        native.start_new_thread(self._run, ())
+        native.start_thread(self._run)
 
     def close(self) -> None:
         """In a forked child: the thread is not there, the Pipe is."""
