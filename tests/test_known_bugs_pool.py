@@ -497,6 +497,27 @@ def test_a_process_that_is_gone_before_its_pool_has_begun_leaves_nothing(
     assert runs.script(GONE_AT_ONCE.format(forks=forks)).status == 0
 
 
+DAEMON = """
+import multiprocessing, os, sys, taskrun
+for fd in range({closed}):
+    os.close(fd)
+with taskrun.Pool(2, context=multiprocessing.get_context("fork")) as pool:
+    assert pool.map(abs, [-1, -2]) == [1, 2]
+"""
+
+
+@pytest.mark.parametrize("closed", [2, 3])
+def test_a_process_that_has_closed_its_standard_streams_can_have_a_pool(
+    closed: int, tmp_path: Path
+) -> None:
+    # Those of files are asked where they are: then the number may be a pipe's.
+    with open(tmp_path / "output", "wb") as file:
+        subprocess.run(
+            [sys.executable, "-c", DAEMON.format(closed=closed)],
+            stdout=file, stderr=file, timeout=SECONDS, check=True,
+        )  # fmt: skip
+
+
 # -- imap -----------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from taskrun import addresses, places, sessions
@@ -397,9 +398,9 @@ def _leave_the_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)
-            # Where this is the process of a worker's own pool, the stream is as it should be, and
-            # would fail: it was made for a file, and its descriptor is now a pipe.
-            if stream.errors != "backslashreplace":
+            # A stream that was made for a file fails where its descriptor is now a pipe: in a
+            # worker that has a pool of its own, or where a daemon has closed it.
+            with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
 
 
