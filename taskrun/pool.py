@@ -91,6 +91,20 @@ class WorkerProcess(NamedTuple):
         return True
 
 
+class _Waiting(NamedTuple):
+    """The calls that have not begun, as the standard library's pool has a queue of them."""
+
+    driver: Driver
+
+    def qsize(self) -> int:
+        """How many there are, about."""
+        return max(0, len(self.driver.unfinished()) - self.driver.processes)
+
+    def empty(self) -> bool:
+        """Whether there are none."""
+        return not self.qsize()
+
+
 class Pool(standard.Pool):
     """Worker processes for calls of functions; see ``multiprocessing.pool.Pool``, which it is
     for who asks, and of which nothing is used.
@@ -338,7 +352,7 @@ class Pool(standard.Pool):
             failed = error  # as in the standard library, the result tells it
         # Not what len() promises: chunks that do not come would be waited for for ever.
         chunks = len(blobs) if failed is None else 1
-        result = MapResult(self, callback, error_callback, chunks)
+        result = MapResult(self, callback, error_callback, chunks, chunksize)
         result.held = before
         if progress:
             result._advance = _bar(sum(count for _, count in blobs))
@@ -499,6 +513,16 @@ class Pool(standard.Pool):
 
     def _repopulate_pool(self) -> None:
         """It is done without being asked."""
+
+    @property
+    def _cache(self) -> list[Any]:
+        """The calls that are not over: as many look whether there are any, or how many."""
+        return self._driver.unfinished()
+
+    @property
+    def _taskqueue(self) -> _Waiting:
+        """Where as many look before they submit more."""
+        return _Waiting(self._driver)
 
     def _check_running(self) -> None:
         if self._state != RUN:

@@ -393,6 +393,50 @@ def test_who_asks_for_a_pool_of_the_standard_library_has_one(pool: Pool) -> None
     assert list(pool.imap(square, [1, 2], chunksize=None)) == [1, 4]
 
 
+def until(true: Any) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_for(path: str) -> None:
+    until(lambda: os.path.exists(path))
+
+
+def test_how_many_calls_are_left_is_where_programs_look_for_it(pool: Pool, tmp_path: Path) -> None:
+    assert not pool._cache and not pool._taskqueue.qsize() and pool._taskqueue.empty()
+    go = str(tmp_path / "go")
+    held = [pool.apply_async(wait_for, (go,)) for _ in range(5)]
+    many = pool.map_async(wait_for, [go] * 6, chunksize=2)
+    each = pool.imap_unordered(square, range(7))
+    assert (many._number_left, many._chunksize, each._index) == (3, 2, 0)
+    assert pool._taskqueue.qsize() >= 6 and not pool._taskqueue.empty()
+    assert len(pool._cache) >= 8
+    Path(go).touch()
+    until(lambda: not pool._cache)
+    assert all(result.ready() for result in held)
+    assert (many._number_left, each._index) == (0, 7)
+    assert pool.map_async(square, [])._number_left == 0
+    pool.terminate()
+    assert not pool._cache and pool._taskqueue.empty()
+
+
+def test_calls_are_left_until_their_callbacks_have_returned(pool: Pool) -> None:
+    seen: list[int] = []
+    go = threading.Event()
+
+    def call_back(value: int) -> None:
+        assert go.wait(SECONDS)
+        seen.append(value)
+        assert not pool._cache  # one may look there in a callback, too
+
+    result = pool.apply_async(square, (2,), callback=call_back)
+    threading.Timer(0.05, go.set).start()
+    until(lambda: not pool._cache)
+    assert seen == [4] and result.get(SECONDS) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [

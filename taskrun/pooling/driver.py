@@ -58,6 +58,22 @@ class _Started(Waitable):
         return self._engine.settled and bool(self._engine.started() or not self._at_all)
 
 
+class _Unfinished(Waitable):
+    """``found``: the answer, once there is one."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self._loop = loop
+        self.found: list[Any] | None = None
+
+    def settled(self) -> bool:
+        return self.found is not None or self._loop.finished.is_set()
+
+    def tell(self, found: list[Any]) -> None:
+        self.found = found
+        self.wake()
+
+
 class Driver:
     """The workers of one Pool, and who drives them."""
 
@@ -210,6 +226,22 @@ class Driver:
             return False
         call = self._core.find(job.call)
         return call is None or call.state is RUNNING or call.state in FINAL
+
+    def unfinished(self) -> list[Any]:
+        """The jobs and tokens of calls that have not ended, or whose callbacks are not over, and
+        the feeds that are open.  None in a forked process."""
+        answer = _Unfinished(self.loop)
+
+        def ask() -> None:
+            found = [*self._feeds, *self._inbox.tokens()]
+            for job in self._jobs.values():
+                found += job.tokens[job.done :] if isinstance(job, Bunch) else [job]
+            self.loop.call_back(partial(answer.tell, found))  # behind the callbacks that are due
+
+        self._to_loop(ask)
+        while self.loop.is_here and not answer.settled():
+            self.loop.wait(answer, 0.05)  # once the loop is over nobody would wake us
+        return answer.found or []
 
     def cancel(self, jobs: Callable[[], Iterable[Job]]) -> None:
         """Cancel the calls of the jobs that ``jobs`` gives when the loop asks."""

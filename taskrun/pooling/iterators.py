@@ -114,6 +114,11 @@ class IMapIterator(Waitable, _Base):
 
     __next__ = next
 
+    @property
+    def _index(self) -> int:
+        """How many have come: as many show progress, or wait."""
+        return self._given + len(self._came)
+
     def __reduce__(self) -> Any:
         raise NotImplementedError(STAYS)
 

@@ -293,10 +293,13 @@ def _call_back_each(results: list[AsyncResult]) -> None:
 class MapResult(AsyncResult, standard.MapResult[Any]):
     """What ``map_async`` gives: all the values, or the first error."""
 
-    def __init__(self, pool: Any, callback: Callback, on_error: Callback, chunks: int) -> None:
+    def __init__(
+        self, pool: Any, callback: Callback, on_error: Callback, chunks: int, size: int
+    ) -> None:
         super().__init__(pool, callback, on_error)
         self._error: Raw | None = None  # the first
-        self._left = chunks
+        self._number_left = chunks  # many show it, times the next, as progress
+        self._chunksize = size
         self._parts: list[Any] = [None] * chunks
         self._chunks: list[_Chunk] = []
         self._advance: Callable[[int], None] | None = None
@@ -320,11 +323,11 @@ class MapResult(AsyncResult, standard.MapResult[Any]):
         if raw[1] and self._error is None:
             self._error = raw  # the map's
         self._parts[chunk.number] = raw[0]
-        self._left -= 1
+        self._number_left -= 1
         if self._advance is not None:
             advance, size = self._advance, chunk.size
             self._pool._driver.loop.call_back(lambda: advance(size))
-        if not self._left:
+        if not self._number_left:
             self._chunks.clear()
             self.held = None
             self._set(self._error or Raw((self._parts, False)))
