@@ -70,7 +70,8 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
         if workers == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self.parallel = parallel
-        threads = self.inner_max_num_threads or max(cores_here() // workers, 1)
+        asked = self.inner_max_num_threads
+        threads = asked or max(cores_here() // workers, 1)
         options = {**self.backend_kwargs, **options}
         wanted = options.get("initializer"), tuple(options.get("initargs") or ())
         if (
@@ -81,7 +82,7 @@ class TaskrunBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mi
             self._close()
             self._wanted, self._initializer = (workers, threads), wanted
             self._executor = Executor(
-                workers, Bare(), _initialize, (threads, *_travelling(*wanted))
+                workers, Bare(), _initialize, (threads, bool(asked), *_travelling(*wanted))
             )
         return workers
 
@@ -143,9 +144,11 @@ def _travelling(initializer: Callable[..., object] | None, args: tuple[Any, ...]
         return dumps_by_value((initializer, ())), args
 
 
-def _initialize(threads: int, pickled: Portable | None, args: tuple[Any, ...] | None) -> None:
+def _initialize(
+    threads: int, asked: bool, pickled: Portable | None, args: tuple[Any, ...] | None
+) -> None:
     """In a worker, before its first call."""
-    _limit_threads(threads)
+    _limit_threads(threads, asked)
     if pickled is not None:
         initializer, travelled = blobs.loads(pickled)
         initializer(*(travelled if args is None else args))
@@ -161,10 +164,11 @@ def _call(pickled: Portable) -> Portable:
         return dumps_by_value(found)
 
 
-def _limit_threads(count: int) -> None:
-    """So many threads a call in numeric libraries."""
+def _limit_threads(count: int, asked: bool) -> None:
+    """So many threads a call in numeric libraries.  ``asked``: whatever the environment says."""
     for name in ParallelBackendBase.MAX_NUM_THREADS_VARS:
-        os.environ.setdefault(name, str(count))
+        if asked or name not in os.environ:
+            os.environ[name] = str(count)
     try:
         import threadpoolctl  # comes with scikit-learn; it reaches what is loaded already
     except ImportError:

@@ -168,6 +168,18 @@ def test_an_initializer_is_called_in_each_worker_first() -> None:
         run(read, [args[1]] * 4, initializer=nobody)
 
 
+def test_threads_that_are_asked_for_go_before_what_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS"]
+    with joblib.parallel_config(backend="taskrun", n_jobs=2, inner_max_num_threads=3):
+        assert run(read, names) == ["3", "3"]
+    with joblib.parallel_config(backend="taskrun", n_jobs=2):
+        assert run(read, names)[0] == "4"
+
+
 def nobody() -> None:
     raise KeyError("nobody")
 
