@@ -32,7 +32,7 @@ from taskrun.errors import (
 )
 from taskrun.failures import guarded
 from taskrun.model import Failure
-from taskrun.pool import Pool, wait_at_exit
+from taskrun.pool import Pool, WorkerProcess, wait_at_exit
 from taskrun.pooling.driver import Driver
 from taskrun.pooling.looping import FOREIGN
 from taskrun.pooling.remote import Submit, SubmitAny
@@ -198,6 +198,16 @@ def _counterpart(error: BaseException) -> BaseException:
     return error
 
 
+class ExecutorProcess:
+    """One of the workers, for who looks for the standard library's: to end one of these ends all,
+    and their calls raise BrokenProcessPool."""
+
+    def __init__(self, worker: WorkerProcess, executor: Executor) -> None:
+        self.pid, self.name = worker.pid, worker.name
+        self.is_alive, self.join = worker.is_alive, worker.join
+        self.terminate, self.kill = executor.terminate_workers, executor.kill_workers
+
+
 class Executor(ProcessPoolExecutor):
     """An executor of PEP 3148; the parameters are those of ``ProcessPoolExecutor``, and
     ``address``, ``authkey`` and ``insecure_plain`` those of ``Pool``.
@@ -241,6 +251,11 @@ class Executor(ProcessPoolExecutor):
     def _max_workers(self) -> int:
         """The same: where dask and others look."""
         return self.workers
+
+    @property
+    def _processes(self) -> dict[int, ExecutorProcess]:  # type: ignore[override]
+        """Where many look who want to end all, and Pythons before 3.14 have no method for it."""
+        return {worker.pid: ExecutorProcess(worker, self) for worker in self._pool._pool}
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> CallFuture:
         """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``, and in a

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -18,6 +19,7 @@ from functools import partial
 from multiprocessing import parent_process, util
 from multiprocessing import pool as standard
 from pickle import HIGHEST_PROTOCOL, dumps
+from time import monotonic, sleep
 from typing import Any, Final, NamedTuple
 
 from taskrun.blobs import THRESHOLD, Portable, Seen
@@ -53,6 +55,7 @@ TERMINATE: Final = "TERMINATE"
 WINDOW: Final = 1024  # calls of one imap that may be under way, at least
 PER_WORKER: Final = 64  # ... and for each worker
 FIRST: Final = 100  # multiprocessing's own finalizers have less: managers 0, pools 15
+LOOK: Final = 0.01  # seconds between two looks whether a worker has ended
 SMALLER: Final = 4  # ... so many times more while their arguments are plain numbers
 
 Size = int | str | None  # of memory
@@ -84,8 +87,32 @@ class WorkerProcess(NamedTuple):
         """Whether the process is there, as far as this one knows."""
         if self.node:
             return not self.link.over
+        return self._signal(0)
+
+    def terminate(self) -> None:
+        """End it with SIGTERM, which costs the call that it executes; the pool starts another.
+        Raises ValueError where it is on another machine."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """The same with SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, or ``timeout`` seconds are over."""
+        deadline = None if timeout is None else monotonic() + timeout
+        while self.is_alive() and (deadline is None or monotonic() < deadline):
+            sleep(LOOK)
+
+    def _end(self, number: int) -> None:
+        if self.node:
+            raise ValueError(f"{self.name} is on {self.node}: it cannot be ended from here")
+        if not self.link.over:  # else another process may have its number
+            self._signal(number)
+
+    def _signal(self, number: int) -> bool:
         try:
-            os.kill(self.pid, 0)
+            os.kill(self.pid, number)
         except ProcessLookupError:
             return False
         return True

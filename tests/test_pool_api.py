@@ -173,6 +173,18 @@ def test_an_outcome_says_where_and_how_long(pool: Pool) -> None:
     assert all(worker.is_alive() for worker in pool.workers())
 
 
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_a_worker_can_be_ended_and_waited_for(pool: Pool, how: str) -> None:
+    worker = pool._pool[0]
+    worker.join(0.01)
+    assert worker.is_alive()
+    getattr(worker, how)()
+    worker.join(SECONDS)
+    assert not worker.is_alive()
+    getattr(worker, how)()  # it is gone already
+    assert pool.map_async(square, range(4)).get(SECONDS) == [0, 1, 4, 9]
+
+
 def test_progress_is_shown(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
     assert pool.map(square, range(40), 10, progress=True) == [x * x for x in range(40)]
     end = time.monotonic() + SECONDS

@@ -268,6 +268,23 @@ def test_the_workers_can_be_ended_with_the_calls_they_are_in(
         executor.submit(square, 3)
 
 
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_who_ends_the_processes_ends_all_calls(how: str) -> None:
+    with Executor(2, multiprocessing.get_context("fork")) as executor:
+        futures = [executor.submit(time.sleep, SECONDS) for _ in range(5)]
+        processes = executor._processes
+        assert len(processes) == 2
+        assert all(process.is_alive() for process in processes.values())
+        for pid, process in processes.items():
+            assert process.pid == pid
+            getattr(process, how)()
+        for process in processes.values():
+            process.join(SECONDS)
+            assert not process.is_alive()
+        for future in futures:
+            assert isinstance(future.exception(SECONDS / 4), BrokenProcessPool)
+
+
 def submit_and_leave(path: Path, error: type[BaseException] | None) -> None:
     Executor(1).submit(touch_late, path)
     if error is not None:

@@ -101,6 +101,8 @@ def test_all_methods_of_a_pool_work_on_lent_workers(shared: Site) -> None:
         workers = {worker.pid: worker for worker in pool.workers()}
         assert workers[pid].name == result.outcome.worker and workers[pid].node == "local"
         assert workers[pid].is_alive() and repr(pool).endswith("pool_size=2>")
+        with pytest.raises(ValueError, match="is on local: it cannot be ended from here"):
+            workers[pid].kill()
         pool.close()
         pool.join()
     assert not workers[pid].is_alive()
