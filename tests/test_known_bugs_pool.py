@@ -248,6 +248,30 @@ def test_a_worker_without_descriptors_says_so_and_does_what_needs_none(
         assert [worker.pid for worker in pool.workers()] == [worker.pid for worker in first]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pool_for_which_there_is_no_thread_leaves_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_unless_ours(thread: threading.Thread) -> None:
+        if thread.name == "taskrun-pool":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def children() -> set[int]:
+        own = os.getpid()
+        return {int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()}
+
+    with Pool(1, context=multiprocessing.get_context(method)):
+        pass  # what multiprocessing has for itself
+    before = children()
+    monkeypatch.setattr(threading.Thread, "start", start_unless_ours)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Pool(2, context=multiprocessing.get_context(method))
+    until(lambda: children() <= before)
+
+
 WITHOUT_DESCRIPTORS = """
 import os, resource
 from multiprocessing import get_context

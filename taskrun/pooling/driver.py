@@ -85,7 +85,7 @@ class Driver:
         initializer_failed: Callable[[Failure], BaseException | None],
     ) -> None:
         """Starts.  ``processes``: how many workers there are; where they are lent, at first.
-        Raises RunError where no process can be started."""
+        Raises RunError where no process can be started, and RuntimeError where no thread can."""
         self.recipe_ids = itertools.count(1)
         self.processes = processes
         self.error: BaseException | None = None  # why the pool is broken
@@ -141,12 +141,19 @@ class Driver:
             self._engine.start(self._reactor, self._post, Observer())
             self._perform(self._core.begin(monotonic()))
         except BaseException:
-            self._engine.close(monotonic())
-            self._state.close()
-            self._reactor.close()
-            self._starter.close()
+            self._close_unstarted()
             raise
-        self.loop.start()
+        try:
+            self.loop.start()
+        except RuntimeError:  # there is no thread; who is interrupted here may have started it
+            self._close_unstarted()
+            raise
+
+    def _close_unstarted(self) -> None:
+        self._engine.close(monotonic())
+        self._state.close()
+        self._reactor.close()
+        self._starter.close()
 
     # -- from any thread --------------------------------------------------------------
 
