@@ -212,6 +212,21 @@ def test_a_node_that_is_drained_ends_its_calls_and_leaves(site: Site) -> None:
     assert sum("leaves when it has ended" in line for line in lab.err) == 1
 
 
+def test_a_node_that_is_drained_while_it_is_away_leaves_when_it_is_back(site: Site) -> None:
+    server = site.serve(0)
+    proxy = Proxy(int(site.address.rpartition(":")[2]))
+    try:
+        lab = site.runs.start("worker", proxy.address, "--name", "lab", env=site.variables)
+        wait_until(lambda: node(site))
+        proxy.cut(refuse=True)
+        server.await_line("node lab is away", err=True)
+        site.ask("drain", "lab").check()
+        proxy.mend()
+        assert lab.end().status == 0
+    finally:
+        proxy.close()
+
+
 def test_of_a_node_that_was_away_is_said_that_it_is_back(site: Site) -> None:
     server = site.serve(1)
     proxy = Proxy(int(site.address.rpartition(":")[2]))

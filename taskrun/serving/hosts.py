@@ -44,6 +44,7 @@ class Host:
         self.resources = offer.resources
         self.tags = list(offer.tags)
         self.draining = False
+        self.is_leaving = False  # so it has said
         self.is_away = False  # and that was said
         self.peer: transport.Peer | None = None
         self.heard = monotonic()
@@ -60,8 +61,8 @@ class Host:
             self.remind()
 
     def remind(self) -> None:
-        """Say in which runs it is to take part."""
-        self.tell(take=list(self.takes), version=self._version)
+        """Say in which runs it is to take part, and whether it is to leave."""
+        self.tell(take=list(self.takes), version=self._version, drain=self.draining)
 
     def learn(self, said: dict[str, Any]) -> bool:
         """It says in which runs it takes part; whether that is news."""
@@ -135,8 +136,8 @@ class Hosts:
 
     def drain(self, host: Host) -> None:
         """Have it end the calls that it has, and leave."""
-        host.tell(drain=True)
         self._on_draining(host)
+        host.remind()
 
     # -- joining ----------------------------------------------------------------------
 
@@ -201,6 +202,7 @@ class Hosts:
             self._lose(host, f"says what no node says: {error}")
             return
         if draining:
+            host.is_leaving = True
             self._on_draining(host)
         host.remind()  # every answer says it all: none is missed for long
         if has_news:
@@ -216,7 +218,7 @@ class Hosts:
         if peer is not host.peer:
             return
         host.peer = None
-        if host.draining:
+        if host.is_leaving:
             self._lose(host, "has left")
         else:
             host.is_away = True
