@@ -52,10 +52,11 @@ def test_of_packages_without_init_the_modules_travel(tmp_path: Path) -> None:
     write(
         tmp_path, "tasks.py", "fast.so", "lib/one.py", "lib/deep/two.py", "lib/data.csv",
         "data/a.csv", "data/read.txt", "not-a-name/x.py", "lib/.git/hook.py", "own/pyvenv.cfg",
-        "own/x.py",
+        "own/x.py", "org/unit/three.py", "data/not-a-name/y.py",
     )  # fmt: skip
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
     assert names(make_bundle(str(tmp_path / "tasks.py")).data) == [
-        "fast.so", "lib/deep/two.py", "lib/one.py", "tasks.py",
+        "fast.so", "lib/deep/two.py", "lib/one.py", "org/unit/three.py", "tasks.py",
     ]  # fmt: skip
 
 

@@ -96,24 +96,36 @@ def _package(folder: str, name: str) -> Iterator[str]:
         return  # no task can import it either
     if "__init__.py" in inside:
         yield from _files(folder, name)
-    elif name.isidentifier() and any(each.endswith(_MODULES) for each in inside):
+    elif name.isidentifier() and _holds_modules(os.path.join(folder, name)):
         # A package all the same, but one among whose modules anything else may lie, too.
         yield from (each for each in _files(folder, name) if each.endswith(_MODULES))
+
+
+def _holds_modules(path: str) -> bool:
+    """Whether there are modules in a folder, or in those below it that can be packages."""
+    for above, folders, files in os.walk(path, followlinks=True):
+        if any(name.endswith(_MODULES) for name in files):
+            return True
+        folders[:] = [name for name in _inner(above, folders) if name.isidentifier()]
+    return False
 
 
 def _files(folder: str, below: str) -> Iterator[str]:
     """All files below ``folder/below``, as names below ``folder``; those of folders that are
     links, too."""
     for path, folders, files in os.walk(os.path.join(folder, below), followlinks=True):
-        folders[:] = [
-            name
-            for name in folders
-            if not _is_left_out(name, path) and not _leads_back(os.path.join(path, name))
-        ]
+        folders[:] = _inner(path, folders)
         for name in files:
             full = os.path.join(path, name)
             if not _is_left_out(name) and os.path.isfile(full):
                 yield os.path.relpath(full, folder)
+
+
+def _inner(path: str, folders: Iterable[str]) -> Iterator[str]:
+    """Those of the ``folders`` in ``path`` that are gone into."""
+    for name in folders:
+        if not _is_left_out(name, path) and not _leads_back(os.path.join(path, name)):
+            yield name
 
 
 def _leads_back(path: str) -> bool:
