@@ -8,6 +8,7 @@ import pty
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from harness import TASKRUN, Ended, Running, Runs, started, until_it_is_full, wait_until
 
 import taskrun
-from taskrun.addresses import parse
+from taskrun import transport
+from taskrun.addresses import parse, shown
 from taskrun.network.bundles import digest_of, make_bundle
 from taskrun.network.joining import versions
 from taskrun.reactor import Reactor
@@ -537,6 +539,37 @@ def test_ctrl_c_on_a_terminal_asks(site: Site, answer: bytes, status: int) -> No
         os.close(theirs)
     if status == 0:
         assert site.run("r1")["state"] == "running"
+
+
+@pytest.mark.parametrize("words", [(), ("--detach",)])
+def test_ctrl_c_before_the_server_has_said_which_run_it_is_cancels_it(
+    site: Site, words: tuple[str, ...]
+) -> None:
+    reactor, heard, peers = Reactor(), list[bytes](), list[Any]()
+
+    def on_connection(peer: Any) -> None:
+        peers.append(peer)
+        peer.listen(lambda frame: heard.append(bytes(frame)), lambda reason: None)
+
+    def await_frames(count: int) -> None:
+        assert reactor.run_until(lambda: len(heard) >= count, monotonic() + 20)
+
+    listener = transport.listen(("127.0.0.1", 0), KEY.encode(), reactor, on_connection)
+    try:
+        site.address = shown(listener.address)
+        client = site.submit(*words)
+        await_frames(2)  # what is wanted, and the bundle
+        client.signal(signal.SIGINT)
+        client.await_line("has not answered yet", err=True)
+        peers[0].send(talk.said(run="r1"))
+        await_frames(3)
+        assert talk.heard(heard[2]) == {"do": "interrupt"}
+        peers[0].send(talk.said(ended=130))
+        reactor.run_until(lambda: peers[0].closed, monotonic() + 20)
+        assert client.end().status == 130
+    finally:
+        listener.close()
+        reactor.close()
 
 
 def test_what_is_written_beyond_what_is_kept_is_counted(site: Site) -> None:

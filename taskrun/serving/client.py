@@ -122,7 +122,9 @@ class Following:
 
     def _on_run(self, name: str) -> None:
         self._run = name
-        if self._detach:
+        if self._signalled:
+            self._interrupt()  # which had to wait for the name
+        elif self._detach:
             print(name, flush=True)
             self._status = 0
 
@@ -143,10 +145,19 @@ class Following:
     # -- Ctrl-C -----------------------------------------------------------------------
 
     def _on_signal(self, number: int) -> None:
-        self._signalled = True
-        if number == signal.SIGTERM or not self._run:
-            self._leave(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
-        elif self._asking or not (os.isatty(0) and os.isatty(2)):
+        again, self._signalled = self._signalled, True
+        if number == signal.SIGTERM:
+            self._leave(TERMINATED)
+        elif self._run:
+            self._interrupt()
+        elif again or self._peer is None or self._peer.unsent:
+            self._leave(INTERRUPTED)  # nothing was submitted, or it is to be at once
+        else:
+            tell(f"{self._shown} has not answered yet, and is waited for; again to leave at once")
+
+    def _interrupt(self) -> None:
+        """Cancel the run, or ask whether to, where there is somebody who can answer."""
+        if self._asking or not (os.isatty(0) and os.isatty(2)):
             self._cancel()
         else:
             self._asking = True
