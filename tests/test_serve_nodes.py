@@ -148,6 +148,35 @@ def test_slots_that_a_run_has_no_work_for_are_used_by_the_others(site: Site) -> 
     assert "total | 28" in site.attach(second).end().check().out
 
 
+def test_a_run_uses_a_node_anew_where_a_call_of_its_own_still_runs(site: Site) -> None:
+    site.serve(1)
+    join(site, 2)
+    wait_until(lambda: node(site))
+    source = """
+    @task
+    def hold(n=each(range(3))):
+        mark(os.path.join({folder!r}, f"held-{{current().node or 'here'}}-{{n}}"))
+        while not os.path.exists(os.path.join({folder!r}, f"let{{n}}")): time.sleep(0.01)
+
+    @task(priority=-1)
+    def quick(n=each(range(9))): mark(os.path.join({folder!r}, f"quick{{n}}"))
+    """
+    first = site.detach(source=source)
+    wait_until(lambda: len(list(site.folder.glob("held-*"))) == 3)
+    others = [site.detach(source=LONG) for _ in range(2)]
+    wait_until(lambda: node(site)["runs"] == dict.fromkeys(others, 1))
+    staying, leaving = sorted(path.name[-1] for path in site.folder.glob("held-lab-*"))
+    (site.folder / f"let{leaving}").touch()
+    for other in others:
+        site.ask("cancel", other).check()
+    # The slot here has one of the calls as well.
+    wait_until(lambda: len(list(site.folder.glob("quick*"))) == 9)
+    assert not (site.folder / f"let{staying}").exists()
+    for n in range(3):
+        (site.folder / f"let{n}").touch()
+    site.attach(first).end().check()
+
+
 def test_one_run_after_the_other_uses_the_same_node(site: Site) -> None:
     site.serve(0)
     lab = join(site)

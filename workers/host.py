@@ -228,15 +228,18 @@ class Host:
     # -- the runs ---------------------------------------------------------------------
 
     def _adjust(self) -> None:
-        """Start the supervisors that are missing, and have those leave that are too many."""
+        """Start the supervisors that are missing, and have those leave that are of no use to this
+        server.  One of a run that has no slot here any more is let go by the run, when its last
+        call here has ended: by then it may have slots here again."""
         # Without the server none of them could do anything; and what calls hold that go on for
         # another server, this one does not know.
         if self._peer is not None and not self._former:
             for run in sorted(self._wanted - self._parts.keys()):
                 self._start(run)
-        for run in self._parts.keys() - self._wanted - self._ending:
-            self._ending.add(run)
-            sessions.send([self._parts[run]], signal.SIGTERM)
+        for run, pid in self._parts.items():
+            if (self._leaving or pid in self._former) and run not in self._ending:
+                self._ending.add(run)
+                sessions.send([pid], signal.SIGTERM)
         if self._leaving and not self._parts:
             self._over = True
 

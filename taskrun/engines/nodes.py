@@ -108,6 +108,8 @@ class Nodes:
         """Use so many slots of the nodes that are named, and none of others, whenever they
         come."""
         self._limits = dict(slots)
+        for node in list(self.nodes.values()):
+            self.dismiss_if_idle(node)
 
     def limited(self, offer: ch.Offer) -> int:
         """How many slots of a node that offers this may be used."""
@@ -125,6 +127,13 @@ class Nodes:
         told = [node.leave("the run has ended") for node in self.nodes.values()]
         self.nodes.clear()
         self.reactor.run_until(lambda: all(peer is None or peer.closed for peer in told), deadline)
+
+    def dismiss_if_idle(self, node: Node) -> None:
+        """Let a node go of which no slot may be used, but not before its last worker has ended:
+        until then there may be slots again."""
+        is_idle = node.prepared and not node.slots and not node.links
+        if is_idle and self.nodes.pop(node.session, None) is not None:
+            node.leave("the run has no slot here any more")
 
     def abandon(self) -> None:
         """From now on no node joins, and none that is away is waited for."""
@@ -421,6 +430,7 @@ class Node:
         self._nodes.crew.worker_changed(self.name, f"joined, {slots}")
         self._notice(f"joined with {slots}")
         self._nodes.changed()
+        self._nodes.dismiss_if_idle(self)
 
     def _is_in_use(self, call: int) -> bool:
         return any(call in link.assigned for link in self.links.values())
@@ -446,6 +456,7 @@ class Node:
         except Exception:
             self.links[link.id] = link  # it is lost with the node, which said what no node says
             raise
+        self._nodes.dismiss_if_idle(self)
 
     def _expect_end(self, link: RemoteLink) -> None:
         """A worker was killed.  A node that never says that it is gone is none."""
