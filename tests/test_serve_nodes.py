@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from grid import Proxy
 from harness import Running, started, wait_until
@@ -123,6 +124,18 @@ def test_the_status_of_a_server_shows_what_runs_where_and_how_each_run_goes(site
     site.go_on()
     watching.await_line("ended 0")
     watching.kill()
+
+
+def test_status_shows_the_workers_of_a_node_that_has_another_name_in_the_run(site: Site) -> None:
+    site.serve(0)
+    lab = join(site, 1)
+    wait_until(lambda: node(site))
+    site.detach(source=LONG.replace("@task", "@task(retries=9)"))
+    wait_until(lambda: node(site)["workers"])
+    # The run waits for the lease of the part that is killed, and has the next one beside it.
+    [supervisor] = psutil.Process(lab.process.pid).children()
+    supervisor.kill()
+    wait_until(lambda: "lab-2/" in str(node(site)["workers"]))
 
 
 def test_slots_that_a_run_has_no_work_for_are_used_by_the_others(site: Site) -> None:

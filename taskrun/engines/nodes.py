@@ -304,7 +304,7 @@ class Node:
         workers = sorted(self.links)
         return {
             "node": self.name, "slots": self.slots, "state": state, "workers": workers,
-            "tags": list(self.offer.tags),
+            "tags": list(self.offer.tags), "place": self.offer.name,
         }  # fmt: skip
 
     @property

@@ -66,8 +66,11 @@ def machines(
         for place, share in run["shares"].items():
             if place in found:
                 found[place]["runs"][run["run"]] = share
-        for worker in (run["now"] or {}).get("workers", ()):
-            machine = found.get(worker["node"] or HERE)
+        now = run["now"] or {}
+        # To a run that still waits for what was there before, a machine has another name.
+        places = {node["node"]: node["place"] for node in now.get("nodes", ())}
+        for worker in now.get("workers", ()):
+            machine = found.get(places.get(worker["node"], worker["node"]) or HERE)
             if machine is not None:
                 machine["workers"].append({"run": run["run"], **worker})
     return list(found.values())
