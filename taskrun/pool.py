@@ -60,6 +60,8 @@ SMALLER: Final = 4  # ... so many times more while their arguments are plain num
 
 Size = int | str | None  # of memory
 
+_standard_init = standard.Pool.__init__
+
 _SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
@@ -171,6 +173,11 @@ class Pool(standard.Pool):
         authkey: bytes | str | os.PathLike[str] | None = None,
         insecure_plain: bool = False,
     ) -> None:
+        if isinstance(self, standard.ThreadPool):
+            # Somebody has put this class into the standard library's module, where that one is
+            # a Pool as well.
+            _standard_init(self, processes, initializer, initargs)
+            return
         if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
         if maxtasksperchild is not None and (

@@ -620,3 +620,14 @@ def test_a_map_over_what_lies_about_its_length_gives_what_there_is(
     found = pool.map_async(square, Liar(said, is_)).get(SECONDS)
     assert found == [x * x for x in range(is_)]
     assert pool.map_async(square, range(3)).get(SECONDS) == [0, 1, 4]
+
+
+def test_the_standard_library_has_its_threads_where_this_pool_is_put_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multiprocessing.pool, "Pool", Pool)
+    with multiprocessing.pool.ThreadPool(2) as threads:
+        assert threads.map(lambda n: (n, os.getpid()), range(2)) == [
+            (0, os.getpid()),
+            (1, os.getpid()),
+        ]

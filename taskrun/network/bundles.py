@@ -22,6 +22,7 @@ UNUSED: Final = 30 * 24 * 3600.0  # seconds that a node keeps a bundle that no r
 _WHEN: Final = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can say
 _LEFT_OUT: Final = frozenset("__pycache__ node_modules build dist venv env site-packages".split())
 _MODULES: Final = (".py", ".so")
+_MOST_LOOKED_AT: Final = 10_000  # files, where modules are looked for
 _SUFFIXES_LEFT_OUT: Final = (".pyc", ".pyo", ".egg-info", ".dist-info", "~")
 
 
@@ -102,10 +103,15 @@ def _package(folder: str, name: str) -> Iterator[str]:
 
 
 def _holds_modules(path: str) -> bool:
-    """Whether there are modules in a folder, or in those below it that can be packages."""
+    """Whether there are modules in a folder, or in those below it that can be packages; one with
+    very many other files is taken for data."""
+    left = _MOST_LOOKED_AT
     for above, folders, files in os.walk(path, followlinks=True):
         if any(name.endswith(_MODULES) for name in files):
             return True
+        left -= len(files)
+        if left < 0:
+            break
         folders[:] = [name for name in _inner(above, folders) if name.isidentifier()]
     return False
 
