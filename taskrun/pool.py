@@ -606,7 +606,7 @@ def _feed(
     count = 0
     error: BaseException | None = None
     small = recipe.timeout is None and not recipe.retries
-    loop = driver.loop
+    loop, submit_small = driver.loop, driver.submit_small
     try:
         source = iter(items)
         while made is not None and driver.is_fed_by(feed):
@@ -623,7 +623,7 @@ def _feed(
                 break
             kind = type(args[0])
             if small and kind in TINY:
-                driver.submit_small(recipe, args[0], made, count)
+                submit_small(recipe, args[0], made, count)
             else:
                 made.narrow()
                 _submit_item(driver, recipe, args, made.item(count))

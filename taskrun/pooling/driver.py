@@ -177,7 +177,8 @@ class Driver:
         """Have a call executed, with others in a bunch; ``args``: see ``Bunch.items``.  For
         recipes without timeout and retries."""
         self._put((recipe, args, owner, token))
-        self._was_put()
+        if not self._due or self._ended or self._asking:
+            self._was_put()
 
     def submit_entry(self, entry: Entry | Single) -> None:
         """Have a call executed as the entry says, perhaps with others in a bunch."""
