@@ -538,7 +538,7 @@ def test_a_process_that_has_closed_its_standard_streams_can_have_a_pool(
     with open(tmp_path / "output", "wb") as file:
         subprocess.run(
             [sys.executable, "-c", DAEMON.format(closed=closed)],
-            stdout=file, stderr=file, timeout=SECONDS, check=True,
+            cwd=tmp_path, stdout=file, stderr=file, timeout=SECONDS, check=True,
         )  # fmt: skip
 
 
