@@ -54,6 +54,7 @@ TERMINATE: Final = "TERMINATE"
 
 WINDOW: Final = 1024  # calls of one imap that may be under way, at least
 PER_WORKER: Final = 64  # ... and for each worker
+AT_A_TIME: Final = 64  # of these it is fed in a row
 FIRST: Final = 100  # multiprocessing's own finalizers have less: managers 0, pools 15
 LOOK: Final = 0.01  # seconds between two looks whether a worker has ended
 SMALLER: Final = 4  # ... so many times more while their arguments are plain numbers
@@ -606,28 +607,31 @@ def _feed(
     count = 0
     error: BaseException | None = None
     small = recipe.timeout is None and not recipe.retries
-    loop, submit_small = driver.loop, driver.submit_small
+    loop, submit_small, is_fed_by = driver.loop, driver.submit_small, driver.is_fed_by
     try:
         source = iter(items)
-        while made is not None and driver.is_fed_by(feed):
+        while made is not None and is_fed_by(feed):
             if loop.over:
                 error = driver.why_over()  # not the end of the input: there would be more
                 break
-            if not made.takes_one():
+            room = made.take_room(AT_A_TIME)
+            if not room:
                 made = None  # not kept by this while it waits
                 made = feeding.await_room()
                 continue
-            try:
-                args = next(source)
-            except StopIteration:
-                break
-            kind = type(args[0])
-            if small and kind in TINY:
-                submit_small(recipe, args[0], made, count)
+            end = count + room
+            for args in itertools.islice(source, room):
+                if small and type(args[0]) in TINY:
+                    submit_small(recipe, args[0], made, count)
+                else:
+                    made.narrow()
+                    _submit_item(driver, recipe, args, made.item(count))
+                count += 1
+                if loop.over or not is_fed_by(feed):
+                    break
             else:
-                made.narrow()
-                _submit_item(driver, recipe, args, made.item(count))
-            count += 1
+                if count < end:  # the input has ended
+                    break
     except BaseException as raised:
         error = raised
     if made is not None:

@@ -176,12 +176,11 @@ class IMapIterator(Waitable, _Base):
         if self._window != self._narrow:
             self._limit(self._narrow)
 
-    def takes_one(self) -> bool:
-        """In the feeding thread: whether one more may be under way; then it counts as such."""
-        if self._taken - self._over >= self._window:
-            return False
-        self._taken += 1
-        return True
+    def take_room(self, most: int) -> int:
+        """In the feeding thread: how many more may be under way; they count as such from now on."""
+        room = max(0, min(most, self._window - self._taken + self._over))
+        self._taken += room
+        return room
 
     def lacks_room(self) -> bool:
         """Whether there is less room than it is worth to be woken for."""
