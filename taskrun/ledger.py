@@ -228,7 +228,7 @@ def dumps(record: Any) -> bytes:
 def parse(data: bytes | memoryview) -> list[Any]:
     """The records, and items of bunches, in a pickle.  Raises WireError where it is malformed."""
     try:
-        records: list[tuple[Any, ...]] = pickle.loads(data)
+        records: list[Any] = pickle.loads(data)
     except Exception as error:
         raise WireError(f"a worker sent what is no record: {error!r}") from error
     if type(records) is not list:

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from harness import Runs, started
+from waiting import until
 
 from taskrun import places
 from taskrun.errors import (
@@ -73,13 +74,6 @@ def twice(x: int) -> int:
 
 def works(pool: Pool) -> bool:
     return pool.map_async(twice, range(10), 1).get(SECONDS) == [2 * x for x in range(10)]
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def kill_self(number: int) -> None:

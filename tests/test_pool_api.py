@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 from taskrun import Pool
 from taskrun.errors import CallCancelled, CallTimeout, WorkerLost
@@ -403,13 +404,6 @@ def test_who_asks_for_a_pool_of_the_standard_library_has_one(pool: Pool) -> None
     assert isinstance(pool.map_async(square, [2]), multiprocessing.pool.MapResult)
     assert isinstance(pool.imap(square, [2]), multiprocessing.pool.IMapIterator)
     assert list(pool.imap(square, [1, 2], chunksize=None)) == [1, 4]
-
-
-def until(true: Any) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def wait_for(path: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from taskrun.errors import CallCancelled, WorkerLost
 from taskrun.pool import AsyncResult, Pool
@@ -74,13 +75,6 @@ def ended(result: AsyncResult) -> Any:
         return result.get(SECONDS)
     except Exception as error:
         return type(error)
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def wait_for(path: Path) -> Callable[[], str]:

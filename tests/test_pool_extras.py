@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from waiting import until
 
 from taskrun import Pool, state
 from taskrun.errors import WorkerLost
@@ -22,13 +23,6 @@ pytestmark = pytest.mark.timeout(120)
 METHODS = ["fork", "forkserver", "spawn"]
 SECONDS = 60
 MB = 1_000_000
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # -- memory ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from interrupting import Broken, at_each_step, interrupted_at
+from waiting import until
 
 from taskrun.errors import CallCancelled
 from taskrun.pool import Pool
@@ -180,13 +181,6 @@ def test_all_who_begin_to_wait_for_the_same_at_the_same_time_are_woken_by_one_ev
 
     threads: list[threading.Thread] = []
     assert at_each_step(begin, another_begins) > 3
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from interrupting import at_each_step, broken_off_at, interrupted_at
+from waiting import until
 
 from taskrun.errors import CallCancelled, WorkerLost
 from taskrun.flag import Flag
@@ -72,13 +73,6 @@ def wait_for(x: int) -> int:
 def has_begun() -> bool:
     """Whether ``wait_for(5)`` has."""
     return os.path.exists(os.environ["TRIPS_GATE"] + ".5")
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def on_trip(pool: Pool, function: Callable[[int], Any], argument: int) -> AsyncResult:

@@ -659,7 +659,8 @@ def test_a_thread_that_ends_before_it_begins_is_not_waited_for(
     monkeypatch.setattr(native, "start_new_thread", without_memory)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         native.start_thread(lambda: None)
-    threads[0].join()
+    threads[0].join(20)
+    assert not threads[0].is_alive()
 
 
 @pytest.mark.skipif(not sessions.LINUX, reason="what has ended is read from /proc")
