@@ -17,6 +17,7 @@ from typing import Any, Final
 from taskrun.engines.capture import Attempt
 from taskrun.engines.links import PROCESS, Link, PipeLink
 from taskrun.engines.local import Local
+from taskrun.engines.silence import Silence
 from taskrun.errors import WireError
 from taskrun.network import channels as ch
 from taskrun.network.conversation import Conversation, Data
@@ -24,7 +25,6 @@ from taskrun.network.parcels import Shelf
 from taskrun.reactor import Reactor
 from taskrun.workers.settings import Settings
 
-UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 TOLD: Final = 0.2  # seconds between two looks at what workers are in
 FULL: Final = 16 * 1024 * 1024  # bytes that wait for the coordinator; then workers do, too
 _ATTEMPT_MASK: Final = 0xFFFF  # as much of an attempt's number as a ledger holds
@@ -79,21 +79,22 @@ class Berth(PipeLink):
         before, self._seen_moment = self._seen_moment, self.moment
         return self._seen_moment != before or not self.is_idle
 
-    def tell_unsent(self) -> None:
-        """Say what it has ended and not sent, if that is more than before.
+    def tell_unsent(self) -> bool:
+        """Say what it has ended and not sent, if that is more than before; whether it is.
 
         All frames before these records are in the Pipe by now, and must come first.
         """
         copied = self.wires.ledger.copy()
         if copied is None:
-            return  # it was sent just now
+            return False  # it was sent just now
         generation, data = copied
         if not data or (generation, len(data)) == self._copied:
-            return
+            return False
         self._copied = generation, len(data)
         self._pass_on_the_rest()
         self.wires.outputs.drain()
         self.say(ch.LEDGER, ch.GENERATION.pack(generation) + data)
+        return True
 
     def _pass_on_the_rest(self) -> None:
         reader = self.wires.reader
@@ -138,8 +139,8 @@ class Berths:
         self._shelf = shelf
         self._unable = unable
         self._berths: dict[int, Berth] = {}
-        self._heard: dict[Berth, float] = {}  # whose ledgers are to be looked at
-        self._looking = self._paused = self._closed = False
+        self._silence = Silence(reactor, self._look)
+        self._paused = self._closed = False
         self.local = Local(self, reactor, settings, make_link=self._make)
         self._telling = reactor.call_at(monotonic() + TOLD, self._tell_moments)
         self._handlers: dict[int, Callable[[Berth, memoryview], None]] = {
@@ -200,7 +201,7 @@ class Berths:
 
     def _send(self, berth: Berth, frame: memoryview) -> None:
         berth.send_calls(frame)
-        self._look_later(berth)
+        self._silence.broken(berth)
 
     def _on_signal(self, berth: Berth, data: memoryview) -> None:
         number, call, attempt = ch.SIGNALLED.unpack(data)
@@ -209,27 +210,12 @@ class Berths:
 
     # -- the ledgers ------------------------------------------------------------------
 
-    def _look_later(self, berth: Berth) -> None:
-        self._heard[berth] = monotonic()
-        if not self._looking:
-            self._looking = True
-            self._reactor.call_at(monotonic() + UNSENT, self._look_at_silent)
-
-    def _look_at_silent(self) -> None:
-        self._looking = False
-        before = monotonic() - UNSENT
-        for berth in [berth for berth, heard in self._heard.items() if heard <= before]:
-            del self._heard[berth]
-            self._look(berth)
-        if self._heard and not self._looking and not self._closed:
-            self._looking = True
-            self._reactor.call_at(monotonic() + UNSENT, self._look_at_silent)
-
-    def _look(self, berth: Berth) -> None:
+    def _look(self, berth: Berth) -> bool:
         try:
-            berth.tell_unsent()
+            return berth.tell_unsent()
         except WireError as error:
             self.reject(berth, f"what it sent could not be read: {error}")
+            return False
 
     def _tell_moments(self) -> None:
         if self._closed:
@@ -248,15 +234,15 @@ class Berths:
     def hear(self, link: Link, frame: memoryview) -> bool:
         assert isinstance(link, Berth)
         link.pass_on(frame)
-        self._look_later(link)
+        self._silence.broken(link)
         return True
 
     def hear_control(self, link: Link, frame: memoryview) -> None:
         self._conversation.send(ch.of_control(link.id), ch.CONTROL, frame)
 
-    def look(self, link: Link) -> None:
+    def look(self, link: Link) -> bool:
         assert isinstance(link, Berth)
-        self._look(link)
+        return self._look(link)
 
     def reject(self, link: Link, why: str) -> None:
         link.rejected = link.rejected or f"stopped, because {why}"
@@ -266,7 +252,7 @@ class Berths:
     def ended(self, link: Link, how: str) -> None:
         assert isinstance(link, Berth)
         del self._berths[link.id]
-        self._heard.pop(link, None)
+        self._silence.forget(link)
         link.tell_the_end(how)
         link.close()
 
@@ -321,4 +307,4 @@ class Berths:
         for berth in self._berths.values():
             berth.close()
         self._berths.clear()
-        self._heard.clear()
+        self._silence.close()

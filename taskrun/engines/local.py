@@ -36,8 +36,8 @@ class Crew(Protocol):
     def hear_control(self, link: Link, frame: memoryview) -> None:
         """Take a frame of its control Pipe."""
 
-    def look(self, link: Link) -> None:
-        """Take what it has ended and not sent."""
+    def look(self, link: Link) -> bool:
+        """Take what it has ended and not sent; whether there was anything."""
 
     def reject(self, link: Link, why: str) -> None:
         """It is no worker any more, whatever it is."""

@@ -27,6 +27,7 @@ from taskrun.engines.links import PROCESS, Link, PipeLink
 from taskrun.engines.local import Local
 from taskrun.engines.nursery import Launch
 from taskrun.engines.records import Records
+from taskrun.engines.silence import Silence
 from taskrun.errors import WireError
 from taskrun.model import Failure, Recipe
 from taskrun.observers import Observer
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from taskrun.engines.nodes import Node, Nodes  # only where others may join
 
 LONG: Final = 0.5  # seconds after which a call is known to run, whether anybody asked or not
-UNSENT: Final = 0.005  # seconds of silence after which a worker's ledger is looked at
 FINISH: Final = 4.0  # seconds that a worker has to end by itself when it is told to quit
 STUCK: Final = 1.0  # seconds, beyond twice the grace, that a worker of many calls has
 SPARE: Final = 4  # workers a slot, where calls lend theirs
@@ -91,8 +91,6 @@ class PoolEngine:
         self._local: Local | None = None
         self._links: dict[int, Link] = {}
         self._worker_ids = count(1)
-        self._unsent: set[Link] = set()
-        self._looking = False
         self._asking = False
         self._unflushed: list[Link] = []
         self._closing = False
@@ -114,6 +112,7 @@ class PoolEngine:
     def start(self, reactor: Reactor, post: Callable[[m.Event], None], observer: Observer) -> None:
         """See ``engines.base``.  Raises RunError where no process can be started."""
         self._reactor = reactor
+        self._silence = Silence(reactor, self.look)
         self._observer = observer
         self._post_to = post
         self._records = Records(self._post, observer, self._recipe_ids, self._constants)
@@ -309,7 +308,7 @@ class PoolEngine:
             queue((kind, id, call.attempt, recipe.id, call.index, call.arguments(), call.units))
         self._flush_soon(link)
         if bunch.are_many(assigned):
-            self._expect_more(link)
+            self._silence.broken(link)
 
     def _deliver(self, command: m.Deliver) -> None:
         link = self._links.get(command.worker)
@@ -435,7 +434,7 @@ class PoolEngine:
         if link.ready and self._local is not None:
             self._local.proven()
         if bunch.are_many(link.assigned):
-            self._expect_more(link)
+            self._silence.broken(link)
         return True
 
     def hear_control(self, link: Link, frame: memoryview) -> None:
@@ -469,27 +468,6 @@ class PoolEngine:
         """See ``engines.local.Crew``."""
         self._post(m.GiveUp(reason))
 
-    # A worker that is busy with many calls sends what has ended every millisecond, but not
-    # while a long one runs: what ended just before that waits in the ledger.  It is taken
-    # from there, since the worker may be in C code that lets no other thread run.
-
-    def _expect_more(self, link: Link) -> None:
-        link.heard = monotonic()
-        self._unsent.add(link)
-        if not self._looking:
-            self._looking = True
-            self._later(UNSENT, self._look_at_silent)
-
-    def _look_at_silent(self) -> None:
-        self._looking = False
-        before = monotonic() - UNSENT
-        for link in [link for link in self._unsent if link.heard <= before]:
-            self._unsent.discard(link)
-            self.look(link)
-        if self._unsent and not self._looking:
-            self._looking = True
-            self._later(UNSENT, self._look_at_silent)
-
     def _ask_for_the_long(self) -> None:
         """Have workers tell when the calls began that people wait for."""
         for link in self._links.values():
@@ -505,16 +483,17 @@ class PoolEngine:
         if not self._closing:
             self._later(LONG, self._ask_for_the_long)
 
-    def look(self, link: Link) -> None:
+    def look(self, link: Link) -> bool:
         """See ``engines.local.Crew``."""
         if link.id not in self._links or link.rejected:
-            return
+            return False
         try:
             records = link.look()
         except WireError:
-            return  # caught in the middle of a change; it comes over the Pipe
+            return False  # caught in the middle of a change; it comes over the Pipe
         if records:
             self._records.take(link, records)
+        return bool(records)
 
     # -- the end of a worker ----------------------------------------------------------
 
@@ -548,7 +527,7 @@ class PoolEngine:
 
     def _let_go(self, link: Link) -> None:
         del self._links[link.id]
-        self._unsent.discard(link)
+        self._silence.forget(link)
         link.close()
         blobs.forget(place_of(self._settings, link.id))
 
