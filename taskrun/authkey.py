@@ -35,6 +35,22 @@ def authkey(file: str | None = None) -> bytes:
         return _made(path)
 
 
+def given(key: bytes | str | os.PathLike[str] | None) -> bytes:
+    """The key that a program names: by itself, or by the path of a file with it; without
+    one, that which is always looked for.  Raises UsageError.
+
+    A str may be either, and is a path where there is such a file.  Where there is none, it may
+    be the key itself, and is shown to nobody.
+    """
+    if isinstance(key, bytes):
+        return key
+    if isinstance(key, str) and key and not os.path.lexists(key):
+        text = key.strip().encode()
+        check_length(text, "the authkey that was given, which is no file's path,")
+        return text
+    return authkey(None if key is None else os.fspath(key))
+
+
 def for_guests(key: bytes, run: bytes) -> bytes:
     """A key for the processes of another engine, and for one run only: it says nothing about
     ``key``, and means nothing to other runs.  The authkey is the message, as in

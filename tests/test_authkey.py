@@ -219,3 +219,18 @@ def test_a_key_in_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TASKRUN_AUTHKEY", "short")
     with pytest.raises(UsageError, match="TASKRUN_AUTHKEY has 5 bytes"):
         authkey.authkey()
+
+
+def test_a_program_may_give_the_key_itself_or_its_files_path_and_is_never_told_a_key(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef-of-a-file\n")
+    file.chmod(0o600)
+    assert authkey.given(file) == authkey.given(str(file)) == b"0123456789abcdef-of-a-file"
+    assert authkey.given("fedcba9876543210-itself ") == authkey.given(b"fedcba9876543210-itself")
+    with pytest.raises(UsageError, match=r"no authkey file .*nothing"):
+        authkey.given(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="has 10 bytes") as caught:
+        authkey.given("not-enough")
+    assert "not-enough" not in str(caught.value)

@@ -62,7 +62,7 @@ class Borrower:
                 "maxrss: only workers of this machine can be stopped for their memory; say one "
                 "size, above which they are replaced"
             )
-        self.line = Line(address, _key(authkey), most, insecure_plain=insecure_plain)
+        self.line = Line(address, keys.given(authkey), most, insecure_plain=insecure_plain)
         name, self.bundle = _main()
         data = None if name is None else pickle.dumps({"init_main_from_name": name})
         self.base = next(bases) << 48
@@ -250,13 +250,6 @@ class Line:
 
 
 # -- what travels ---------------------------------------------------------------------
-
-
-def _key(given: bytes | str | os.PathLike[str] | None) -> bytes:
-    """The key itself, or that of a file, or of the one that taskrun always looks for."""
-    if isinstance(given, bytes):
-        return given
-    return keys.authkey(None if given is None else os.fspath(given))
 
 
 def _packed(setup: remote.Setup, *, by_value: bool) -> bytes:

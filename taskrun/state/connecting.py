@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from taskrun import addresses
-from taskrun.authkey import authkey as find_authkey
+from taskrun.authkey import given
 from taskrun.state.containers import Dict, List, Set
 from taskrun.state.handles import Barrier, Counter, Event, Lock, Queue, Semaphore, Watch
 from taskrun.state.remote import Connection, RemoteClient
@@ -14,7 +15,7 @@ from taskrun.state.stored import loaded
 
 def connect(
     address: Any = None,
-    authkey: bytes | str | None = None,
+    authkey: bytes | str | os.PathLike[str] | None = None,
     *,
     tls_cert: str | None = None,
     tls_key: str | None = None,
@@ -26,12 +27,13 @@ def connect(
 
     ``address``: ``"HOST:PORT"``, ``"tls://HOST:PORT"``, ``"unix:PATH"`` or (host, port);
     without one, the variable TASKRUN_ADDRESS, or this user's only live run.  ``authkey``:
-    the key itself; without one, where taskrun always looks for it.  Where HOST is another
-    machine, TLS is spoken.  ``tls_cert``, ``tls_key`` and ``tls_ca``, or the variables
-    TASKRUN_TLS_CERT and so on, may name files in PEM: a certificate to show with its key,
-    and who must have signed the coordinator's.  ``insecure_plain`` is for one that was started
-    with ``--insecure-plain``: without TLS, whoever is on the network between can read and
-    change everything, and run code on both sides.
+    the key itself, or the path of a file with it; without one, that which taskrun always
+    takes.  Where HOST is another machine, TLS is spoken.  ``tls_cert``, ``tls_key`` and
+    ``tls_ca``, or the variables TASKRUN_TLS_CERT and so on, may name files in PEM: a
+    certificate to show with its key, and who must have signed the coordinator's.
+    ``insecure_plain`` is for one that was started with ``--insecure-plain``: without TLS,
+    whoever is on the network between can read and change everything, and run code on both
+    sides.
 
     Raises UsageError where there is no such address or key, StateLost where nobody answers,
     StateRefused where the key is not the right one, the address has another form, or the
@@ -41,9 +43,7 @@ def connect(
         address = addresses.find(address, insecure_plain=insecure_plain)
     elif not insecure_plain:
         address = addresses.secured(address)
-    key = authkey.encode() if isinstance(authkey, str) else authkey
-    files = (tls_cert, tls_key, tls_ca)
-    return Connected(address, find_authkey() if key is None else key, files, run)
+    return Connected(address, given(authkey), (tls_cert, tls_key, tls_ca), run)
 
 
 class _Holding(RemoteClient):
