@@ -2,8 +2,9 @@
 
     python benchmarks/network.py [--rounds 3] [--calls 20000] [--nodes 1000]
 
-- So many trivial calls, of one fan-out, beside a local multiprocessing.Pool with two workers
-  and apply_async; at least 5x as many a second.
+- So many trivial calls, one by one through the apply_async of a Pool on the node, and of one
+  fan-out, beside a local multiprocessing.Pool with two workers and apply_async; at least 5x as
+  many a second.
 - The round trip of one trivial call, from the coordinator to the node and back; 1 ms.
 - 100 MB that eight calls take: the bytes that cross to the node; once.
 - Trivial calls of Dask distributed and of Ray with two worker processes on this machine, where
@@ -31,8 +32,8 @@ from typing import Any, NamedTuple
 
 from measure import TASKRUN
 
+from taskrun import Pool, transport
 from taskrun import messages as m
-from taskrun import transport
 from taskrun.addresses import Tls, shown
 from taskrun.engines.nodes import ROLE, Nodes
 from taskrun.engines.pool import PoolEngine
@@ -80,14 +81,36 @@ def double(number: int) -> int:
 # -- many calls -----------------------------------------------------------------------
 
 
-def of_a_pool(calls: int) -> float:
-    """Calls a second of a local Pool."""
+def of_a_local_pool(calls: int) -> float:
+    """Calls a second of multiprocessing.Pool."""
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        pool.map(double, range(100))
-        began = time.perf_counter()
-        pending = [pool.apply_async(double, (number,)) for number in range(calls)]
-        assert sum(one.get(DEADLINE) for one in pending) == calls * (calls - 1)
-        return calls / (time.perf_counter() - began)
+        return one_by_one(pool, calls)
+
+
+def of_a_pool(folder: Path, calls: int) -> float:
+    """Calls a second of a Pool on the node of a server, which has no workers of its own."""
+    command = [TASKRUN, "serve", "-j", "0", "--listen", "tls://127.0.0.1:0"]
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            address = listens_at(server)
+            with (
+                node(folder, address=address),
+                Pool(2, address=address, authkey=folder / "key") as pool,
+            ):
+                return one_by_one(pool, calls)
+        finally:
+            server.terminate()
+
+
+def one_by_one(pool: Any, calls: int) -> float:
+    """Calls a second of its apply_async."""
+    pool.map(double, range(100))
+    began = time.perf_counter()
+    pending = [pool.apply_async(double, (number,)) for number in range(calls)]
+    assert sum(one.get(DEADLINE) for one in pending) == calls * (calls - 1)
+    return calls / (time.perf_counter() - began)
 
 
 def of_a_run(folder: Path, calls: int) -> float:
@@ -110,15 +133,18 @@ def listening(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def listens_at(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    return next(line for line in process.stderr if "listening on" in line).split()[-1]
+
+
 @contextmanager
 def node(
     folder: Path, run: subprocess.Popen[str] | None = None, address: str = ""
 ) -> Iterator[None]:
     """A node with two workers."""
     if run is not None:
-        assert run.stderr is not None
-        line = next(line for line in run.stderr if "listening on" in line)
-        address = line.split()[-1]
+        address = listens_at(run)
     with subprocess.Popen(
         [TASKRUN, "worker", address, "-j", "2"], env=environment(folder), cwd=folder,
         stderr=subprocess.DEVNULL,
@@ -377,7 +403,8 @@ def beats(folder: Path, options: argparse.Namespace) -> float:
 
 FIGURES: dict[str, Callable[[Path, argparse.Namespace], float]] = {
     "run": lambda folder, options: of_a_run(folder, options.calls),
-    "pool": lambda folder, options: of_a_pool(options.calls),
+    "pool": lambda folder, options: of_a_pool(folder, options.calls),
+    "local_pool": lambda folder, options: of_a_local_pool(options.calls),
     "dask": lambda folder, options: of_dask(min(options.calls, FEW)),
     "ray": lambda folder, options: of_ray(min(options.calls, FEW)),
     "trip": trip,
@@ -413,21 +440,25 @@ def main() -> int:
 
 def rates(folder: Path, rounds: int, calls: int) -> Iterator[bool]:
     """Calls, round trips and bulk; gives whether each target is reached."""
-    pools, runs, trips = [], [], []
+    local, pools, runs, trips = [], [], [], []
     peers: dict[str, list[float]] = {
         name: [] for name in PEERS if importlib.util.find_spec(name) is not None
     }
     for _ in range(rounds):
-        pools.append(of_a_pool(calls))
+        local.append(of_a_local_pool(calls))
+        pools.append(of_a_pool(folder, calls))
         runs.append(of_a_run(folder, calls))
         for name, found in peers.items():
             found.append(PEERS[name][0](min(calls, FEW)))
         with bench(folder) as made:
             trips.append(round_trip(made))
             times, seconds = large(made)
-    ours, trip = statistics.median(runs), statistics.median(trips)
-    print(f"calls/s    {ours:10,.0f}")
-    yield compared(ours, "Pool.apply_async", pools, 5)
+    ours, trip = statistics.median(pools), statistics.median(trips)
+    print(f"calls/s    {ours:10,.0f} of a Pool")
+    yield compared(ours, "Pool.apply_async", local, 5)
+    ours = statistics.median(runs)
+    print(f"calls/s    {ours:10,.0f} of a fan-out")
+    yield compared(ours, "Pool.apply_async", local, 5)
     for name, (_, target) in PEERS.items():
         if name in peers:
             yield compared(ours, name, peers[name], target)

@@ -34,16 +34,20 @@ def peer(name: str) -> float:
     return network(name)
 
 
-def rate(name: str, title: str, target: float) -> Benchmark:
+def rate(
+    name: str, title: str, target: float, *, ours: str = "run", peers: str | None = None
+) -> Benchmark:
+    what = "of a fan-out" if ours == "run" else "one by one"
     return Benchmark(
-        f"network_{name}", "20,000 trivial calls on a node with two workers, over TLS", "calls/s",
-        partial(network, "run"), title, partial(peer, name),
+        f"network_{name}", f"20,000 trivial calls {what} on a node with two workers, over TLS",
+        "calls/s", partial(network, ours), title, partial(peer, peers or name),
         target, at_least=True, rounds=3,
     )  # fmt: skip
 
 
 BENCHMARKS = (
-    rate("pool", "a local Pool(2).apply_async", 5.0),
+    rate("pool", "a local Pool(2).apply_async", 5.0, ours="pool", peers="local_pool"),
+    rate("run", "a local Pool(2).apply_async", 5.0, peers="local_pool"),
     rate("dask", "Dask distributed, two processes", 50.0),
     rate("ray", "Ray, two CPUs", 20.0),
     Benchmark(
