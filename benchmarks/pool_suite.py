@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from functools import partial
 
+from ideals import even_ideal, greedy_list_scheduling, steps
 from measure import Benchmark, BenchmarkError
-from pool_peers import Multiprocessing, Taskrun, installed, measured
+from pool_peers import DURATIONS, Multiprocessing, Taskrun, installed, measured
 
 OURS, STANDARD = Taskrun.name, Multiprocessing.name
 ARRAY_PEERS = (STANDARD, "loky", "joblib")
 LATE = 30.0  # milliseconds by which the first result may come later than the standard library's
 
 
-def figure(workload: str, peer: str) -> float:
+def figure(workload: str, peer: str, **variables: object) -> float:
     try:
-        found = measured(workload, peer)
+        found = measured(workload, peer, **variables)
     except RuntimeError as error:
         raise BenchmarkError(str(error)) from error
     if found is None:
         raise BenchmarkError(f"{peer} cannot do {workload}")
     return found
+
+
+def even(peer: str) -> float:
+    return figure("even", peer, STEPS=steps())
+
+
+def even_alone() -> float:
+    """The ideal of 400 calls of 20 ms."""
+    return 400 / 399 * (even_ideal(400).seconds - even_ideal(1).seconds)
 
 
 def fastest(workload: str, peers: tuple[str, ...]) -> float:
@@ -53,6 +63,19 @@ POOL_BENCHMARKS = (
     Benchmark(
         "pool_array_memory", "growth of all processes (PSS) meanwhile", "copies",
         partial(figure, "array_memory", OURS), "one copy", lambda: 1.0, 1.3, rounds=3,
+    ),
+    Benchmark(
+        "pool_even", "400 calls of 20 ms of pure Python", "s", partial(even, OURS),
+        "two processes, half each", even_alone, 1 / 0.98,
+    ),
+    Benchmark(
+        "pool_even_standard", "the same calls", "s", partial(even, OURS),
+        f"{STANDARD}.imap_unordered(chunksize=1)", partial(even, STANDARD), 1.0,
+    ),
+    Benchmark(
+        "pool_heavy", "200 sleeps with a heavy tail, makespan", "s",
+        partial(figure, "heavy", OURS), "greedy list scheduling, computed",
+        partial(greedy_list_scheduling, DURATIONS), 1.05, rounds=3,
     ),
     Benchmark(
         "pool_start", "from the constructor to the first result", "ms",

@@ -7,22 +7,21 @@ time subtracted.
 
 from __future__ import annotations
 
-import heapq
 import os
 import signal
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import crawl
 import lanes
 import psutil
+from ideals import even_ideal, greedy_list_scheduling, steps
 from measure import (
     JOBS,
     PYTHON,
@@ -39,7 +38,7 @@ from measure import (
 from pool_suite import POOL_BENCHMARKS
 
 sys.path.append(str(JOBS))
-from work import DURATIONS, FAN_IN, LEAVES, checksum, spin
+from work import DURATIONS, FAN_IN, LEAVES, checksum
 
 # -- start-up -------------------------------------------------------------------------
 
@@ -114,38 +113,12 @@ def shell_ninja(size: int) -> Sample:
 # -- balance --------------------------------------------------------------------------
 
 
-@cache
-def steps() -> int:
-    """How many steps of ``spin`` take 20 ms of CPU time."""
-    trial = 200_000
-    best = min(_cpu_of(trial) for _ in range(15))
-    return round(trial * 0.020 / best)
-
-
-def _cpu_of(trial: int) -> float:
-    started = time.process_time()
-    spin(trial)
-    return time.process_time() - started
-
-
 def even_taskrun(size: int) -> Sample:
     return expect(taskrun("even", CALLS=size, STEPS=steps()), size * steps())
 
 
-def even_ideal(size: int) -> Sample:
-    return expect(script("even_ideal", CALLS=size, STEPS=steps()), size * steps())
-
-
 def even_pool(size: int) -> Sample:
     return expect(script("even_pool", CALLS=size, STEPS=steps()), size * steps())
-
-
-def greedy_list_scheduling(calls: Sequence[float], workers: int = 2) -> float:
-    """The makespan when each call, in order, goes to the worker that is free first."""
-    free_at = [0.0] * workers
-    for seconds in calls:
-        heapq.heapreplace(free_at, free_at[0] + seconds)
-    return max(free_at)
 
 
 def heavy_seconds(job: str) -> float:
