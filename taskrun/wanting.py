@@ -1,5 +1,5 @@
 """How a run tells its server what it has work for, whenever that changes: how many slots,
-and what of the resources that the server lends."""
+which lanes, and what of the resources that the server lends."""
 
 from __future__ import annotations
 
@@ -38,8 +38,12 @@ class Wanting:
 
     def _say(self) -> None:
         self._due = False
-        says = {"wants": roughly(self._core.wanted_slots()), "demand": self._demand()}
-        back = self._core.returned()
+        core = self._core
+        says = {
+            "wants": roughly(core.wanted_slots()), "lanes": core.wanted_lanes(),
+            "demand": self._demand(),
+        }  # fmt: skip
+        back = core.returned()
         if (says != self._said or back) and not self._peer.closed:
             self._said = says
             self._peer.send(json.dumps({**says, "back": back}).encode())

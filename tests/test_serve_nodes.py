@@ -80,6 +80,59 @@ def test_a_run_is_executed_on_a_node_where_the_server_has_no_slots(site: Site) -
     wait_until(lambda: node(site) is None)
 
 
+LANES = """
+import time
+from pathlib import Path
+from taskrun import current, each, result, task
+
+HERE = Path(HERE_IS)
+
+@task
+def plain(n=each(range(4))):
+    return current().node
+
+@task(lane="thread")
+def waits(n=each(range(100))):  # 32 in a worker
+    while not (HERE / "go").exists():
+        time.sleep(0.02)
+    return current().node
+
+@task
+def total(plain=result(plain), waits=result(waits)):
+    print("plain on", sorted(set(plain)), "waits on", sorted(set(waits)))
+"""
+
+
+def test_a_node_of_one_lane_takes_calls_of_that_lane_alone_from_all_runs_that_have_some(
+    site: Site,
+) -> None:
+    site.serve(3)
+    lab = site.runs.start(
+        "worker", site.address, "-j", "2", "--name", "lab", "--lane", "thread", env=site.variables
+    )
+    wait_until(lambda: node(site))
+    assert (node(site)["lanes"], site.status()["slots"]) == (["thread"], 3)
+    source = LANES.replace("HERE_IS", repr(str(site.folder)))
+    first = site.detach(source=source)
+    second = site.detach(source=source)
+    third = site.detach()
+    # One worker each: they have equal parts, and who has no such calls has none.
+    wait_until(lambda: node(site)["runs"] == {first: 1, second: 1})
+    busy = {first, second}
+    wait_until(lambda: {each["run"] for each in node(site)["workers"] if each["calls"]} == busy)
+    (site.folder / "go").touch()
+    site.go_on()
+    for run in (first, second, third):
+        wait_until(lambda run=run: site.run(run)["state"] == "ended")
+        assert site.run(run)["status"] == 0
+    for run in (first, second):
+        said = site.attach(run).end().check().out
+        assert "plain on ['local'] waits on ['lab', 'local']" in said
+    wait_until(lambda: not node(site)["runs"])
+    lab.signal(signal.SIGTERM)
+    assert lab.end().status == 0
+
+
 def test_two_runs_share_a_node_and_the_server_and_one_gets_all_when_it_is_alone(
     site: Site,
 ) -> None:

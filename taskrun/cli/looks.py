@@ -119,7 +119,8 @@ def _counted(node: dict[str, Any]) -> tuple[str, ...]:
     """A row about a machine: its name, whether it is there, and its numbers."""
     busy = sum(1 for worker in node["workers"] if worker["calls"])
     numbers = (node["slots"], len(node["workers"]), busy)
-    tags = f" ({', '.join(node['tags'])})" if node.get("tags") else ""
+    marks = [*(f"lane {lane}" for lane in node.get("lanes", ())), *node.get("tags", ())]
+    tags = f" ({', '.join(marks)})" if marks else ""
     return (node["node"] + tags, node["state"], *(f"{number:,}" for number in numbers))
 
 

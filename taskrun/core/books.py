@@ -205,6 +205,16 @@ class Books:
         ready = self._starts and any(home.ready.count for home in self._busy_homes)
         return max(wanted, 1.0) if in_workers or ready else wanted
 
+    def wanted_lanes(self) -> list[str]:
+        """The lanes, beside that of processes, that this run has calls for."""
+        return sorted(
+            home.lane
+            for home in self._busy_homes
+            if home is not self.placement
+            and ((self._starts and home.ready.count)
+                 or any(worker.calls for worker in home.workers.values()))
+        )  # fmt: skip
+
     @property
     def _starts(self) -> bool:
         """Whether what is ready may start: when a run stops, that is teardown alone."""

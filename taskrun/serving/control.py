@@ -24,8 +24,9 @@ Answer = Callable[[Any], object]
 class Control:
     """``address`` is the path of the process's socket, ``key`` what both prove.
 
-    ``wants``: how many slots the run has work for; None while that is not known.  It grows at
-    once, and shrinks when it has been less for a while: to give slots up costs workers.
+    ``wants``: how many slots the run has work for; None while that is not known.  ``lanes``:
+    those of its calls, beside that of processes.  Both grow at once, and shrink when they have
+    been less for a while: to give slots up costs workers.
     ``demand``: what it needs of resources; None before it has said so, and when it is gone.
     ``on_wants`` is called when one of these is another, ``on_back`` with what the run gives back,
     before that, ``on_open`` when there is a connection.
@@ -41,6 +42,7 @@ class Control:
         on_back: Callable[[Lot], object],
     ) -> None:
         self.wants: int | None = None
+        self.lanes: frozenset[str] = frozenset()
         self.demand: Demand | None = None
         self._reactor = reactor
         self._address = address
@@ -48,7 +50,7 @@ class Control:
         self._on_open = on_open
         self._on_wants = on_wants
         self._on_back = on_back
-        self._said: int | None = None  # what it wanted last
+        self._said: tuple[int | None, frozenset[str]] = (None, frozenset())  # the last that it said
         self._peer: transport.Peer | None = None
         self._dialling: transport.Dialling | None = None
         self._asked: deque[Answer] = deque()  # who gets the next answers
@@ -104,11 +106,12 @@ class Control:
             said = json.loads(bytes(frame))
             wants, answer = said.get("wants"), said.get("ok")
             if isinstance(wants, int):
+                lanes = frozenset(map(str, said["lanes"]))
                 self._on_demand(demand_from(said["demand"]), said["back"])
         except MALFORMED:
             wants, answer = None, None  # what no process of ours says is no answer
         if isinstance(wants, int):
-            self._on_said(wants)
+            self._on_said(wants, lanes)
         elif self._asked:
             self._asked.popleft()(answer)
 
@@ -126,9 +129,9 @@ class Control:
             self.demand = demand
             self._on_wants()
 
-    def _on_said(self, wants: int) -> None:
-        self._said = wants
-        if self.wants is None or wants >= self.wants:
+    def _on_said(self, wants: int, lanes: frozenset[str]) -> None:
+        self._said = wants, lanes
+        if self.wants is None or (wants >= self.wants and lanes >= self.lanes):
             self._settle()
         elif self._settling is None:
             self._settling = self._reactor.call_at(monotonic() + PATIENCE, self._settle)
@@ -137,8 +140,8 @@ class Control:
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
-        if self.wants != self._said:
-            self.wants = self._said
+        if (self.wants, self.lanes) != self._said:
+            self.wants, self.lanes = self._said
             self._on_wants()
 
 

@@ -35,12 +35,14 @@ def role_of(run: str) -> bytes:
 
 
 class Host:
-    """A node.  ``slots``: how many workers it has for all runs together."""
+    """A node.  ``slots``: how many workers it has for all runs together.  ``lanes``: those that
+    these are for, where they are no processes for any calls."""
 
     def __init__(self, name: str, session: str, offer: Offer) -> None:
         self.name = name
         self.session = session
         self.slots = offer.slots
+        self.lanes = [] if offer.processes else list(offer.lanes)
         self.resources = offer.resources
         self.tags = list(offer.tags)
         self.draining = False
@@ -81,7 +83,7 @@ class Host:
         state = "draining" if self.draining else "away" if self.peer is None else "here"
         return {
             "node": self.name, "slots": self.slots, "state": state, "runs": self.takes,
-            "tags": self.tags,
+            "tags": self.tags, "lanes": self.lanes,
         }  # fmt: skip
 
 
@@ -109,11 +111,22 @@ class Hosts:
 
     def places(self) -> dict[str, int]:
         """The slots of those that take calls, by name."""
-        return {name: host.slots for name, host in self.hosts.items() if not host.draining}
+        return {host.name: host.slots for host in self._takers() if not host.lanes}
+
+    def of_lanes(self) -> dict[str, dict[str, int]]:
+        """lane -> the slots of those that take calls of that lane alone, by name."""
+        found: dict[str, dict[str, int]] = {}
+        for host in self._takers():
+            for lane in host.lanes:
+                found.setdefault(lane, {})[host.name] = host.slots
+        return found
 
     def stocks(self) -> dict[str, Amounts]:
         """What those have beside slots that take calls, by name."""
-        return {name: host.resources for name, host in self.hosts.items() if not host.draining}
+        return {host.name: host.resources for host in self._takers() if not host.lanes}
+
+    def _takers(self) -> list[Host]:
+        return [host for host in self.hosts.values() if not host.draining]
 
     def is_rid_of(self, run: str, name: str) -> bool:
         """Whether nothing of an ended run is left on the node of that name."""
@@ -159,15 +172,12 @@ class Hosts:
             peer.finish()
             self._say(f"the node at {peer.name} cannot take part: {error}")
             return
-        if not hello.offer.processes:
-            peer.send(answer_frame(Refused("a server's nodes take calls of every lane", False)))
-            peer.finish()
-            return
         host = self._known(hello.session)
         if host is None:
             name = self._free_name(hello.offer.name)
             host = self.hosts[name] = Host(name, os.urandom(16).hex(), hello.offer)
-            self._say(f"node {name} joined with {plural(host.slots, 'slot')}")
+            lane = f" of the lane {', '.join(host.lanes)}" if host.lanes else ""
+            self._say(f"node {name} joined with {plural(host.slots, 'slot')}{lane}")
             self._watch(host)
         self._attach(host, peer)
         self._changed()

@@ -39,7 +39,8 @@ class LentPool:
 
     words: tuple[str, ...] = ()
     wants: int | None = None  # it does not say how many slots it has work for
-    demand: None = None  # calls of a Pool need nothing else
+    lanes: frozenset[str] = frozenset()  # calls of a Pool are of none but processes
+    demand: None = None  # and need nothing else
 
     def __init__(
         self,
@@ -84,10 +85,10 @@ class LentPool:
     def start(self, shares: Mapping[str, int]) -> None:
         """Lend it the first slots: place -> slots."""
         self.state = RUNNING
-        self.share(shares)
+        self.share(shares, {})
 
-    def share(self, shares: Mapping[str, int]) -> None:
-        """Lend it so many from now on."""
+    def share(self, shares: Mapping[str, int], of_lanes: Mapping[str, int]) -> None:
+        """Lend it so many from now on; it has no use for those of lanes."""
         if dict(shares) != self.shares:
             self.shares = dict(shares)
             self._peer.send(said(shares=self.shares))

@@ -72,6 +72,7 @@ class ServedRun:
         self.state = WAITING
         self.status: int | None = None
         self.shares: dict[str, int] = {}
+        self._of_lanes: dict[str, int] = {}
         self.submitted = time.time()
         self.kept = Kept()
         self._reactor = reactor
@@ -119,6 +120,11 @@ class ServedRun:
     def wants(self) -> int | None:
         """How many slots it has work for; None: that is not known."""
         return self.control.wants
+
+    @property
+    def lanes(self) -> frozenset[str]:
+        """Those that it has calls for, beside that of processes."""
+        return self.control.lanes
 
     @property
     def demand(self) -> Demand | None:
@@ -208,6 +214,7 @@ class ServedRun:
         self.kept.finish()
         self.state, self.status = ENDED, status
         self.shares = {}
+        self._of_lanes = {}
         self.control.close()
         self._folder.remove()
         if os.path.exists(self.address):
@@ -243,15 +250,16 @@ class ServedRun:
         if self._process is not None and self.state == RUNNING:
             self._process.kill()
 
-    def share(self, shares: Mapping[str, int]) -> None:
-        """Tell it how many slots it has from now on."""
-        if dict(shares) != self.shares:
-            self.shares = dict(shares)
+    def share(self, shares: Mapping[str, int], of_lanes: Mapping[str, int]) -> None:
+        """Tell it how many slots it has from now on; ``of_lanes``: where these are for calls of
+        one lane alone."""
+        if (shares, of_lanes) != (self.shares, self._of_lanes):
+            self.shares, self._of_lanes = dict(shares), dict(of_lanes)
             self._tell_slots()
 
     def _tell_slots(self) -> None:
         nodes = {place: slots for place, slots in self.shares.items() if place != HERE}
-        self.control.tell_slots(self.shares.get(HERE, 0), nodes)
+        self.control.tell_slots(self.shares.get(HERE, 0), {**nodes, **self._of_lanes})
 
     # -- who follows it ---------------------------------------------------------------
 
@@ -279,7 +287,8 @@ class ServedRun:
         return {
             "run": self.name, "file": self.file, "words": list(self.words), "state": self.state,
             "status": self.status, "pid": self.pid, "submitted": self.submitted,
-            "slots": self.slots, "wants": self.wants, "shares": self.shares,
+            "slots": self.slots, "wants": self.wants,
+            "shares": {**self.shares, **self._of_lanes},
             "lines": self.kept.lines, "followers": len(self._followers),
             "address": f"unix:{self.address}",
         }  # fmt: skip

@@ -78,6 +78,7 @@ class Server:
         self._clients: list[Client] = []
         self._service = make_service(reactor, is_running=lambda call, attempt: False, notice=say)
         self._lease = lease
+        self._of_lanes: Shares = {}
         self._hosts = Hosts(reactor, self.deal, say, lease, frozenset((HERE,)))
         self._service.roles[NODE] = self._hosts.accept
         self._service.roles[STEER] = self._on_steering
@@ -227,14 +228,28 @@ class Server:
         pins = self._lend(chosen, places, numbers(sum(places.values()), wishes, {}))
         wishes = {run: wish.without(self._lending.idle(run)) for run, wish in wishes.items()}
         dealt = deal(places, wishes, {run.name: run.shares for run in started}, pins)
+        of_lanes = self._deal_lanes(started)
         for run in chosen:
             if run.state == RUNNING:
-                run.share(dealt[run.name])
+                run.share(dealt[run.name], of_lanes.get(run.name, {}))
             elif run.state == WAITING:
                 run.start(dealt[run.name])
-        self._hosts.tell(dealt)
+        self._hosts.tell({run: {**of, **of_lanes.get(run, {})} for run, of in dealt.items()})
         for name, loan in self._lending.loans():
             self.find_run(name).control.tell_loan(loan)
+
+    def _deal_lanes(self, runs: Sequence[ServedRun | LentPool]) -> Shares:
+        """Share the slots that are for calls of one lane alone among the runs that have such
+        calls, in equal parts: how many calls each of these executes at a time is another
+        matter."""
+        dealt: Shares = {}
+        for lane, places in self._hosts.of_lanes().items():
+            wishes = {run.name: Wish() for run in runs if lane in run.lanes}
+            before = {name: self._of_lanes.get(name, {}) for name in wishes}
+            for name, share in deal(places, wishes, before).items():
+                dealt.setdefault(name, {}).update(share)
+        self._of_lanes = dealt
+        return dealt
 
     def _lend(
         self, runs: Sequence[ServedRun | LentPool], slots: dict[str, int], number: dict[str, int]
