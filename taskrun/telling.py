@@ -6,6 +6,7 @@ closed from the beginning.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from contextlib import suppress
@@ -13,16 +14,29 @@ from contextlib import suppress
 
 def tell(text: str) -> None:
     """Write a line for people, if that can be written."""
-    _write(f"taskrun: {text}\n")
+    write(f"taskrun: {text}\n")
 
 
 def tell_traceback() -> None:
     """The same, in an ``except`` block, for what should not happen."""
-    _write(traceback.format_exc())
+    write(traceback.format_exc())
 
 
-def _write(text: str) -> None:
-    if sys.stderr is not None:
-        with suppress(OSError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+def write(text: str) -> None:
+    """Write lines as they are, if they can be written."""
+    stream = sys.stderr
+    if stream is None:
+        return
+    with suppress(OSError):
+        try:
+            fd = stream.fileno()
+        except OSError:  # it is no file's
+            stream.write(text)
+            stream.flush()
+            return
+        # Not through its buffer: what cannot be written stays there, and Python ends with
+        # status 120 where it cannot be written at the end either.
+        stream.flush()
+        rest = text.encode(stream.encoding, "backslashreplace")
+        while rest:
+            rest = rest[os.write(fd, rest) :]

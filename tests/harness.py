@@ -321,12 +321,15 @@ class Runs:
             running.kill()
 
 
+_CHANGING = ("COLUMNS", "NO_COLOR", "PYTHONUNBUFFERED")
+
+
 def environment() -> dict[str, str]:
     """This process's variables, without those that would change a run."""
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("TASKRUN_", "PYTEST_")) and name not in ("COLUMNS", "NO_COLOR")
+        if not name.startswith(("TASKRUN_", "PYTEST_")) and name not in _CHANGING
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from harness import TASKRUN
 
 from taskrun.cli.graph import tree_lines
 from taskrun.cli.group import COMMANDS
@@ -639,3 +640,13 @@ def test_completing_never_runs_the_file(folder: Path) -> None:
 def test_completing_is_quiet_about_broken_files(folder: Path, content: bytes) -> None:
     (folder / "tasks.py").write_bytes(content)
     assert task_names(None) == []
+
+
+def test_an_error_that_cannot_be_said_keeps_its_exit_status(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [TASKRUN, "exec", str(tmp_path / "missing.py")],
+            stderr=full, env=environment, timeout=60, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 2

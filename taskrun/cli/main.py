@@ -103,21 +103,21 @@ def _keep_exit_statuses() -> None:
 
 
 def _tell(error: TaskrunError) -> int:
-    import click
+    from taskrun.telling import write
 
     traceback_text = getattr(error, "traceback_text", "")
-    click.echo(f"{traceback_text}taskrun: error: {error}", err=True)
+    write(f"{traceback_text}taskrun: error: {error}\n")
     return error.exit_status
 
 
 def _tell_usage(error: click.ClickException) -> int:
-    import click
+    from taskrun.telling import write
 
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
     message = message[:1].lower() + message[1:].removesuffix(".")
-    click.echo(f"taskrun: error: {message}{hint}", err=True)
+    write(f"taskrun: error: {message}{hint}\n")
     return 2
 
 
