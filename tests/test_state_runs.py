@@ -417,7 +417,8 @@ def test_waiting_outside_ends_with_the_run(runs: Runs) -> None:
     run.await_line("filled")
     with connect() as seen, seen.dict("pages").watch() as changes:
         run.signal(signal.SIGKILL)
-        with pytest.raises(StateLost, match="is gone"):
+        # It may be dead before the connection for this wait is made.
+        with pytest.raises(StateLost, match=r"is gone|cannot be reached"):
             seen.queue("never").get(timeout=60)
         assert list(changes) == []
 
