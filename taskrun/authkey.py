@@ -44,7 +44,7 @@ def given(key: bytes | str | os.PathLike[str] | None) -> bytes:
     """
     if isinstance(key, bytes):
         return key
-    if isinstance(key, str) and key and not os.path.lexists(key):
+    if isinstance(key, str) and not os.path.lexists(key):
         text = key.strip().encode()
         check_length(text, "the authkey that was given, which is no file's path,")
         return text

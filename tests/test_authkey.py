@@ -234,3 +234,5 @@ def test_a_program_may_give_the_key_itself_or_its_files_path_and_is_never_told_a
     with pytest.raises(UsageError, match="has 10 bytes") as caught:
         authkey.given("not-enough")
     assert "not-enough" not in str(caught.value)
+    with pytest.raises(UsageError, match="is empty"):
+        authkey.given("")  # and not whichever key is here

@@ -69,7 +69,8 @@ def _nodes_of(now: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _server(now: dict[str, Any]) -> Iterator[str]:
-    yield f"a server, pid {now['pid']}, {text.duration(now['seconds'])}, {now['slots']:,} slots"
+    slots = text.plural(now["slots"], "slot")
+    yield f"a server, pid {now['pid']}, {text.duration(now['seconds'])}, {slots}"
     columns = ("run", "state", "slots", "queued", "ended", "rate", "left", "since", "what")
     yield from _table([columns, *map(_of_server, now["runs"])])
     yield ""

@@ -48,7 +48,6 @@ class Link:
         self.assigned: dict[int, Any] = {}
         self.known: set[int] = set()
         self.escalations: dict[int, Timer] = {}
-        self.heard = 0.0
         self.bunch: tuple[int, int, float] | None = None  # see ``records.Source``
         self.seen: Attempt | None = None  # what it was in when it was last looked at
         self.asked: Attempt | None = None  # what it was asked to tell the beginning of
