@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import heapq
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from measure import JOBS, Sample, expect, script
 
 sys.path.append(str(JOBS))
-from work import spin
+from work import LOOPS
 
 
 @cache
-def steps() -> int:
-    """How many steps of ``spin`` take 20 ms of CPU time."""
-    trial = 200_000
-    best = min(_cpu_of(trial) for _ in range(15))
-    return round(trial * 0.020 / best)
+def steps() -> str:
+    """How many steps of each loop take 20 ms of CPU time, as JSON."""
+    return json.dumps({name: _steps_of(loop) for name, loop in LOOPS.items()})
 
 
-def _cpu_of(trial: int) -> float:
+def _steps_of(loop: Callable[[int], None]) -> int:
+    trial = 16
+    while _cpu_of(loop, trial) < 0.004:
+        trial *= 2
+    return round(trial * 0.020 / min(_cpu_of(loop, trial) for _ in range(15)))
+
+
+def _cpu_of(loop: Callable[[int], None], trial: int) -> float:
     started = time.process_time()
-    spin(trial)
+    loop(trial)
     return time.process_time() - started
 
 
 def even_ideal(size: int) -> Sample:
     """Calls of 20 ms: two processes, half each."""
-    return expect(script("even_ideal", CALLS=size, STEPS=steps()), size * steps())
+    return expect(script("even_ideal", CALLS=size, STEPS=steps()), sum(range(size)))
 
 
 def greedy_list_scheduling(calls: Sequence[float], workers: int = 2) -> float:

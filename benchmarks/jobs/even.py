@@ -1,13 +1,13 @@
-from work import CALLS, STEPS, spin
+from work import CALLS, chore
 
 from taskrun import each, result, task
 
 
 @task
-def spun(number=each(range(CALLS))):
-    return spin(STEPS)
+def done(number=each(range(CALLS))):
+    return chore(number)
 
 
 @task
-def total(steps=result(spun)):
-    print(sum(steps))
+def total(numbers=result(done)):
+    print(sum(numbers))

@@ -2,12 +2,12 @@
 
 import os
 
-from work import CALLS, STEPS, spin
+from work import CALLS, chore
 
 
 def half(which):
-    for _ in range(which, CALLS, 2):
-        spin(STEPS)
+    for number in range(which, CALLS, 2):
+        chore(number)
 
 
 if __name__ == "__main__":
@@ -15,4 +15,4 @@ if __name__ == "__main__":
     half(0 if child else 1)
     if child:
         os.waitpid(child, 0)
-        print(CALLS * STEPS)
+        print(sum(range(CALLS)))

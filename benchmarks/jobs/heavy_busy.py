@@ -1,11 +1,11 @@
-from work import DURATIONS, STEPS, spin
+from work import DURATIONS, spin
 
 from taskrun import each, result, task
 
 
 @task
 def spun(seconds=each(DURATIONS)):
-    spin(round(seconds / 0.020 * STEPS))
+    spin(seconds)
     return 1
 
 

@@ -2,13 +2,13 @@
 
 import os
 
-from work import DURATIONS, STEPS, spin
+from work import DURATIONS, spin
 
 
 def take_turns(tickets):
     calls = DURATIONS
     while ticket := os.read(tickets, 1):  # a pipe gives each byte to one reader
-        spin(round(calls[ticket[0]] / 0.020 * STEPS))
+        spin(calls[ticket[0]])
 
 
 if __name__ == "__main__":
