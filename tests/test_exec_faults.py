@@ -745,6 +745,19 @@ def test_with_few_descriptors_there_are_fewer_workers_or_more_descriptors(
     assert said == (hard == 24), ended.err
 
 
+@pytest.mark.parametrize("few", range(5, 13))
+def test_too_few_descriptors_for_any_worker_are_said(runs: Runs, few: int) -> None:
+    ended = runs.exec(
+        """
+        @task
+        def work(n=each(range(4))): return n
+        """,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)),
+    ).check(3)
+    assert "Traceback" not in ended.err
+    assert "file descriptors" in ended.err or "Too many open files" in ended.err
+
+
 def test_memory_that_runs_out_in_a_worker_is_its_calls_outcome(runs: Runs) -> None:
     source = """
         import resource

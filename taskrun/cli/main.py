@@ -6,6 +6,7 @@ the task file become a few lines on stderr.  A bug of ours is shown as what it i
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from taskrun.errors import TaskrunError
 
+NO_MEANS = 3  # for a run to go on
 INTERRUPTED = 130
 TERMINATED = 143
 BROKEN_PIPE = 141
@@ -47,11 +49,14 @@ def main(args: Sequence[str] | None = None, *, served: bool = False) -> int:
         _forget_stdout()
         return BROKEN_PIPE
     except OSError as error:
+        from taskrun.telling import tell
+
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            tell("error: no more file descriptors are to be had: raise the limit (ulimit -n)")
+            return NO_MEANS
         if not _is_of_stdout(error):
             raise
         _forget_stdout()
-        from taskrun.telling import tell
-
         tell(f"error: cannot write to stdout: {error.strerror}")
         return 1
 
