@@ -30,6 +30,7 @@ Key: TypeAlias = bytes
 
 # To a worker, on the call Pipe:
 TASK = "task"  # (TASK, recipe id, name, reference, blob | None, names | None, constants, flags)
+FORGET = "forget"  # (FORGET, recipe id)   no call of it will come
 CALL = "call"  # (CALL, call, attempt, recipe id, index, args, units | None)   execute
 NESTED = "nested"  # as CALL: execute it on top of the attempt that waits, or give it back
 DELIVER = "deliver"  # (DELIVER, call | None, {key: Encoded | Failure})   awaited outcomes

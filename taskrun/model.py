@@ -294,7 +294,7 @@ class Plan:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Recipe:
     """What the scheduler and the workers need to know of a task to run calls of it.
 

@@ -209,7 +209,7 @@ class Pool(standard.Pool):
         self._forks = _forks
         self._singles = Singles(self._driver)
         self._driver.own_singles(self._singles)
-        self._recipes = Recipes(self._driver.recipe_ids, supply.in_main)
+        self._recipes = Recipes(self._driver.recipe_ids, supply.in_main, self._driver.forget)
         weakref.finalize(self, self._driver.abandon).atexit = False
         _drivers.add(self._driver)
         self._state = RUN
@@ -468,12 +468,10 @@ class Pool(standard.Pool):
                 recipe, before = self._recipes.for_items(Map, func, timeout, retries, few=False)
                 made.held = before
                 items = ((*before, chunk) for chunk in _chunked(iterable, chunksize))
-            elif is_stateless(func):
-                recipe = self._recipes.recipe(Apply, func, timeout, retries)
-                items = zip(iterable)
             else:
-                recipe = self._recipes.any(timeout, retries)
-                items = ((func, (item,), {}) for item in iterable)
+                recipe, before = self._recipes.for_each(func, timeout, retries)
+                made.held = before
+                items = ((*before, (item,), {}) for item in iterable) if before else zip(iterable)
         except Exception as error:
             made.fed(0, error)
             return made

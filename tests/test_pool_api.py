@@ -112,6 +112,42 @@ def test_closures_that_are_called_once_stay_nowhere() -> None:
         assert worker.memory_info().rss - before[1] < most
 
 
+@pytest.mark.parametrize("size", [400_000, 1_000_000])
+def test_of_closures_that_many_calls_had_only_the_last_stay(size: int) -> None:
+    own = psutil.Process()
+    with Pool(1) as pool:
+        worker = psutil.Process(pool.apply(os.getpid))
+
+        def call() -> None:
+            part = os.urandom(size)
+            assert list(pool.imap(lambda number: len(part) + number, [0, 1])) == [size, size + 1]
+
+        call()
+        before = own.memory_info().rss, worker.memory_info().rss
+        for _ in range(250):
+            call()
+        most = 70_000_000  # of 100 MB, or 250
+        assert own.memory_info().rss - before[0] < most
+        assert worker.memory_info().rss - before[1] < most
+
+
+def test_closures_that_were_forgotten_are_called_all_the_same(pool: Pool) -> None:
+    def adds(step: int) -> Any:
+        return lambda number: number + step
+
+    def slowly(number: int) -> int:
+        time.sleep(0.001)
+        return number + first
+
+    first = 1000
+    slow = pool.imap(slowly, range(500))  # under way all the time
+    for _ in range(3):
+        for step in range(100):  # more than are remembered
+            assert pool.map(adds(step), [1, 2]) == [1 + step, 2 + step]
+            assert next(pool.imap(adds(step), [3])) == 3 + step
+    assert list(slow) == [number + first for number in range(500)]
+
+
 def test_a_closure_has_its_name_in_messages() -> None:
     with Pool(1) as pool:
 

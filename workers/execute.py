@@ -195,6 +195,10 @@ class Executor:
         """Take a TASK record."""
         self._known[record[1]] = Known(record, self._home)
 
+    def forget(self, recipe: int) -> None:
+        """Take a FORGET record's."""
+        self._known.pop(recipe, None)
+
     def execute(self, record: tuple[Any, ...]) -> None:
         """Execute a CALL record and report how it ended."""
         _, call, attempt, recipe, index, args, units = record

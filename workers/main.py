@@ -26,6 +26,7 @@ from taskrun.ledger import Ledger
 from taskrun.messages import (
     CALL,
     DELIVER,
+    FORGET,
     GAVE_BACK,
     NESTED,
     QUIT,
@@ -244,6 +245,8 @@ class Worker:
                     self.queue.append(record)
                 elif kind == TASK:
                     self.executor.learn(record)
+                elif kind == FORGET:
+                    self.executor.forget(record[1])
                 elif kind == DELIVER:
                     self._delivered.append(record)
                 elif kind == NESTED:

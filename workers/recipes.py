@@ -57,6 +57,7 @@ class Known:
             self.function = task.function
             self.style = _style(task)
             self._learn_parameters(task)
+            self._blob = None
             self._task, self.found = task, True  # the last, since other threads go by them
             return task
 

@@ -63,7 +63,7 @@ class Attempts(Books):
             call.seconds = seconds
             call.wall = wall
             recipe = call.recipe
-            if queue is None or queue.recipe is not recipe:
+            if queue is None or queue.recipe.id != recipe.id:
                 ready = self._ready[recipe.lane]
                 queue = ready.queue(recipe)
             if queue.learn(seconds):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import count
 
 from taskrun.calls import Call
 from taskrun.model import Recipe
@@ -24,7 +26,8 @@ class Queue:
     __slots__ = ("calls", "key", "mean", "plain", "recipe", "ticket")
 
     def __init__(self, recipe: Recipe, ticket: int) -> None:
-        self.recipe = recipe
+        # Without the function itself, which may be large: a queue outlives the calls.
+        self.recipe = replace(recipe, blob=None)
         self.calls: OrderedDict[int, Call] = OrderedDict()  # by id, to take any out at once
         self.mean: float | None = None  # seconds, moving average of recent attempts
         self.ticket = ticket
@@ -63,14 +66,22 @@ class ReadyCalls:
     def __init__(self) -> None:
         self.count = 0
         self._queues: dict[int, Queue] = {}
+        self._tickets = count()
         self._heap: list[tuple[tuple[float, float, int], Queue]] = []
 
     def queue(self, recipe: Recipe) -> Queue:
         """The queue of ``recipe``."""
         queue = self._queues.get(recipe.id)
         if queue is None:
-            queue = self._queues[recipe.id] = Queue(recipe, len(self._queues))
+            queue = self._queues[recipe.id] = Queue(recipe, next(self._tickets))
         return queue
+
+    def forget(self, recipe: int) -> None:
+        """No calls of it are left."""
+        queue = self._queues.pop(recipe, None)
+        if queue is not None and queue.key is not None:
+            self._heap = [entry for entry in self._heap if entry[1] is not queue]
+            heapq.heapify(self._heap)
 
     def add(self, call: Call) -> None:
         """At the end of its queue."""

@@ -10,7 +10,7 @@ from taskrun.bunch import Bunch
 from taskrun.engines.capture import Attempt
 from taskrun.engines.wires import Wires
 from taskrun.ledger import Intake, executing_at, times_at
-from taskrun.messages import TASK
+from taskrun.messages import FORGET, TASK
 from taskrun.reactor import Reactor, Timer
 from taskrun.workers.settings import SLOTS
 
@@ -111,6 +111,14 @@ class Link:
                 (TASK, recipe.id, recipe.name, recipe.reference, recipe.blob, recipe.names,
                  recipe.constants, recipe.flags)
             )  # fmt: skip
+
+    def forget(self, recipe: int) -> bool:
+        """Have the worker forget a task of which no calls are left; False where it has none."""
+        if recipe not in self.known:
+            return False
+        self.known.discard(recipe)
+        self.queue((FORGET, recipe))
+        return True
 
     def queue(self, record: tuple[Any, ...]) -> None:
         """Put a record into the next frame on the call Pipe."""

@@ -379,6 +379,12 @@ class PoolEngine:
             return None
         return link if recipe.id in link.known else None
 
+    def forget(self, recipe: int) -> None:
+        """Have no worker keep a task of which no calls are left, with all that came with it."""
+        for link in self._links.values():
+            if link.forget(recipe):
+                self._flush_soon(link)
+
     def take(self, link: Link, records: list[Any]) -> None:
         """Take records of a worker; it is stopped where they are none."""
         try:

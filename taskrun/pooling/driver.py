@@ -307,6 +307,10 @@ class Driver:
             if not (self.loop.in_thread or self.loop.is_run_here):
                 self.loop.finished.wait(END_SECONDS)
 
+    def forget(self, recipe: int) -> None:
+        """No calls of it are left, nor will there be any.  The collector calls this."""
+        self._to_loop(partial(self._forget, recipe))
+
     def post(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called on the loop, in turn with what was submitted."""
         if self._ended:
@@ -374,6 +378,11 @@ class Driver:
             if fed:
                 self._post(m.Fed(recipe, fed))
         self._close_if_fed()
+
+    def _forget(self, recipe: int) -> None:
+        self._inbox.forget(recipe)
+        self._core.placement.ready.forget(recipe)
+        self._engine.forget(recipe)
 
     def _cancel(self, jobs: Iterable[Job]) -> None:
         known = []

@@ -17,6 +17,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, SupportsFloat, SupportsIndex
+from weakref import finalize
 
 from taskrun import places
 from taskrun.blobs import Draft, Portable, Seen, Shared
@@ -28,6 +29,7 @@ from taskrun.pooling import remote
 from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, ApplyOnce, Map, MapAny, Starmap
 
 REMEMBERED: Final = 1024  # recipes, and functions that may get one
+BY_VALUE: Final = 64  # of these recipes, those that have with them what a closure has captured
 
 Kind = type[Apply] | type[Map] | type[Starmap]
 
@@ -36,21 +38,19 @@ NAMED: Final = (FunctionType, BuiltinFunctionType, type)
 
 class Recipes:
     """The recipes of one Pool.  ``in_main`` says which functions of ``__main__`` the workers
-    find there."""
+    find there; ``forget`` is told, by the collector, of a recipe by value that nobody has any
+    more."""
 
-    def __init__(self, ids: Iterator[int], in_main: Callable[[Any], bool]) -> None:
+    def __init__(
+        self, ids: Iterator[int], in_main: Callable[[Any], bool], forget: Callable[[int], None]
+    ) -> None:
         self._ids = ids
         self._in_main = in_main
+        self._forget = forget
         self._known: OrderedDict[Any, Recipe] = OrderedDict()
+        self._values: OrderedDict[Any, Recipe] = OrderedDict()  # by what they are pickled as
         self._met: OrderedDict[bytes, None] = OrderedDict()  # digests of functions by value
         self.by_name: dict[Any, Recipe] = {}  # for single calls of functions that have a name
-
-    def recipe(
-        self, kind: Kind, function: Any, timeout: float | None = None, retries: int = 0
-    ) -> Recipe:
-        """The recipe for calls of ``function``.  Raises what pickling it raises."""
-        found = self._with_name(kind, function, timeout, retries)
-        return found or self._by_value(kind, function, timeout, retries)[0]
 
     def for_call(
         self, kind: Kind, function: Any, timeout: float | None, retries: int
@@ -101,13 +101,18 @@ class Recipes:
         blob = _in_one(kind(function))
         digest = _digest(blob)
         key = (digest, timeout, retries)
-        known = self._known.get(key)
+        known = self._values.get(key)
         if known is not None:
+            self._values.move_to_end(key)
             return known, ()
         if few and self._is_new(digest):
             once = self.any(timeout, retries, ApplyOnce)
             return replace(once, name=remote.name_of(function)), (blob,)
-        return self._learn(key, self._made(function, blob, timeout, retries)), ()
+        made = self._values[key] = self._made(function, blob, timeout, retries)
+        finalize(made, self._forget, made.id).atexit = False
+        if len(self._values) > BY_VALUE:
+            self._values.popitem(last=False)
+        return made, ()
 
     def for_items(
         self, kind: type[Map], function: Any, timeout: float | None, retries: int, *, few: bool
@@ -122,9 +127,21 @@ class Recipes:
         pickled = dumps_call(function)
         if isinstance(pickled, Shared):
             return self._apart(kind is Starmap, timeout, retries), (pickled,)
-        if few:
-            return self.for_call(kind, function, timeout, retries)
-        return self.recipe(kind, function, timeout, retries), ()
+        return self._by_value(kind, function, timeout, retries, few=few)
+
+    def for_each(
+        self, function: Any, timeout: float | None, retries: int
+    ) -> tuple[Recipe, tuple[Any, ...]]:
+        """The recipe for calls with one item each, and the function, where that goes with them."""
+        if not is_stateless(function):
+            return self.any(timeout, retries), (function,)
+        found = self._with_name(Apply, function, timeout, retries)
+        if found is not None:
+            return found, ()
+        pickled = dumps_call(function)
+        if isinstance(pickled, Shared):
+            return self.any(timeout, retries), (pickled,)
+        return self._by_value(Apply, function, timeout, retries)
 
     def _apart(self, star: bool, timeout: float | None, retries: int) -> Recipe:
         key = (MapAny, star, timeout, retries)

@@ -188,6 +188,11 @@ class Inbox:
         recent.append((sum(seconds) - max(seconds)) / count if len(seconds) > 1 else seconds[0])
         self._paces[recipe.id] = sorted(recent)[len(recent) // 2]
 
+    def forget(self, recipe: int) -> None:
+        """No calls of it are left."""
+        self._paces.pop(recipe, None)
+        self._recent.pop(recipe, None)
+
     # -- what is not wanted any more --------------------------------------------------
 
     def withdraw(self, job: Job) -> None:

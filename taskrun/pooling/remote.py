@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from taskrun import blobs, failures
 from taskrun.arrays import Reducers
-from taskrun.blobs import Draft, Portable, Seen
+from taskrun.blobs import Draft, Portable, Seen, Shared
 from taskrun.errors import LoadError
 from taskrun.places import Place
 
@@ -187,12 +187,14 @@ class Submit(Apply):
 
 
 class ApplyAny:
-    """Calls the function that comes with its arguments: one that may change between calls."""
+    """Calls the function that comes with its arguments: one that may change between calls, or,
+    pickled by itself, one that is large."""
 
     __name__ = "call"
 
-    def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return _pickled(function(*args, **kwargs))
+    def __call__(self, function: Any, args: Any, kwargs: Any) -> Any:
+        found = blobs.loads(function) if type(function) is Shared else function
+        return _pickled(found(*args, **kwargs))
 
 
 class SubmitAny(ApplyAny):
