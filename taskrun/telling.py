@@ -27,10 +27,9 @@ def write(text: str) -> None:
     stream = sys.stderr
     if stream is None:
         return
-    with suppress(OSError):
-        try:
-            fd = stream.fileno()
-        except OSError:  # it is no file's
+    is_ours = stream is sys.__stderr__
+    with suppress(OSError, ValueError):  # a ValueError where it is closed
+        if not is_ours:  # but a program's own, or a notebook's: it may be no file's
             stream.write(text)
             stream.flush()
             return
@@ -39,4 +38,4 @@ def write(text: str) -> None:
         stream.flush()
         rest = text.encode(stream.encoding, "backslashreplace")
         while rest:
-            rest = rest[os.write(fd, rest) :]
+            rest = rest[os.write(stream.fileno(), rest) :]
