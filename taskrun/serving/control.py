@@ -25,7 +25,7 @@ class Control:
     """``address`` is the path of the process's socket, ``key`` what both prove.
 
     ``wants``: how many slots the run has work for; None while that is not known.  ``lanes``:
-    those of its calls, beside that of processes.  Both grow at once, and shrink when they have
+    those of its calls, beside that of processes.  Each grows at once, and shrinks when there has
     been less for a while: to give slots up costs workers.
     ``demand``: what it needs of resources; None before it has said so, and when it is gone.
     ``on_wants`` is called when one of these is another, ``on_back`` with what the run gives back,
@@ -131,7 +131,8 @@ class Control:
 
     def _on_said(self, wants: int, lanes: frozenset[str]) -> None:
         self._said = wants, lanes
-        if self.wants is None or (wants >= self.wants and lanes >= self.lanes):
+        self._count(max(wants, self.wants or 0), lanes | self.lanes)
+        if self._said == (self.wants, self.lanes):
             self._settle()
         elif self._settling is None:
             self._settling = self._reactor.call_at(monotonic() + PATIENCE, self._settle)
@@ -140,8 +141,11 @@ class Control:
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
-        if (self.wants, self.lanes) != self._said:
-            self.wants, self.lanes = self._said
+        self._count(*self._said)
+
+    def _count(self, wants: int | None, lanes: frozenset[str]) -> None:
+        if (self.wants, self.lanes) != (wants, lanes):
+            self.wants, self.lanes = wants, lanes
             self._on_wants()
 
 
