@@ -198,3 +198,15 @@ def test_what_a_run_may_use_is_not_for_it_to_say(site: Site) -> None:
     ended = site.submit("--resource", "gpu=1", source=HEAD + QUICK).end().check(2)
     assert "--resource is not for a run of a server" in ended.err
     assert "taskrun serve --resource" in ended.err
+
+
+def test_what_a_node_of_one_lane_has_is_not_lent_and_explain_does_not_count_on_it(
+    site: Site,
+) -> None:
+    site.serve(1)
+    join(site, 1, "-j", "1", "--lane", "thread")
+    run = submit(site, "a", QUICK.replace("resources", 'lane="thread", resources'))
+    wait_until(lambda: site.status()["nodes"][1]["runs"] == {run: 1})
+    said = "waits for a node that has gpu=1"
+    wait_until(lambda: said in site.ask("explain", run, "quick[0]").out)
+    site.ask("cancel", run).check()

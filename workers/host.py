@@ -270,13 +270,18 @@ class Host:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.setsid()
             sessions.die_with_parent(parent)
-            status = self._take_part(run, self._offer._replace(name=self._hosting.name))
+            status = self._take_part(run, self._offer_to_runs())
         except TaskrunError as error:
             self._say(f"{run}: {error}")
         except BaseException:
             tell_traceback()
         finally:
             os._exit(status)
+
+    def _offer_to_runs(self) -> Offer:
+        offer = self._offer._replace(name=self._hosting.name)
+        # A server lends what machines have that take any calls: a run is not to count on the rest.
+        return offer if offer.processes else offer._replace(resources={})
 
     def _reap(self) -> None:
         for run, pid in list(self._parts.items()):
