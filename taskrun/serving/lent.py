@@ -23,11 +23,11 @@ from taskrun import transport
 from taskrun.demand import HERE
 from taskrun.reactor import Reactor
 from taskrun.serving.hosts import join
+from taskrun.serving.processes import LOST, environment, write_key
 from taskrun.serving.runs import ENDED, RUNNING, WAITING
 from taskrun.serving.talk import said
 from taskrun.workers.jobs import Folder
 
-LOST: Final = 3  # the exit status of a Pool that was not closed
 PATIENCE: Final = 10.0  # seconds that a node waits to be taken
 AGAIN: Final = 1.0  # seconds before our own node is started again
 GRACE: Final = 4.0  # seconds that it has to end in order
@@ -70,10 +70,7 @@ class LentPool:
         self._came: deque[transport.Peer] = deque()
         self._node: subprocess.Popen[bytes] | None = None
         self._folder = Folder()
-        self._key_file = os.path.join(self._folder.path, "key")
-        fd = os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "wb") as file:
-            file.write(key)
+        self._key_file = write_key(self._folder, key)
 
     @property
     def slots(self) -> int:
@@ -157,11 +154,10 @@ class LentPool:
             sys.executable, "-P", "-m", "taskrun.cli.lent", str(os.getpid()), self._address,
             self.name, str(self._slots),
         ]  # fmt: skip
-        own = {name: text for name, text in os.environ.items() if not name.startswith("TASKRUN_")}
         try:
             self._node = subprocess.Popen(
-                command, env={**own, "TASKRUN_AUTHKEY_FILE": self._key_file},
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+                command, env=environment(self._key_file), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         except OSError:
             self._start_node_later()

@@ -24,6 +24,7 @@ from taskrun.network.bundles import unpack
 from taskrun.reactor import Reactor
 from taskrun.serving.control import Control
 from taskrun.serving.kept import Follower, Kept, Peer
+from taskrun.serving.processes import LOST, environment, write_key
 from taskrun.serving.talk import STDERR, STDOUT
 from taskrun.steering import WHOLE_RUN
 from taskrun.workers.jobs import Folder
@@ -32,7 +33,6 @@ WAITING: Final = "waiting"
 RUNNING: Final = "running"
 ENDED: Final = "ended"
 GRACE: Final = 4.0  # seconds that a run has to end in order when the server does
-LOST: Final = 3  # the exit status of a run whose process was killed
 _READ: Final = 64 * 1024
 
 
@@ -100,10 +100,7 @@ class ServedRun:
         self._files = os.path.join(self._folder.path, "files")
         unpack(archive, self._files)
         os.unlink(archive)
-        self._key_file = os.path.join(self._folder.path, "key")
-        fd = os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "wb") as file:
-            file.write(self._key)
+        self._key_file = write_key(self._folder, self._key)
 
     @property
     def pid(self) -> int | None:
@@ -149,8 +146,9 @@ class ServedRun:
         ]  # fmt: skip
         try:
             self._process = made = subprocess.Popen(
-                command, cwd=self._files, env=self._environment(), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                command, cwd=self._files, env=environment(self._key_file),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError) as error:  # no room, or words that no command can have
             reason = getattr(error, "strerror", None) or error
@@ -163,11 +161,6 @@ class ServedRun:
         self._listen(STDOUT, made.stdout)
         self._listen(STDERR, made.stderr)
         self.control.open()
-
-    def _environment(self) -> dict[str, str]:
-        """What the server has, without what was said to the server itself."""
-        own = {name: text for name, text in os.environ.items() if not name.startswith("TASKRUN_")}
-        return {**own, "TASKRUN_AUTHKEY_FILE": self._key_file}
 
     def _listen(self, stream: int, pipe: IO[bytes]) -> None:
         os.set_blocking(pipe.fileno(), False)

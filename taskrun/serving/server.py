@@ -34,7 +34,8 @@ from taskrun.serving.kept import Follower
 from taskrun.serving.lending import Lending
 from taskrun.serving.lent import LentPool
 from taskrun.serving.looking import Look, machines, running
-from taskrun.serving.runs import ENDED, GRACE, LOST, RUNNING, WAITING, ServedRun, Submission
+from taskrun.serving.processes import LOST
+from taskrun.serving.runs import ENDED, GRACE, RUNNING, WAITING, ServedRun, Submission
 from taskrun.serving.shares import Shares, Wish, deal, numbers
 from taskrun.serving.states import States
 from taskrun.signals import Signals
