@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import operator
 import os
 import shutil
@@ -22,6 +23,8 @@ from test_serve import KEY, Site
 from taskrun import Executor, Pool, state
 from taskrun.errors import CallCancelled, CallTimeout, DialError, RunError, UsageError, WorkerLost
 from taskrun.network import joining
+from taskrun.serving import lent as lent_pools
+from taskrun.serving.lent import LentPool
 
 pytestmark = pytest.mark.timeout(120)
 DEADLINE = 30.0  # seconds
@@ -385,3 +388,18 @@ def test_what_cannot_work_on_other_machines_is_refused() -> None:
 def test_a_failing_initializer_ends_the_pool_with_what_it_raised(shared: Site) -> None:
     with lent(shared, initializer=int, initargs=("x",)) as pool, pytest.raises(ValueError):
         pool.apply(abs, (1,))
+
+
+def test_of_a_pool_whose_key_cannot_be_written_no_folder_is_left_at_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nobody: Any = None
+
+    def no_room(*args: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lent_pools, "write_key", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        LentPool("p1", "a Pool", None, nobody, nobody, "", b"key", 1, nobody)
+    assert not list((tmp_path / "taskrun" / "work").iterdir())

@@ -70,7 +70,11 @@ class LentPool:
         self._came: deque[transport.Peer] = deque()
         self._node: subprocess.Popen[bytes] | None = None
         self._folder = Folder()
-        self._key_file = write_key(self._folder, key)
+        try:
+            self._key_file = write_key(self._folder, key)
+        except BaseException:
+            self._folder.remove()
+            raise
 
     @property
     def slots(self) -> int:
