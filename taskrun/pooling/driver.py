@@ -533,7 +533,7 @@ class Driver:
         """Called once, by the loop's thread."""
         _each([
             self._settle_down,
-            lambda: self._fail_jobs(self.why_over()),
+            self._fail_jobs,
             self._close_engine,
             self._state.close,
             self._starter.close,
@@ -555,12 +555,13 @@ class Driver:
         """What those get who wait for a call that will not end."""
         return self.error or CallCancelled("the pool was terminated before the call had ended")
 
-    def _fail_jobs(self, error: BaseException) -> None:
+    def _fail_jobs(self) -> None:
+        error = self.why_over()
         jobs, self._jobs = [*self._jobs.values()], {}
         if (bunch := self._trips.give_up()) is not None:
             jobs.append(bunch)
         _each([partial(_fail, job, error) for job in jobs])
-        self._inbox.fail(self.why_over())
+        self._inbox.fail(error)
 
     def _broken(self, error: BaseException) -> None:
         """A bug of ours left the loop: nobody is to wait for what cannot come."""
@@ -571,7 +572,7 @@ class Driver:
         self.loop.end()
         if self.loop.in_thread:
             self._ended = True
-            _each([partial(self._fail_jobs, self.error), self._engine.kill])
+            _each([self._fail_jobs, self._engine.kill])
 
 
 def _fail(job: Job | Bunch, error: BaseException) -> None:
