@@ -162,8 +162,9 @@ class Server:
         self._say(f"{name} {run.file} submitted")
         self.deal()
         if run.state == WAITING:
-            some = self._slots or self._hosts.places()
-            why = "others have all of them" if some else "there is none until a node joins"
+            why = "there is none until a node joins that has one"  # those of one lane have none
+            if self._slots or self._hosts.places():
+                why = "others have all of them"
             run.say(f"{name} waits for a slot: {why}")
         return run
 
