@@ -1,4 +1,5 @@
-"""``taskrun status, explain, stack, cancel, pause, unpause``: look at a live run and steer it."""
+"""``taskrun status, explain, stack, cancel, tell, pause, unpause, drain``: look at a live run and
+steer it."""
 
 from __future__ import annotations
 

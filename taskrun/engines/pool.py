@@ -1,4 +1,4 @@
-"""Own workers on this machine, over Pipes.
+"""Own workers: on this machine, over Pipes, and on the nodes that have joined.
 
     perform(command) --frames--> worker --frames--> post(event)
 
