@@ -344,6 +344,9 @@ def each(source: Any, flat: bool = False) -> Any:
     items.  Two parameters that descend from the same fan-out, or from the same iterable
     object, advance together; others make the product.  (Two equal tuples written out in one
     file may be one object to Python; two lists never are.)
+
+    Raises TypeError for what has no items, or is one value (a str, bytes), and ValueError for
+    more than ten million of them, and where there is nothing to flatten.
     """
     _flag("flat", flat)
     if isinstance(source, Task):
@@ -392,7 +395,8 @@ def result(task: Task, errors: Errors = "fail") -> Any:
     """As a parameter's default: the whole result of ``task``; of a fan-out the list.
 
     ``errors``: what becomes of failed calls: ``"fail"`` (this task is skipped), ``"skip"``
-    (they are left out) or ``"keep"`` (the exception stands in the place).
+    (they are left out) or ``"keep"`` (the exception stands in the place).  Raises TypeError
+    for what is no task, and ValueError for other ``errors``.
     """
     if not isinstance(task, Task):
         raise TypeError(f"result() takes a task, not {_told(task)}")
@@ -407,7 +411,7 @@ def per_worker(make: Callable[[], Any]) -> Any:
     """As a parameter's default: ``make()``, called once per worker.
 
     For a client, a model, a connection.  A generator function yields the value once and is
-    finished when the worker ends.
+    finished when the worker ends.  Raises TypeError for what is no plain function.
     """
     if isinstance(make, Task):
         raise TypeError(f"per_worker() takes a function, and {make.name} is a task")

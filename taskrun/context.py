@@ -146,10 +146,12 @@ class Future:
     # -- what the run uses ------------------------------------------------------------
 
     def resolve(self, value: Any) -> None:
+        """The call has ended with this value."""
         self._value = value
         self._called()
 
     def fail(self, error: BaseException) -> None:
+        """The call has ended, and ``result()`` raises this."""
         self._error = error
         self._called()
 

@@ -259,7 +259,8 @@ class Executor(ProcessPoolExecutor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> CallFuture:
         """``fn(*args, **kwargs)``, later.  Raises RuntimeError after ``shutdown()``, and in a
-        forked child of the process whose executor it is."""
+        forked child of the process whose executor it is, and BrokenProcessPool where workers
+        cannot start."""
         pool = self._pool
         if pool._state != "RUN":
             raise RuntimeError("cannot schedule new futures after shutdown")
@@ -286,7 +287,10 @@ class Executor(ProcessPoolExecutor):
     ) -> Iterator[Any]:
         """The results of ``fn`` called with an item of each of ``iterables``, in order.
 
-        ``buffersize``: so many calls are submitted ahead of what was taken, and not all at once.
+        ``timeout``: seconds from now on, after which taking a result that is not there yet
+        raises TimeoutError.  ``chunksize``: how many items go in one call.  ``buffersize``: so
+        many calls are submitted ahead of what was taken, and not all at once.  Raises
+        ValueError where one of these two is less than 1, and what :meth:`submit` raises.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")

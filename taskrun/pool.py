@@ -151,12 +151,18 @@ class Pool(standard.Pool):
     is the server's key, or the path of a file with it; without one, that which taskrun always
     takes.  ``insecure_plain`` is for a server that was started with ``--insecure-plain``:
     without TLS, whoever is on the network between can read and change everything, and run code
-    on both sides.  Raises DialError where no such server answers, and UsageError for what
-    cannot be used or cannot travel.
+    on both sides.
 
-    ``timeout=`` seconds and ``retries=`` may be given to each method that calls: a call that
-    takes longer ends with CallTimeout, and one that fails, or loses its worker, is tried
-    again so often.
+    Raises ValueError and TypeError for arguments that cannot be meant, RunError where no process
+    can be started, DialError where no such server answers, and UsageError for what cannot be
+    used or cannot travel.
+
+    ``timeout=`` seconds and ``retries=`` may be given to each method that calls: a call (of
+    ``map`` and with a ``chunksize``: a chunk) that takes longer ends with CallTimeout, and one
+    that fails, or loses its worker, is tried again so often.  Each of these methods raises
+    ValueError where the pool was closed, or belongs to the process that this one was forked
+    from, and ValueError or TypeError for options that cannot be meant.  What a call has
+    raised, or why it did not end, is raised where its value is asked for (docs/pool.md).
     """
 
     _state: Any = INIT  # where __init__ refuses its arguments, __del__ asks all the same
@@ -225,7 +231,7 @@ class Pool(standard.Pool):
         timeout: float | None = None,
         retries: int = 0,
     ) -> Any:
-        """``func(*args, **kwds)``."""
+        """The value of ``func(*args, **kwds)``; raises what that has raised."""
         if self._state is not RUN or self._forks != _forks:
             self._check_running()
         result = AsyncResult(self, None, None)
@@ -251,7 +257,8 @@ class Pool(standard.Pool):
         timeout: float | None = None,
         retries: int = 0,
     ) -> AsyncResult:
-        """The same, without waiting for it."""
+        """The same, without waiting for it.  ``callback`` is called with the value, or
+        ``error_callback`` with the exception, in a thread of the pool's."""
         if self._state is not RUN or self._forks != _forks:
             self._check_running()
         result = AsyncResult(self, callback, error_callback)
@@ -307,7 +314,12 @@ class Pool(standard.Pool):
         chunksize: int | None = None,
         **options: Any,
     ) -> list[Any]:
-        """``[func(x) for x in iterable]``; ``progress=True`` shows how far it is."""
+        """``[func(x) for x in iterable]``; raises what the first call that failed has raised.
+
+        ``chunksize``: how many items go in one call; unless said, as many as make four calls
+        for each worker.  ``options``: ``timeout`` and ``retries``; ``progress=True`` shows how
+        far it is.
+        """
         result: list[Any] = self._map(Map, func, iterable, chunksize, None, None, **options).get()
         return result
 
@@ -415,7 +427,8 @@ class Pool(standard.Pool):
 
         It is read by a thread of its own, not further ahead than a thousand unfinished calls,
         four thousand as long as its items are plain numbers, or ``buffersize`` calls whose
-        results were not taken.
+        results were not taken.  What a call has raised is raised in its item's place, and what
+        the iterable raises behind the last.
         """
         return self._imap(OrderedIterator, func, iterable, chunksize, buffersize, timeout, retries)
 
@@ -501,7 +514,8 @@ class Pool(standard.Pool):
 
     def join(self) -> None:
         """Wait until all workers have ended, after ``close()`` or ``terminate()``.  Raises
-        RuntimeError in a callback, which they wait for."""
+        ValueError before that, and in a forked process, and RuntimeError in a callback, which
+        they wait for."""
         if self._state == RUN:
             raise ValueError("Pool is still running")
         if not self._loop.is_here:
