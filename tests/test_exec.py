@@ -202,6 +202,33 @@ def test_what_is_made_per_worker_is_made_once_and_finished(runs: Runs) -> None:
     assert words.count("made") == words.count("finished") in (1, 2)
 
 
+@pytest.mark.parametrize("options", [("-j1",), ("--inline",)], ids=["workers", "inline"])
+@pytest.mark.parametrize("raised", ["sys.exit('left')", "1 / 0", "raise KeyboardInterrupt"])
+def test_what_cannot_be_finished_keeps_nothing_else_from_it(
+    runs: Runs, raised: str, options: tuple[str, ...]
+) -> None:
+    ended = runs.exec(
+        f"""
+        def first():
+            yield 1
+            print("finished")
+
+        def second():
+            yield 2
+            {raised}
+
+        @task
+        def work(one=per_worker(first), two=per_worker(second)): print("done")
+        """,
+        *options,
+        "--output=raw",
+    )
+    assert ended.check().out == "done\nfinished\n"
+    assert f"in second\n    {raised}" in ended.err
+    assert "in close" not in ended.err
+    assert "1 call in" in ended.err
+
+
 def test_parameters_of_every_type_arrive_converted(runs: Runs) -> None:
     source = """
         import enum

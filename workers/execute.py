@@ -510,8 +510,8 @@ class Executor:
             generator = self._generators.pop()
             try:
                 next(generator, None)
-            except Exception:
-                sys.excepthook(*sys.exc_info())
+            except BaseException as error:  # sys.exit() too is of this one, and of no other
+                print(encode_failure(error).traceback, end="", file=sys.stderr)
         self.loops.close()
 
     # -- interrupts -------------------------------------------------------------------
