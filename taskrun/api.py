@@ -19,6 +19,7 @@ from taskrun.context import Current, Future, active, as_completed
 from taskrun.errors import Retry, Skip
 from taskrun.model import (
     LANES,
+    MOST_ITEMS,
     Each,
     Errors,
     Limit,
@@ -46,9 +47,6 @@ __all__ = [
     "result",
     "task",
 ]
-
-MOST_ITEMS = 10_000_000
-"""More literal items than this are taken for an endless iterable."""
 
 
 class TaskOptions(TypedDict, total=False):

@@ -27,6 +27,8 @@ Errors: TypeAlias = Literal["fail", "skip", "keep"]
 LANES = ("process", "thread", "async", "green")
 MISSING: Any = inspect.Parameter.empty
 """A run parameter's default when it has none."""
+MOST_ITEMS = 10_000_000
+"""More items than this, literal or of a value, are taken for an endless iterable."""
 
 
 # -- where a parameter comes from -----------------------------------------------------

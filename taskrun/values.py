@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, TypeAlias
 
 from taskrun import blobs, errors
 from taskrun.blobs import Draft, Portable, Shared
 from taskrun.context import Future, pickling
 from taskrun.failures import class_name, decode_failure, encode_failure, guarded
-from taskrun.model import Encoded, Failure, Kept
+from taskrun.model import MOST_ITEMS, Encoded, Failure, Kept
 
 __all__ = [
     "are_plain",
@@ -80,8 +81,8 @@ def encode(obj: Any) -> Held:
 def encode_items(obj: Any) -> list[Held]:
     """The items of ``obj``, each encoded; of a dict its keys.  An iterator is consumed.
 
-    Raises ResultError when ``obj`` has no items (a str and bytes count as one value), and
-    whatever the iteration itself raises.
+    Raises ResultError when ``obj`` has no items (a str and bytes count as one value) or no
+    end, and whatever the iteration itself raises.
     """
     if isinstance(obj, str | bytes | bytearray):
         raise errors.ResultError(
@@ -100,7 +101,13 @@ def encode_items(obj: Any) -> list[Held]:
             f"each() needs the items of a result, and this one, of type {class_name(type(obj))}, "
             "has none: return a list or another iterable"
         ) from error
-    return [encode(item) for item in items]
+    encoded = [encode(item) for item in islice(items, MOST_ITEMS + 1)]
+    if len(encoded) > MOST_ITEMS:
+        raise errors.ResultError(
+            f"each() needs the items of a result, and this one, of type {class_name(type(obj))}, "
+            f"has more than {MOST_ITEMS:,}; is it endless?"
+        )
+    return encoded
 
 
 def are_plain(items: list[Any]) -> bool:

@@ -12,6 +12,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
 from enum import Enum, IntEnum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,15 @@ def test_items_are_encoded_one_by_one_and_iterators_are_consumed() -> None:
 def test_a_value_without_items_is_an_error_that_says_what_to_return(value: Any) -> None:
     with pytest.raises(errors.ResultError, match=rf"{type(value).__name__}.*: return a list"):
         encode_items(value)
+
+
+def test_a_value_whose_items_never_end_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taskrun.values.MOST_ITEMS", 1000)
+    assert len(encode_items(range(1000))) == 1000
+    with pytest.raises(errors.ResultError, match="count, has more than 1,000; is it endless"):
+        encode_items(count())
 
 
 def test_a_future_has_no_items_yet() -> None:
