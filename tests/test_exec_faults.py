@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import Running, Runs, lines_of, started
+from harness import Running, Runs, lines_of, started, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -615,6 +615,29 @@ def test_a_template_that_is_killed_is_replaced(runs: Runs) -> None:
     running.await_file(runs.folder / "begun")
     template_of(running).kill()
     assert running.end().check().out == "[0, 1, 2, 3]\n"
+
+
+def test_a_template_that_is_killed_while_its_workers_start_is_replaced(runs: Runs) -> None:
+    source = """
+        if os.path.exists("imported"):
+            mark(f"starting.{os.getpid()}")
+            while not os.path.exists("go on"): time.sleep(0.01)
+        mark("imported")
+
+        @task
+        def work(n=each(range(8))): return n
+
+        @task
+        def total(all=result(work)): print(sum(all))
+        """
+    running = runs.start_exec(source, "-j8", "--output=raw", "--start-method=spawn")
+    wait_until(lambda: len(list(runs.folder.glob("starting.*"))) == 8)
+    template = template_of(running)
+    workers = template.children()
+    template.kill()
+    psutil.wait_procs(workers, 20)
+    (runs.folder / "go on").touch()
+    assert running.end().check().out == "28\n"
 
 
 STOPPED_TEMPLATE = """

@@ -42,7 +42,7 @@ class Link:
         self.pid: int | None = None
         self.ready = self.stopping = self.over = False
         self.retiring = False  # it gets no more calls
-        self.blameless = False  # it is gone because the machine is on which it was
+        self.blameless = False  # it is gone because its machine is, or who started it
         self.denied = False  # there was no process for it to be had
         self.rejected: str | None = None
         self.assigned: dict[int, Any] = {}

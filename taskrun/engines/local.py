@@ -201,6 +201,7 @@ class Local:
         links, self.links = self.links, {}
         for link in links.values():
             _await_death(link)
+            link.blameless = True  # templates that end in a row are counted below
             self._crew.ended(link, f"ended with the process that started it, which {_was(how)}")
         if not self._closing:
             self._replace(how)
