@@ -309,7 +309,8 @@ class Driver:
 
     def forget(self, recipe: int) -> None:
         """No calls of it are left, nor will there be any.  The collector calls this."""
-        self._to_loop(partial(self._forget, recipe))
+        if self.loop.is_here:  # a forked child has none of the workers
+            self._to_loop(partial(self._forget, recipe))
 
     def post(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called on the loop, in turn with what was submitted."""
