@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 SECONDS: Final = 1.0  # for all of it: a Queue may wait for a reader that never comes
 
@@ -17,8 +17,8 @@ def clean_up() -> None:
 
     Its children are not waited for: they end with the worker, however long they would take.
     """
-    util = sys.modules.get("multiprocessing.util")
-    if util is None or not util._finalizer_registry:
+    util: Any = sys.modules.get("multiprocessing.util")
+    if not getattr(util, "_finalizer_registry", None):  # not there, or just being imported
         return
     thread = threading.Thread(target=util._run_finalizers, daemon=True)
     with suppress(RuntimeError):  # no thread is to be had: resource trackers do their part
