@@ -605,6 +605,16 @@ def test_the_parent_of_a_worker_is_the_process_that_has_the_pool(method: str) ->
         assert pool.apply(parent_of_worker, (0.0,)) == (os.getpid(), "MainProcess", True)
 
 
+def start_method() -> str:
+    return multiprocessing.get_start_method()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing_has_the_pools_start_method_in_a_worker(method: str) -> None:
+    with Pool(1, context=multiprocessing.get_context(method)) as pool:
+        assert pool.apply(start_method) == method
+
+
 def kinship() -> tuple[int, int, bool]:
     return os.getppid(), os.getsid(0), multiprocessing.current_process().daemon
 

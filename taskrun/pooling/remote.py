@@ -45,7 +45,8 @@ class Start(NamedTuple):
     child of multiprocessing; None where workers are forked and inherit them.  ``tracker``: a
     descriptor of the resource tracker.  ``maxrss``: bytes of memory from which on a worker
     retires.  ``base`` is added to the numbers of calls wherever several pools share a state.
-    ``captured``: what calls write goes to the process that has the pool.
+    ``captured``: what calls write goes to the process that has the pool.  ``default``: the start
+    method that multiprocessing has in workers, unless it is to be that of an interpreter alone.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Start(NamedTuple):
     maxrss: int | None = None
     base: int = 0
     captured: bool = False
+    default: str | None = None
 
 
 # What a forked template inherits, and what a fresh one unpickles.
@@ -87,7 +89,7 @@ def prepare(start: Start, file: str | None) -> None:
 def begin(start: Start, number: int, parent: int) -> None:
     """In a new worker: be the process that users expect, a child of ``parent``, then call the
     initializer."""
-    from multiprocessing import process, util
+    from multiprocessing import context, process, util
 
     failures.shares_main = True
     if start.method != "spawn":
@@ -96,6 +98,8 @@ def begin(start: Start, number: int, parent: int) -> None:
     ours: Any = process  # what is private there
     ours._parent_process = _parent(parent)
     ours._current_process = _Process(start.method, number, parent)
+    if start.default is not None:
+        context._force_start_method(start.default)
     if _failure is not None:
         return
     try:

@@ -170,7 +170,8 @@ class Starter:
             self.told = remote.Start(self.method, None, None, None)
         else:
             self.told = self._told()
-        self.told = self.told._replace(maxrss=limits.soft, base=self.base)
+        default = None if isinstance(context, Bare) else self.method
+        self.told = self.told._replace(maxrss=limits.soft, base=self.base, default=default)
         self.in_main = known_names(self.method) if self._has_main else _nothing_is_known
 
     def workers(
