@@ -34,7 +34,7 @@ FORGET = "forget"  # (FORGET, recipe id)   no call of it will come
 CALL = "call"  # (CALL, call, attempt, recipe id, index, args, units | None)   execute
 NESTED = "nested"  # as CALL: execute it on top of the attempt that waits, or give it back
 DELIVER = "deliver"  # (DELIVER, call | None, {key: Encoded | Failure})   awaited outcomes
-QUIT = "quit"  # (QUIT,)   finish what per_worker made, and exit
+QUIT = "quit"  # (QUIT, whether to wait for threads)   finish what per_worker made, and exit
 
 # To a worker, on the control Pipe:
 REPORT = "report"  # (REPORT, count)   flush; say what runs; give back up to count calls

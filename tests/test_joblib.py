@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 joblib = pytest.importorskip("joblib", reason="joblib is not installed")
 
@@ -239,6 +241,17 @@ def test_the_workers_of_a_parallel_of_its_own_end_with_it() -> None:
             time.sleep(0.01)
     finally:
         gc.enable()
+
+
+def touch_at_exit(written: str) -> None:
+    atexit.register(Path(written).touch)
+
+
+def test_functions_of_atexit_are_called_when_a_worker_ends(tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    with joblib.parallel_config(backend="taskrun", n_jobs=2):
+        joblib.Parallel()([joblib.delayed(touch_at_exit)(str(written))] * 2)
+    until(written.exists)
 
 
 def test_a_generator_goes_on_when_another_parallel_of_its_config_is_over() -> None:

@@ -46,7 +46,7 @@ class Mute(Stub):
     """Takes calls and says nothing of them."""
 
     def answer(self, worker: int, records: list[tuple[Any, ...]]) -> None:
-        if records == [(m.QUIT,)]:
+        if records[0][0] == m.QUIT:
             self.end(worker, "exited with status 0")
         self.got = [*getattr(self, "got", ()), *records]
 

@@ -145,7 +145,7 @@ class Worker:
         self._decoder = Decoder()
         self._delivered: deque[tuple[Any, ...]] = deque()
         self._nested: deque[tuple[Any, ...]] = deque()
-        self._quitting = False
+        self._quitting = self._waits = False
         self._state = state_home(settings, self.executor)
         self._most_memory = None if settings.pool is None else settings.pool.maxrss
         self.waiting = 0  # attempts that wait; the main thread then reads the Pipe itself
@@ -204,7 +204,7 @@ class Worker:
         if self._settings.pool is not None:
             from taskrun.pooling import remote
 
-            remote.end()
+            remote.end(self._settings.pool, waits=self._waits)
         else:
             leaving.clean_up()
         places.leave()
@@ -252,7 +252,7 @@ class Worker:
                 elif kind == NESTED:
                     self._nested.append(record)
                 elif kind == QUIT:
-                    self._quitting = True
+                    self._quitting, self._waits = True, record[1]
         for (call, attempt), reason in list(self.executor.early.items()):
             self.refuse_queued(call, attempt, reason)  # the interrupt overtook the call
 

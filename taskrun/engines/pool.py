@@ -80,6 +80,7 @@ class PoolEngine:
         self._module, self._file = module, file
         self._start_method = start_method
         self._grace = grace
+        self.hurries = False  # at the end: threads of workers are not waited for
         self._recipe_ids = recipe_ids or count(1)
         self._constants = constants or {}
         self._environment = environment
@@ -150,7 +151,7 @@ class PoolEngine:
             if link.assigned or not link.ready:
                 link.signal(signal.SIGTERM)
             else:
-                link.queue((m.QUIT,))
+                link.queue((m.QUIT, not self.hurries))
                 link.flush()
         left = max(0.0, deadline - monotonic())
         self._run_until(self._all_ended, deadline - left / 4)
@@ -284,7 +285,7 @@ class PoolEngine:
         link = self._links.get(command.worker)
         if link is not None:
             link.stopping = True
-            link.queue((m.QUIT,))
+            link.queue((m.QUIT, True))
             self._flush_soon(link)
             self._later(FINISH, lambda: self._force_to_stop(link, signal.SIGTERM))
 

@@ -550,6 +550,7 @@ class Driver:
 
     def _close_engine(self) -> None:
         graceful = not (self._killing or self.error)
+        self._engine.hurries = not graceful
         self._engine.close(monotonic() + (CLOSE_SECONDS if graceful else TERMINATE_SECONDS))
 
     def why_over(self) -> BaseException:

@@ -7,11 +7,12 @@ is pickled here, so that a result which cannot be is the call's own error.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import Any, Final, NamedTuple
 
 from taskrun import blobs, failures
@@ -110,11 +111,16 @@ def begin(start: Start, number: int, parent: int) -> None:
         _fail(error)
 
 
-def end() -> None:
-    """In a worker that was told to quit: what a child of multiprocessing does at its end."""
+def end(start: Start, *, waits: bool) -> None:
+    """In a worker that was told to quit: what a child of multiprocessing does at its end, in the
+    order in which it does it.  ``waits``: for threads, those of thread executors included."""
     from multiprocessing import util
 
     util._exit_function()  # type: ignore[attr-defined]
+    if waits:
+        threading._shutdown()  # type: ignore[attr-defined]
+    if start.method == "spawn" or start.default is None:  # to its user it is no fork
+        atexit._run_exitfuncs()
 
 
 def _fail(error: BaseException) -> None:
@@ -307,7 +313,7 @@ def forget_other_imports() -> None:
     """
     from importlib import _bootstrap
 
-    own = get_ident()
+    own = threading.get_ident()
     locks: dict[str, Any] = _bootstrap._module_locks  # type: ignore[attr-defined]
     for name, reference in list(locks.items()):
         lock = reference()
