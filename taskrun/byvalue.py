@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from types import CodeType
+from collections.abc import Callable
+from types import CodeType, FunctionType, MethodType
 from typing import Any, ClassVar
 
 import cloudpickle
@@ -25,15 +26,41 @@ def _with_its_file(code: CodeType) -> Any:
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """A ``cloudpickle.Pickler`` that tells where code comes from."""
+    """A ``cloudpickle.Pickler`` that tells where code comes from.
+
+    ``found`` says which functions and classes of ``__main__`` the reader finds there: these go by
+    name, or he would have another class than those he knows, and globals that are not his.
+    """
 
     dispatch_table: ClassVar[Any] = Reducers(
         {CodeType: _with_its_file}, cloudpickle.Pickler.dispatch_table
     )
 
+    def __init__(
+        self,
+        file: Any,
+        protocol: int | None = None,
+        buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
+        found: Callable[[Any], bool] | None = None,
+    ) -> None:
+        super().__init__(file, protocol, buffer_callback)
+        self._found = found
 
-def dumps(obj: Any) -> bytes:
-    """``obj`` pickled.  Raises what pickling it raises."""
+    def reducer_override(self, obj: Any) -> Any:
+        """As cloudpickle's; NotImplemented: as pickle does it."""
+        if self._found is not None:
+            if isinstance(obj, FunctionType | type):
+                if obj.__module__ == "__main__" and self._found(obj):
+                    return NotImplemented
+            elif isinstance(obj, MethodType):
+                owner, name = obj.__self__, obj.__name__
+                if getattr(owner, name, None) == obj:
+                    return getattr, (owner, name)
+        return super().reducer_override(obj)
+
+
+def dumps(obj: Any, found: Callable[[Any], bool] | None = None) -> bytes:
+    """``obj`` pickled; ``found`` is as for a Pickler.  Raises what pickling it raises."""
     file = io.BytesIO()
-    Pickler(file, pickle.HIGHEST_PROTOCOL).dump(obj)
+    Pickler(file, pickle.HIGHEST_PROTOCOL, found=found).dump(obj)
     return file.getvalue()

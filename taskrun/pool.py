@@ -216,6 +216,7 @@ class Pool(standard.Pool):
         self._singles = Singles(self._driver)
         self._driver.own_singles(self._singles)
         self._recipes = Recipes(self._driver.recipe_ids, supply.in_main, self._driver.forget)
+        self._dumps = partial(dumps_call, found=supply.in_main)
         weakref.finalize(self, self._driver.abandon).atexit = False
         _drivers.add(self._driver)
         self._state = RUN
@@ -295,10 +296,10 @@ class Pool(standard.Pool):
                 if len(args) == 1 and type(args[0]) in _SCALARS and not kwds:
                     blob = _dumps_scalar(args)
                 else:
-                    blob = dumps_call((args, kwds))
+                    blob = self._dumps((args, kwds))
             else:
                 recipe = self._recipes.any(timeout, retries, self._kinds[1])
-                blob = dumps_call(((func, args, kwds), {}))
+                blob = self._dumps(((func, args, kwds), {}))
         except Exception as error:
             result.failed(error)
             self._loop.nudge()
@@ -392,7 +393,7 @@ class Pool(standard.Pool):
                 )
                 seen: Seen = {}  # whoever changes what he maps over while it is taken: his fault
                 blobs = [
-                    (dumps_call(((*before, chunk), {}), seen), len(chunk))
+                    (self._dumps(((*before, chunk), {}), seen), len(chunk))
                     for chunk in _chunked(sized, chunksize)
                 ]
         except Exception as error:
@@ -489,7 +490,7 @@ class Pool(standard.Pool):
             made.fed(0, error)
             return made
         feed = object()
-        args = (self._driver, recipe, items, [made], feed)
+        args = (self._driver, self._dumps, recipe, items, [made], feed)
         thread = threading.Thread(target=_feed, args=args, name="taskrun-feed", daemon=True)
         try:
             self._driver.open_feed(feed)
@@ -607,6 +608,7 @@ def _dumps_scalar(args: tuple[Any, ...]) -> Portable:
 
 def _feed(
     driver: Driver,
+    pickled: Callable[[Any], Portable],
     recipe: Recipe,
     items: Iterable[tuple[Any, ...]],
     handed: list[IMapIterator],
@@ -637,7 +639,7 @@ def _feed(
                     submit_small(recipe, args[0], made, count)
                 else:
                     made.narrow()
-                    _submit_item(driver, recipe, args, made.item(count))
+                    _submit_item(driver, pickled, recipe, args, made.item(count))
                 count += 1
                 if loop.over or not is_fed_by(feed):
                     break
@@ -651,10 +653,16 @@ def _feed(
     driver.close_feed(feed)
 
 
-def _submit_item(driver: Driver, recipe: Recipe, args: tuple[Any, ...], item: Job) -> None:
+def _submit_item(
+    driver: Driver,
+    pickled: Callable[[Any], Portable],
+    recipe: Recipe,
+    args: tuple[Any, ...],
+    item: Job,
+) -> None:
     """One that cannot be pickled is its own error, and the next ones follow."""
     try:
-        blob = _dumps_scalar(args) if type(args[0]) in _SCALARS else dumps_call((args, {}))
+        blob = _dumps_scalar(args) if type(args[0]) in _SCALARS else pickled((args, {}))
     except Exception as error:
         driver.post(partial(item.failed, error))
         del item  # with its iterator, which would keep itself: the error has this frame

@@ -32,6 +32,7 @@ REMEMBERED: Final = 1024  # recipes, and functions that may get one
 BY_VALUE: Final = 64  # of these recipes, those that have with them what a closure has captured
 
 Kind = type[Apply] | type[Map] | type[Starmap]
+Found = Callable[[Any], bool]
 
 NAMED: Final = (FunctionType, BuiltinFunctionType, type)
 
@@ -41,9 +42,7 @@ class Recipes:
     find there; ``forget`` is told, by the collector, of a recipe by value that nobody has any
     more."""
 
-    def __init__(
-        self, ids: Iterator[int], in_main: Callable[[Any], bool], forget: Callable[[int], None]
-    ) -> None:
+    def __init__(self, ids: Iterator[int], in_main: Found, forget: Callable[[int], None]) -> None:
         self._ids = ids
         self._in_main = in_main
         self._forget = forget
@@ -98,7 +97,7 @@ class Recipes:
         *,
         few: bool = False,
     ) -> tuple[Recipe, tuple[Any, ...]]:
-        blob = _in_one(kind(function))
+        blob = _in_one(kind(function), self._in_main)
         digest = _digest(blob)
         key = (digest, timeout, retries)
         known = self._values.get(key)
@@ -124,7 +123,7 @@ class Recipes:
             return found, ()
         # What is large in it is there once, as long as there are calls; not in each call,
         # nor in each worker for ever.
-        pickled = dumps_call(function)
+        pickled = dumps_call(function, found=self._in_main)
         if isinstance(pickled, Shared):
             return self._apart(kind is Starmap, timeout, retries), (pickled,)
         return self._by_value(kind, function, timeout, retries, few=few)
@@ -138,7 +137,7 @@ class Recipes:
         found = self._with_name(Apply, function, timeout, retries)
         if found is not None:
             return found, ()
-        pickled = dumps_call(function)
+        pickled = dumps_call(function, found=self._in_main)
         if isinstance(pickled, Shared):
             return self.any(timeout, retries), (pickled,)
         return self._by_value(Apply, function, timeout, retries)
@@ -239,35 +238,36 @@ def is_stateless(function: Any) -> bool:
     return isinstance(function, type)
 
 
-def dumps_call(obj: Any, seen: Seen | None = None) -> Portable:
-    """What goes to a worker for one call, pickled; ``seen``: see ``Draft.sealed``.
+def dumps_call(obj: Any, seen: Seen | None = None, found: Found | None = None) -> Portable:
+    """What goes to a worker for one call, pickled; ``seen``: see ``Draft.sealed``; ``found``: see
+    ``byvalue.Pickler``.
 
     Raises what pickling it raises.
     """
     try:
         return remote.dumps(obj, places.own(), seen)
     except Exception as error:
-        return _rescued(obj, error)
+        return _rescued(obj, error, found)
 
 
-def _rescued(obj: Any, error: Exception) -> Portable:
+def _rescued(obj: Any, error: Exception, found: Found | None) -> Portable:
     """By cloudpickle, which knows more; where that fails, too, the first error is raised."""
     try:
-        return dumps_by_value(obj, places.own())
+        return dumps_by_value(obj, places.own(), found)
     except Exception:
         raise error from None
 
 
-def dumps_by_value(obj: Any, to: Place | None = None) -> Portable:
+def dumps_by_value(obj: Any, to: Place | None = None, found: Found | None = None) -> Portable:
     """A pickle with all functions and classes in it that are not found by their names.
 
-    ``to``: where its large parts go; in a worker usually where its results do.  Raises what
-    pickling it raises.
+    ``to``: where its large parts go; in a worker usually where its results do; ``found``: see
+    ``byvalue.Pickler``.  Raises what pickling it raises.
     """
     from taskrun.byvalue import Pickler  # slow to import, seldom needed
 
     draft = Draft()
-    Pickler(draft, PROTOCOL, buffer_callback=draft.keep).dump(obj)
+    Pickler(draft, PROTOCOL, buffer_callback=draft.keep, found=found).dump(obj)
     return draft.sealed(to)
 
 
@@ -275,7 +275,7 @@ def _digest(blob: bytes) -> bytes:
     return blake2b(blob, digest_size=16).digest()
 
 
-def _in_one(obj: Any) -> bytes:
+def _in_one(obj: Any, found: Found) -> bytes:
     from taskrun.byvalue import dumps
 
-    return dumps(obj)
+    return dumps(obj, found)

@@ -270,9 +270,18 @@ def known_names(method: str) -> Callable[[Any], bool]:
         # What is there now; later another one may have its name, and even its address.
         named = {name: value for name, value in vars(main).items() if isinstance(value, NAMED)}
         known = WeakValueDictionary(named)
-        return lambda function: known.get(function.__qualname__) is function
+        return lambda function: _named(known, function) is function
     imported = _main_is_imported()
-    return lambda function: imported and vars(main).get(function.__qualname__) is function
+    return lambda function: imported and _named(vars(main), function) is function
+
+
+def _named(known: Any, function: Any) -> Any:
+    """What has the name of ``function``, perhaps in a class; None: nothing has."""
+    first, *rest = function.__qualname__.split(".")
+    found = known.get(first)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found
 
 
 def _nothing_is_known(function: Any) -> bool:
