@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from taskrun import Pool
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -76,3 +82,35 @@ def test_what_has_a_name_in_the_script_is_in_workers_what_it_is_there(
         capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("all\n", "")
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with Pool(1, context=multiprocessing.get_context("fork")) as made:
+        yield made
+    made.join()
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, x: int) -> int:
+        self.count += 1
+        return self.count
+
+
+def lengthen(found: list[int], x: int) -> int:
+    found.append(x)
+    return len(found)
+
+
+@pytest.mark.parametrize("function", [Counter(), Counter().__call__, partial(lengthen, [])])
+def test_every_chunk_begins_with_the_state_that_its_function_has(pool: Pool, function: Any) -> None:
+    for _ in range(3):  # it is known from the second on
+        assert pool.map(function, range(4), chunksize=2) == [1, 2, 1, 2]
+        assert pool.starmap(function, [(0,), (1,), (2,)], chunksize=2) == [1, 2, 1]
+        assert list(pool.imap(function, range(4), chunksize=2)) == [1, 2, 1, 2]
+        assert list(pool.imap(function, range(2))) == [1, 1]
+        assert [pool.apply(function, (0,)) for _ in range(2)] == [1, 1]
+        assert pool.map(function, range(40), chunksize=1) == [1] * 40

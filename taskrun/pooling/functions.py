@@ -3,7 +3,7 @@
 A function that is found by its name goes by reference, once to each worker.  One that is
 not (a lambda, a closure) goes by cloudpickle, as it is at the time of the call: with the
 arguments of its first call, and from the second on once to each worker, too.  What has a state
-of its own (a bound method, a partial) is pickled with the arguments.
+of its own (a bound method, a partial) is pickled with the arguments, or unpickled for each chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from taskrun.messages import SAY_BEGAN
 from taskrun.model import Recipe
 from taskrun.places import Place
 from taskrun.pooling import remote
-from taskrun.pooling.remote import PROTOCOL, Apply, ApplyAny, ApplyOnce, Map, MapAny, Starmap
+from taskrun.pooling.remote import (
+    PROTOCOL,
+    Afresh,
+    Apply,
+    ApplyAny,
+    ApplyOnce,
+    Map,
+    MapAny,
+    Starmap,
+)
 
 REMEMBERED: Final = 1024  # recipes, and functions that may get one
 BY_VALUE: Final = 64  # of these recipes, those that have with them what a closure has captured
@@ -107,6 +116,8 @@ class Recipes:
         if few and self._is_new(digest):
             once = self.any(timeout, retries, ApplyOnce)
             return replace(once, name=remote.name_of(function)), (blob,)
+        if not is_stateless(function):
+            blob = pickle.dumps(Afresh(blob), PROTOCOL)
         made = self._values[key] = self._made(function, blob, timeout, retries)
         finalize(made, self._forget, made.id).atexit = False
         if len(self._values) > BY_VALUE:

@@ -233,6 +233,17 @@ class ApplyOnce:
         return pickle.loads(pickled)(*args, **kwargs)
 
 
+class Afresh:
+    """Calls an Apply, Map or the like, unpickled anew for each call: what has a state of its own
+    has it as it came, whatever calls before did to it."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self.pickled = pickled
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return pickle.loads(self.pickled)(*args, **kwargs)
+
+
 class MapAny:
     """Calls the function that comes with its items, pickled by itself: one that is large."""
 
