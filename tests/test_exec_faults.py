@@ -265,6 +265,8 @@ def test_what_a_task_does_to_its_stdout_ends_with_the_call(runs: Runs) -> None:
             "to_null": lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 1),
             "detach": lambda: sys.stdout.detach(),
             "nonblocking": lambda: os.set_blocking(1, False),
+            "reconfigure": lambda: sys.stdout.reconfigure(encoding="utf-16"),
+            "wrap": lambda: io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8"),
         }
 
         @task
@@ -273,13 +275,32 @@ def test_what_a_task_does_to_its_stdout_ends_with_the_call(runs: Runs) -> None:
             WAYS[way]()
 
         @task
-        def speak(n=each(range(9)), x=result(spoil)): print("after", n)
+        def speak(n=each(range(11)), x=result(spoil)): print("after", n)
         """
     for how in ("-j1", "-j3"):
         ended = runs.exec(source, how).check()
         said = [line.partition(" | ")[2] for line in ended.out.splitlines()]
-        assert sum(line.startswith("before") for line in said) == 9
-        assert sum(line.startswith("after") for line in said) == 9
+        assert sum(line.startswith("before") for line in said) == 11
+        assert sum(line.startswith("after") for line in said) == 11
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_task_may_reconfigure_its_stdout_and_no_other_is_touched(runs: Runs, method: str) -> None:
+    source = r"""
+        @task
+        def first():
+            for stream in (sys.stdout, sys.stderr):
+                assert not stream.seekable()
+                stream.reconfigure(encoding="ascii", newline="\r\n")
+            print("one")
+            try: print("\xe9")
+            except UnicodeEncodeError: print("two")
+
+        @task(after=[first])
+        def second(): print("\xe9", "\udcff")
+        """
+    ended = runs.exec(source, "-j1", "--output=raw", "--start-method", method)
+    assert ended.check().out == "one\r\ntwo\r\n\xe9 \\udcff\n"
 
 
 def test_a_pipe_in_the_place_of_stdout_takes_nothing_of_other_calls(runs: Runs) -> None:

@@ -21,6 +21,8 @@ from typing import Any, Final
 
 from taskrun.ledger import STREAMS, Ledger
 
+_reconfigure = io.TextIOWrapper.reconfigure
+
 # A mark: NUL, the worker's token, the call, its attempt, and whether that has ended or
 # only waits.  Written at once and shorter than PIPE_BUF, so it stays in one piece.
 _REST = struct.Struct("!QI?")
@@ -86,7 +88,11 @@ class Capture:
         for fd, pipe in enumerate(pipes, 1):
             os.dup2(pipe, fd)
         self._own = _claim(pipes)
-        self._streams = [_text_stream(fd, name) for fd, name in enumerate(STREAMS, 1)]
+        self._reconfigured = False
+        self._streams = [
+            self._watched(_text_stream(fd, name)) for fd, name in enumerate(STREAMS, 1)
+        ]
+        self._looks = [(stream.encoding, stream.errors) for stream in self._streams]
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
         self._written = Written(ledger, pipes)
         self._readers = [fd for fd in map(_reading_end, pipes) if fd is not None]
@@ -107,7 +113,7 @@ class Capture:
             in_place = sys.stdout is self._streams[0] and sys.stderr is self._streams[1]
         except AttributeError:  # it was deleted
             in_place = False
-        if not in_place:
+        if not in_place or self._reconfigured:
             self._restore_streams()
         try:
             self._flush_out()
@@ -155,6 +161,13 @@ class Capture:
             if stream is not None and stream not in self._streams:
                 _flush_foreign(stream)
         self._renew_closed()
+        if self._reconfigured:
+            self._reconfigured = False
+            for stream, (encoding, errors) in zip(self._streams, self._looks, strict=True):
+                _reconfigure(
+                    stream, encoding=encoding, errors=errors, newline="\n",
+                    line_buffering=True, write_through=False,
+                )  # fmt: skip
 
     def _recover_streams(self) -> None:
         """They could not be flushed: closed, detached, or made non-blocking."""
@@ -166,9 +179,19 @@ class Capture:
     def _renew_closed(self) -> None:
         for number, name in enumerate(STREAMS):
             if not _is_fit(self._streams[number], number + 1):
-                self._streams[number] = _text_stream(number + 1, name)
+                self._streams[number] = self._watched(_text_stream(number + 1, name))
         self._flush_out, self._flush_err = (stream.flush for stream in self._streams)
         sys.stdout, sys.stderr = self._streams
+
+    def _watched(self, stream: Any) -> Any:
+        """``stream``, which says when a call reconfigures it: looking costs more, every time."""
+
+        def reconfigure(**changes: Any) -> None:
+            self._reconfigured = True
+            _reconfigure(stream, **changes)
+
+        stream.reconfigure = reconfigure
+        return stream
 
 
 class Uncaptured(Capture):
@@ -190,6 +213,30 @@ class Uncaptured(Capture):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def expect_pipes() -> None:
+    """Make ``sys.stdout`` and ``sys.stderr`` anew, for the Pipes that a worker will have there.
+
+    A stream asks only when it is made whether it can be sought.  This interpreter's own were
+    made for /dev/null, and fail in a Pipe: ``sys.stdout.reconfigure(encoding="utf-8")`` does.
+    """
+    held: list[int] = []
+    try:
+        held += os.pipe()
+        for fd, name in enumerate(STREAMS, 1):
+            held.append(os.dup(fd))
+            os.dup2(held[1], fd)
+            encoding = getattr(sys, name).encoding
+            stream = open(fd, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+            os.dup2(held[-1], fd)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    except OSError:
+        pass  # too few descriptors: those that there are will do
+    finally:
+        for fd in held:
+            os.close(fd)
 
 
 def _reading_end(pipe: int) -> int | None:

@@ -43,8 +43,11 @@ def _run(
     settings: Settings, birth: Birth, fds: list[int], parent: int, *, too_early: bool
 ) -> NoReturn:
     from taskrun.workers import main
+    from taskrun.workers.capture import expect_pipes
     from taskrun.workers.settings import preload
 
+    if settings.captured:
+        expect_pipes()
     preloaded = preload(settings)
     wrong = _violated(too_early)
     if wrong is not None and preloaded.failure is None:

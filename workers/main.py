@@ -36,7 +36,7 @@ from taskrun.messages import (
 )
 from taskrun.wire import READ_SIZE, Decoder
 from taskrun.workers import leaving
-from taskrun.workers.capture import Capture, Uncaptured
+from taskrun.workers.capture import Capture, Uncaptured, expect_pipes
 from taskrun.workers.control import Control, tell_why
 from taskrun.workers.execute import Executor, Running
 from taskrun.workers.folder import Folder
@@ -97,6 +97,8 @@ def spawned(fds: list[int]) -> NoReturn:
     for fd in fds:
         os.set_inheritable(fd, False)
     apply(settings)
+    if settings.captured:
+        expect_pipes()
     run(settings, birth, fds, parent, preload(settings))
 
 
@@ -119,7 +121,7 @@ class Worker:
         self._flusher = Flusher()
         self._about_to_flush = False
         self._capture: Capture
-        if settings.pool is None or settings.pool.captured:
+        if settings.captured:
             self._capture = Capture(self._ledger, birth.token, (stdout, stderr))
         else:
             self._capture = Uncaptured((stdout, stderr))

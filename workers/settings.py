@@ -68,6 +68,11 @@ class Settings(NamedTuple):
     blobs: Place = Place((), "")
     grace: float = 2.0
 
+    @property
+    def captured(self) -> bool:
+        """Whether what workers write is taken, and does not go where their parent writes."""
+        return self.pool is None or bool(self.pool.captured)
+
 
 class Birth(NamedTuple):
     """What one worker is told.

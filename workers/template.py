@@ -34,6 +34,7 @@ from taskrun import addresses, places, sessions
 from taskrun.ledger import shared_file
 from taskrun.wire import Decoder, send_frame
 from taskrun.workers import leaving, main
+from taskrun.workers.capture import expect_pipes
 from taskrun.workers.settings import (
     EXITED,
     FORK,
@@ -116,6 +117,8 @@ class Template:
     def _preload(self) -> None:
         if self._settings.start_method != FORKSERVER:
             return
+        if self._settings.captured:
+            expect_pipes()
         watch = _Watch(self._sock, self._give_up)
         self._preloaded = preload(self._settings)
         watch.stop()
