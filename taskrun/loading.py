@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = "tasks.py"
 
+# What taskrun, and what that imports, comes to need of the standard library, here or there,
+# sooner or later.
+_COUNTED_ON = frozenset(
+    """
+    array ast asyncio base64 binascii bisect bz2 concurrent copy ctypes dataclasses datetime
+    email fcntl fnmatch gettext hashlib heapq hmac inspect ipaddress json locale logging lzma
+    mmap multiprocessing pathlib pickle platform queue random resource secrets select selectors
+    shlex shutil signal socket ssl string stringprep struct subprocess tempfile termios textwrap
+    traceback typing unicodedata urllib uuid weakref zipfile zlib
+    """.split()
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -205,9 +217,7 @@ def import_file(path: str | os.PathLike[str], module: str) -> ModuleType:
     folder = os.path.dirname(os.path.realpath(file))  # as for a script
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    stem = os.path.basename(file).removesuffix(".py")
-    if stem in sys.stdlib_module_names and stem != module:
-        sys.meta_path.insert(0, _StillTheLibrarys(stem, folder))
+    keep_the_librarys(file, module)
     namespace = _new_module(file, module)
     source = _read(file)
     before = sys.modules.get(module)
@@ -223,18 +233,26 @@ def import_file(path: str | os.PathLike[str], module: str) -> ModuleType:
     return namespace
 
 
-class _StillTheLibrarys:
-    """A task file may be called ``random.py``: ``import random`` still finds the standard
-    library's, which others count on."""
+def keep_the_librarys(file: str, module: str) -> None:
+    """Have modules of the standard library that others count on found there, whatever is called
+    so in the folder of the task file: ``random.py``, which may be the task file itself."""
+    stem = os.path.basename(file).removesuffix(".py")
+    named = {stem} if stem in sys.stdlib_module_names and stem != module else set()
+    finder = _StillTheLibrarys(_COUNTED_ON | named, os.path.dirname(os.path.realpath(file)))
+    if finder not in sys.meta_path:
+        sys.meta_path.insert(0, finder)
 
-    def __init__(self, name: str, folder: str) -> None:
-        self._name = name
-        self._folder = folder
+
+@dataclass(frozen=True, slots=True)
+class _StillTheLibrarys:
+    names: frozenset[str]
+    folder: str
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != self._name:
+        beside = os.path.join(self.folder, name)
+        if name not in self.names or not (os.path.exists(f"{beside}.py") or os.path.exists(beside)):
             return None
-        elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != self._folder]
+        elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != self.folder]
         return PathFinder.find_spec(name, elsewhere)
 
 

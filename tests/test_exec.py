@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from harness import TASKRUN, Ended, Runs, lines_of, started, wait_until
 
+from taskrun import loading
+
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -1310,6 +1312,38 @@ def test_it_runs_as_a_module_from_elsewhere_with_folders_of_its_own_names(
         (elsewhere / folder).mkdir()
     ended = runs.run("exec", "../tasks.py", "--output=raw", cwd=elsewhere)
     assert ended.check().out == f"{elsewhere}\n"
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_nothing_beside_the_file_stands_in_for_a_standard_module_that_taskrun_needs(
+    runs: Runs, method: str
+) -> None:
+    for name in loading._COUNTED_ON:
+        (runs.folder / f"{name}.py").write_text("raise RuntimeError(__name__)")
+    source = """
+        seen = state.dict("seen")
+
+        @task(retries=1, timeout=20)
+        def work(n=each(range(3))):
+            seen[n] = print(sh("echo {n}").stdout, end="")
+            if current().attempt == 1 and n == 1: os.kill(os.getpid(), 9)
+            return lambda: bytes(1_000_000)
+
+        @task(lane="thread")
+        def threads(made=result(work)): return len(made[0]())
+
+        @task
+        async def waits(size=result(threads)): return await more.submit(size)
+
+        @task
+        def more(size): print(size)
+
+        @task(after=[waits])
+        def fails(): raise ValueError("told")
+        """
+    ended = runs.exec(source, "-j2", "-k", "--output=raw", "--start-method", method)
+    assert set(ended.check(1).out.split()) == {"0", "1", "2", "1000000"}
+    assert ended.err.count("ValueError: told") == 2
 
 
 def test_a_run_leaves_nothing_behind(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> None:

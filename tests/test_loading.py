@@ -107,6 +107,19 @@ def test_a_file_named_like_a_standard_module_does_not_replace_it(folder: Path) -
     assert sys.modules["json"] is json
 
 
+def test_what_lies_beside_the_file_replaces_no_standard_module_that_others_need(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder, "1 / 0\n", "stringprep.py")
+    write(folder, "ours = 1\n", "sched.py")  # nothing of ours needs it
+    write(folder, "import sched, stringprep\nsched.ours\n@task\ndef a(): ...\n")
+    for name in ("sched", "stringprep"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert list(load("jobs.py").tasks) == ["a"]
+    assert hasattr(sys.modules["stringprep"], "in_table_a1")
+    monkeypatch.delitem(sys.modules, "sched")
+
+
 def test_a_file_may_have_no_tasks_where_that_is_allowed(folder: Path) -> None:
     write(folder, "def plain(x): ...\n")
     assert load("jobs.py", may_be_empty=True).tasks == {}

@@ -108,6 +108,10 @@ def apply(settings: Settings) -> None:
             os.chdir(settings.cwd)
         except OSError:
             pass  # the folder was deleted; the coordinator goes on in it as well
+    if settings.file is not None and settings.module is not None:
+        from taskrun.loading import keep_the_librarys
+
+        keep_the_librarys(settings.file, settings.module)
     sys.path[:] = settings.path
     sys.argv[:] = settings.argv
 
