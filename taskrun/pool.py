@@ -18,17 +18,24 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from multiprocessing import parent_process, util
 from multiprocessing import pool as standard
-from pickle import HIGHEST_PROTOCOL, dumps
 from time import monotonic, sleep
 from typing import Any, Final, NamedTuple
 
-from taskrun.blobs import THRESHOLD, Portable, Seen
-from taskrun.bunch import TINY
-from taskrun.model import Failure, Recipe
+from taskrun.blobs import Portable, Seen
+from taskrun.model import Failure
 from taskrun.pooling.driver import Driver
-from taskrun.pooling.functions import Recipes, checked, dumps_call, is_small, is_stateless
+from taskrun.pooling.feeding import feed_imap
+from taskrun.pooling.functions import (
+    SCALARS,
+    Recipes,
+    checked,
+    dumps_call,
+    dumps_scalar,
+    is_small,
+    is_stateless,
+)
 from taskrun.pooling.inbox import Job
-from taskrun.pooling.iterators import Feeding, IMapIterator, OrderedIterator, UnorderedIterator
+from taskrun.pooling.iterators import IMapIterator, OrderedIterator, UnorderedIterator
 from taskrun.pooling.looping import FOREIGN, Loop
 from taskrun.pooling.memory import limits
 from taskrun.pooling.remote import Apply, ApplyAny, InitializerFailed, Map, Setup, Starmap
@@ -54,16 +61,13 @@ TERMINATE: Final = "TERMINATE"
 
 WINDOW: Final = 1024  # calls of one imap that may be under way, at least
 PER_WORKER: Final = 64  # ... and for each worker
-AT_A_TIME: Final = 64  # of these it is fed in a row
+SMALLER: Final = 4  # ... so many times more while their arguments are plain numbers
 FIRST: Final = 100  # multiprocessing's own finalizers have less: managers 0, pools 15
 LOOK: Final = 0.01  # seconds between two looks whether a worker has ended
-SMALLER: Final = 4  # ... so many times more while their arguments are plain numbers
 
 Size = int | str | None  # of memory
 
 _standard_init = standard.Pool.__init__
-
-_SCALARS = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
 
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 _waits = 0  # the process of multiprocessing whose end waits for calls
@@ -293,8 +297,8 @@ class Pool(standard.Pool):
             if is_stateless(func):
                 recipe, before = self._recipes.for_call(self._kinds[0], func, timeout, retries)
                 args = (*before, *args)
-                if len(args) == 1 and type(args[0]) in _SCALARS and not kwds:
-                    blob = _dumps_scalar(args)
+                if len(args) == 1 and type(args[0]) in SCALARS and not kwds:
+                    blob = dumps_scalar(args)
                 else:
                     blob = self._dumps((args, kwds))
             else:
@@ -491,7 +495,7 @@ class Pool(standard.Pool):
             return made
         feed = object()
         args = (self._driver, self._dumps, recipe, items, [made], feed)
-        thread = threading.Thread(target=_feed, args=args, name="taskrun-feed", daemon=True)
+        thread = threading.Thread(target=feed_imap, args=args, name="taskrun-feed", daemon=True)
         try:
             self._driver.open_feed(feed)
             thread.start()
@@ -599,75 +603,6 @@ def _chunked(iterable: Iterable[Any], size: int) -> Iterable[tuple[Any, ...]]:
     items = iter(iterable)
     while chunk := tuple(itertools.islice(items, size)):
         yield chunk
-
-
-def _dumps_scalar(args: tuple[Any, ...]) -> Portable:
-    blob = dumps((args, {}), HIGHEST_PROTOCOL)
-    return blob if len(blob) < THRESHOLD else dumps_call((args, {}))
-
-
-def _feed(
-    driver: Driver,
-    pickled: Callable[[Any], Portable],
-    recipe: Recipe,
-    items: Iterable[tuple[Any, ...]],
-    handed: list[IMapIterator],
-    feed: object,
-) -> None:
-    """Submit the calls of an imap, as far ahead as it may and ``feed`` is open.  ``handed`` has
-    the one iterator, and has it no longer then."""
-    feeding = Feeding(handed[0])
-    made: IMapIterator | None = handed.pop()
-    count = 0
-    error: BaseException | None = None
-    small = recipe.timeout is None and not recipe.retries
-    loop, submit_small, is_fed_by = driver.loop, driver.submit_small, driver.is_fed_by
-    try:
-        source = iter(items)
-        while made is not None and is_fed_by(feed):
-            if loop.over:
-                error = driver.why_over()  # not the end of the input: there would be more
-                break
-            room = made.take_room(AT_A_TIME)
-            if not room:
-                made = None  # not kept by this while it waits
-                made = feeding.await_room()
-                continue
-            end = count + room
-            for args in itertools.islice(source, room):
-                if small and type(args[0]) in TINY:
-                    submit_small(recipe, args[0], made, count)
-                else:
-                    made.narrow()
-                    _submit_item(driver, pickled, recipe, args, made.item(count))
-                count += 1
-                if loop.over or not is_fed_by(feed):
-                    break
-            else:
-                if count < end:  # the input has ended
-                    break
-    except BaseException as raised:
-        error = raised
-    if made is not None:
-        driver.post(partial(made.fed, count, error))
-    driver.close_feed(feed)
-
-
-def _submit_item(
-    driver: Driver,
-    pickled: Callable[[Any], Portable],
-    recipe: Recipe,
-    args: tuple[Any, ...],
-    item: Job,
-) -> None:
-    """One that cannot be pickled is its own error, and the next ones follow."""
-    try:
-        blob = _dumps_scalar(args) if type(args[0]) in _SCALARS else pickled((args, {}))
-    except Exception as error:
-        driver.post(partial(item.failed, error))
-        del item  # with its iterator, which would keep itself: the error has this frame
-    else:
-        driver.submit(recipe, blob, item)
 
 
 def _initializer_failed(failure: Failure) -> BaseException | None:

@@ -20,7 +20,7 @@ from typing import Any, Final, SupportsFloat, SupportsIndex
 from weakref import finalize
 
 from taskrun import places
-from taskrun.blobs import Draft, Portable, Seen, Shared
+from taskrun.blobs import THRESHOLD, Draft, Portable, Seen, Shared
 from taskrun.bunch import TINY
 from taskrun.messages import SAY_BEGAN
 from taskrun.model import Recipe
@@ -44,6 +44,7 @@ Kind = type[Apply] | type[Map] | type[Starmap]
 Found = Callable[[Any], bool]
 
 NAMED: Final = (FunctionType, BuiltinFunctionType, type)
+SCALARS: Final = frozenset((int, float, str, bool, bytes, type(None)))  # any pickler does
 
 
 class Recipes:
@@ -247,6 +248,12 @@ def is_stateless(function: Any) -> bool:
     if isinstance(function, BuiltinFunctionType):
         return function.__self__ is None or isinstance(function.__self__, type(sys))
     return isinstance(function, type)
+
+
+def dumps_scalar(args: tuple[Any, ...]) -> Portable:
+    """As :func:`dumps_call`, for one argument that is of ``SCALARS``."""
+    blob = pickle.dumps((args, {}), PROTOCOL)
+    return blob if len(blob) < THRESHOLD else dumps_call((args, {}))
 
 
 def dumps_call(obj: Any, seen: Seen | None = None, found: Found | None = None) -> Portable:
