@@ -127,6 +127,7 @@ class Steering:
                 "paused": core.paused,
                 "stopping": core.stopping,
                 "slots": core.placement.slots,
+                "slots_here": core.slots_here,
                 "done": done,
                 "total": total,
                 "rate": rate,

@@ -419,3 +419,28 @@ def test_a_call_goes_to_the_node_that_has_what_it_needs(site: Site) -> None:
     ended = run.end()
     assert ended.status == 0, ended.err
     assert "[('fast', '0')]" in ended.out
+
+
+# -- how it looks ---------------------------------------------------------------------
+
+
+def test_status_has_the_slots_of_this_machine_whoever_has_joined(site: Site) -> None:
+    source = """
+import time
+from taskrun import each, task
+
+@task
+def long(n=each(range(9))): time.sleep(60)
+"""
+    run = site.write_and_listen(source, jobs=2)
+    site.node(run, 3, "--lane", "thread", name="threads")
+    site.node(run, 1, name="lab")
+
+    def rows() -> list[str]:
+        shown = site.runs.run("status", address_of(run), env=site.variables).out
+        return [" ".join(line.split()[:-2]) for line in shown.splitlines()]
+
+    node = "threads (lane thread) here 3"
+    wait_until(lambda: {"local here 2", "lab here 1", node} <= set(rows()))
+    run.signal(signal.SIGINT)
+    assert run.end().status == 130

@@ -58,8 +58,7 @@ def _run(now: dict[str, Any]) -> Iterator[str]:
 
 def _nodes_of(now: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """This machine and the nodes of a run, each with its workers."""
-    elsewhere = sum(node["slots"] for node in now["nodes"] if node["state"] == "here")
-    here = {"node": "", "slots": max(0, now["slots"] - elsewhere), "state": "here"}
+    here = {"node": "", "slots": now["slots_here"], "state": "here"}
     for node in (here, *now["nodes"]):
         workers = [worker for worker in now["workers"] if worker["node"] == node["node"]]
         yield {**node, "node": node["node"] or LOCAL, "workers": workers}

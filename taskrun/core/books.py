@@ -205,6 +205,11 @@ class Books:
         ready = self._starts and any(home.ready.count for home in self._busy_homes)
         return max(wanted, 1.0) if in_workers or ready else wanted
 
+    @property
+    def slots_here(self) -> int:
+        """How many of the slots are this machine's."""
+        return int(self._claims.slots_here)
+
     def wanted_lanes(self) -> list[str]:
         """The lanes, beside that of processes, that this run has calls for."""
         return sorted(

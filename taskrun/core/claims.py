@@ -142,6 +142,11 @@ class Claims:
             raise Impossible(call)
         return None, lacking
 
+    @property
+    def slots_here(self) -> float:
+        """How many slots this machine has."""
+        return self._slots[""]
+
     def free_slots(self, node: str) -> float:
         """How many slots of a machine nothing takes just now."""
         workers = self._everyone.values()

@@ -304,7 +304,8 @@ class Node:
         workers = sorted(self.links)
         return {
             "node": self.name, "slots": self.slots, "state": state, "workers": workers,
-            "tags": list(self.offer.tags), "place": self.offer.name,
+            "tags": list(self.offer.tags), "lanes": self.offer.own_lanes,
+            "place": self.offer.name,
         }  # fmt: skip
 
     @property

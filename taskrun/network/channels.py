@@ -140,6 +140,11 @@ class Offer(NamedTuple):
         """Whether its slots are for the lane ``process``."""
         return PROCESS in self.lanes
 
+    @property
+    def own_lanes(self) -> list[str]:
+        """Those that its slots are for, where they are not for processes; else none."""
+        return [] if self.processes else list(self.lanes)
+
 
 def offer_from(said: Any) -> Offer:
     """The Offer in a message of the other side.  Raises ValueError."""

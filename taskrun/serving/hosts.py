@@ -42,7 +42,7 @@ class Host:
         self.name = name
         self.session = session
         self.slots = offer.slots
-        self.lanes = [] if offer.processes else list(offer.lanes)
+        self.lanes = offer.own_lanes
         self.resources = offer.resources
         self.tags = list(offer.tags)
         self.draining = False
