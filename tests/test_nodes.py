@@ -202,6 +202,30 @@ def test_a_worker_that_is_ready_only_after_its_node_was_to_go_gets_no_calls(grid
     assert grid.shop.all(m.Retiring)[1].worker == ready.worker
 
 
+def test_workers_of_other_lanes_stay_where_there_are_slots_and_go_with_the_last(
+    tmp_path: Path,
+) -> None:
+    with grid_in(tmp_path, slots=2) as grid:
+        grid.shop.workers(2)
+        (thread,) = grid.shop.workers(1, "thread")
+        engine: Any = grid.shop.engine
+        engine.set_slots(2, {})
+        assert not grid.shop.all(m.Retiring)
+        engine.set_slots(1, {})
+        (event,) = grid.shop.all(m.Retiring)
+        assert event.worker != thread
+        engine.set_slots(0, {})
+        assert len(grid.shop.all(m.Retiring)) == 3
+
+
+def test_a_node_of_one_lane_keeps_as_many_workers_as_it_has_slots_left(grid: Grid) -> None:
+    grid.node(2, "--lane", "thread")
+    grid.shop.workers(2, "thread")
+    engine: Any = grid.shop.engine
+    engine.set_slots(0, {"lab1": 1})
+    assert len(grid.shop.all(m.Retiring)) == 1
+
+
 # -- joining --------------------------------------------------------------------------
 
 

@@ -190,13 +190,16 @@ class PoolEngine:
         if self.nodes is not None:
             self.nodes.limit(of_nodes)
         self._on_capacity()
-        self._retire_excess(self._local.links.values(), slots)
+        self._retire_excess(self._local.links.values(), slots, (PROCESS,))
         for node in self.nodes.nodes.values() if self.nodes is not None else ():
-            self._retire_excess(node.links.values(), node.slots)
+            lanes = node.offer.own_lanes or (PROCESS,)
+            self._retire_excess(node.links.values(), node.slots, lanes)
 
-    def _retire_excess(self, links: Collection[Link], slots: int) -> None:
-        """Those that are at no call go first."""
-        staying = [link for link in links if not (link.retiring or link.stopping)]
+    def _retire_excess(self, links: Collection[Link], slots: int, lanes: Collection[str]) -> None:
+        """Those that are at no call go first.  ``lanes``: whose workers take the slots; others
+        are beside them, as long as there are any."""
+        staying = [link for link in links if not (link.retiring or link.stopping)
+                   and (link.lane in lanes or not slots)]  # fmt: skip
         staying.sort(key=lambda link: bool(link.assigned))
         for link in staying[: max(0, len(staying) - slots)]:
             self._retire(link)
