@@ -22,7 +22,17 @@ import distributed
 from distributed.scheduler import KilledWorker
 
 from taskrun import sessions
-from taskrun.engines.hosts import Broken, Done, Lost, Refused, Result, Returned, Terms, Withdrawn
+from taskrun.engines.hosts import (
+    Broken,
+    Done,
+    Lost,
+    Refused,
+    Result,
+    Returned,
+    Terms,
+    Withdrawn,
+    first_line,
+)
 from taskrun.errors import RunError
 from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
@@ -94,13 +104,13 @@ class DaskHost:
             )
         except TypeError as error:  # what Dask raises where its settings name no certificates
             raise RunError(
-                f"{self.name}: {_first_line(error)}; DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
+                f"{self.name}: {first_line(error)}; DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
                 "...__CLIENT__CERT and ...__CLIENT__KEY name the files"
             ) from error
         except (OSError, TimeoutError, ValueError) as error:
             raise RunError(
                 f"the Dask scheduler at {self.name} cannot be reached within {CONNECT:g} s "
-                f"({_first_line(error)}): is it running? `dask scheduler` starts one"
+                f"({first_line(error)}): is it running? `dask scheduler` starts one"
             ) from error
 
     def _take_part(self, files: Bundle | None) -> None:
@@ -276,7 +286,7 @@ class DaskHost:
         try:
             found: Mapping[Any, Any] = place.result(timeout=FETCH)
         except (OSError, TimeoutError, CancelledError) as error:
-            raise LookupError(_first_line(error)) from error
+            raise LookupError(first_line(error)) from error
         return found
 
     # -- resources --------------------------------------------------------------------
@@ -298,7 +308,3 @@ class DaskHost:
 
 def _kill_workers_of(nannies: Sequence[Any]) -> None:
     sessions.send([nanny.pid for nanny in nannies if nanny.pid is not None], signal.SIGKILL)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,16 @@ from importlib import import_module
 from time import monotonic
 from typing import Any
 
-from taskrun.engines.hosts import Done, Lost, Refused, Result, Returned, Terms, Withdrawn
+from taskrun.engines.hosts import (
+    Done,
+    Lost,
+    Refused,
+    Result,
+    Returned,
+    Terms,
+    Withdrawn,
+    first_line,
+)
 from taskrun.errors import RunError, UsageError
 from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
@@ -88,7 +97,7 @@ class ExecutorHost:
         if error is None:
             return Returned(future.result()[0])
         if isinstance(error, BrokenExecutor):
-            return Lost(f"ended ({_first_line(error)})")
+            return Lost(f"ended ({first_line(error)})")
         if isinstance(error, CancelledError):
             return Withdrawn()
         return Refused(f"{self.name}: {type(error).__name__}: {error}")
@@ -163,7 +172,3 @@ def _accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     return {name: value for name, value in arguments.items() if name in parameters}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

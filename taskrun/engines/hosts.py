@@ -102,3 +102,8 @@ class Host(Protocol):
 
     def close(self, brief: bytes | None, deadline: float) -> None:
         """Leave it; what was started with it ends, by ``deadline`` (monotonic seconds)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first: the rest is often a traceback of its own."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,17 @@ import ray
 from ray import exceptions
 
 from taskrun import sessions
-from taskrun.engines.hosts import Broken, Done, Lost, Refused, Result, Returned, Terms, Withdrawn
+from taskrun.engines.hosts import (
+    Broken,
+    Done,
+    Lost,
+    Refused,
+    Result,
+    Returned,
+    Terms,
+    Withdrawn,
+    first_line,
+)
 from taskrun.errors import RunError
 from taskrun.network.bundles import Bundle
 from taskrun.workers.briefs import VERSION
@@ -164,7 +174,7 @@ class RayHost:
                 VERSION, brief, chunk, self._files, *inputs
             )
         except Exception as error:
-            done(Broken(f"Ray ({self.name}) takes no calls: {_first_line(error)}"))
+            done(Broken(f"Ray ({self.name}) takes no calls: {first_line(error)}"))
             return None
         with self._news:
             self._waiting[records] = (values, done)
@@ -201,7 +211,7 @@ class RayHost:
                     done(self._result(records, values))
 
     def _break(self, error: Exception) -> None:
-        self._gone = f"Ray ({self.name}) is gone: {_first_line(error)}"
+        self._gone = f"Ray ({self.name}) is gone: {first_line(error)}"
 
     def _result(self, records: Any, values: Any) -> Result:
         try:
@@ -209,7 +219,7 @@ class RayHost:
         except exceptions.TaskCancelledError:
             return Withdrawn()
         except _DEAD as error:
-            return Lost(f"died ({_first_line(error)})")
+            return Lost(f"died ({first_line(error)})")
         except exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, RunError):
@@ -217,9 +227,9 @@ class RayHost:
             if isinstance(cause, KeyboardInterrupt):
                 return Withdrawn()
             # Its own first line says where it was, and not what.
-            return Refused(f"{self.name}: {type(cause).__name__}: {_first_line(cause)}")
+            return Refused(f"{self.name}: {type(cause).__name__}: {first_line(cause)}")
         except Exception as error:
-            return Refused(f"{self.name}: {type(error).__name__}: {_first_line(error)}")
+            return Refused(f"{self.name}: {type(error).__name__}: {first_line(error)}")
         return Returned(told, values if kept else None)
 
     def cancel(self, handle: Any) -> None:
@@ -236,7 +246,7 @@ class RayHost:
         try:
             found: Mapping[Any, Any] = ray.get(place, timeout=FETCH)
         except exceptions.RayError as error:
-            raise LookupError(_first_line(error)) from error
+            raise LookupError(first_line(error)) from error
         return found
 
     def missing(self, resources: Mapping[str, float]) -> str | None:
@@ -280,7 +290,3 @@ def _command_of(pid: int) -> bytes:
             return file.read()
     except OSError:
         return b""  # it has ended meanwhile
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
