@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 from types import FrameType
 from typing import Any, Final, Protocol
@@ -97,6 +97,24 @@ class Signals(AbstractContextManager[None]):
         """Take what the loop has not got to."""
         while self._noted:
             self._take(self._noted.pop(0)[1])
+
+
+@contextmanager
+def postponed(number: int) -> Iterator[None]:
+    """While it lasts, the signal is only noted, and its handler called afterwards: what that raises
+    in a function of ``os.register_at_fork``, of logging's for one, is printed and lost."""
+    handler = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    noted: list[int] = []
+    signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+        if noted:
+            signal.raise_signal(number)
 
 
 def _end_by(number: int) -> None:

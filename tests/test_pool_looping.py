@@ -7,6 +7,8 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -362,3 +364,33 @@ def test_a_signal_is_handled_once_wherever_it_comes_and_no_handler_is_lost(
     finally:
         loop.end()
         assert loop.finished.wait(SECONDS)
+
+
+AMID_A_FORK = """
+import os, signal
+from multiprocessing import get_context
+import psutil
+from taskrun import Pool
+
+came = []
+
+def come():
+    if not came:
+        came.append(os.kill(os.getpid(), signal.SIGINT))
+
+os.register_at_fork(after_in_parent=come)
+try:
+    Pool(1, context=get_context("fork"))
+except KeyboardInterrupt:
+    print("interrupted", psutil.Process().children())
+with Pool(1, context=get_context("fork")) as pool:
+    print(pool.apply(abs, (-1,)))
+"""
+
+
+def test_a_ctrl_c_that_comes_amid_the_fork_of_a_pool_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AMID_A_FORK],
+        capture_output=True, text=True, timeout=SECONDS * 3, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("interrupted []\n1\n", "")

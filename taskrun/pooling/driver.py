@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
+from signal import SIGINT
 from time import monotonic
 from typing import Any, Final
 
@@ -31,6 +33,7 @@ from taskrun.pooling.sharing import PoolState
 from taskrun.pooling.starting import PoolWorkers, Supply
 from taskrun.pooling.trips import Trips
 from taskrun.reactor import Reactor
+from taskrun.signals import postponed
 
 CLOSE_SECONDS: Final = 5.0  # that workers may take to end by themselves
 TERMINATE_SECONDS: Final = 2.0
@@ -138,7 +141,9 @@ class Driver:
             self._starter.close()
             raise
         try:
-            self._engine.start(self._reactor, self._post, Observer())
+            # To reach a server may take long; to fork does not.
+            with nullcontext() if self._starter.lent else postponed(SIGINT):
+                self._engine.start(self._reactor, self._post, Observer())
             self._perform(self._core.begin(monotonic()))
         except BaseException:
             self._close_unstarted()
