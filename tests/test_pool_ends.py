@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from taskrun.workers import leaving
 
 pytestmark = pytest.mark.timeout(60)
 
+SECONDS = 20.0
 METHODS = ["fork", "spawn", "forkserver"]
 
 
@@ -59,6 +62,24 @@ def test_a_pool_that_is_terminated_waits_for_no_thread_of_a_worker() -> None:
         began = time.monotonic()
     pool.join()
     assert time.monotonic() - began < 1.0
+
+
+def exit_on_term() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+
+def test_a_handler_that_exits_ends_an_idle_worker_without_a_word(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with Pool(1, exit_on_term) as pool:
+        pid = pool.apply(os.getpid)
+        (worker,) = pool.workers()
+        worker.terminate()
+        worker.join(SECONDS)
+        assert not worker.is_alive()
+        assert pool.apply(os.getpid) != pid
+    pool.join()
+    assert capfd.readouterr() == ("", "")
 
 
 def touch_at_exit(written: str) -> None:
