@@ -234,6 +234,7 @@ def test_what_calls_write_is_theirs(bench: Bench) -> None:
         """
         @task
         def speak(n=each(range(4))):
+            sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
             print("hello", n)
             print("aside", n, file=sys.stderr)
             sh("echo from a shell {n}")

@@ -165,6 +165,7 @@ class _Divided(io.TextIOBase):
     divided = True
     encoding = "utf-8"
     errors = "backslashreplace"
+    line_buffering = True
 
     def write(self, text: str) -> int:
         self.buffer.write(text.encode("utf-8", "backslashreplace"))
@@ -178,6 +179,9 @@ class _Divided(io.TextIOBase):
 
     def fileno(self) -> int:
         return self._stream + 1
+
+    def reconfigure(self, **options: Any) -> None:
+        """Nothing: it stays UTF-8, in lines."""
 
 
 class _Bytes(io.RawIOBase):
