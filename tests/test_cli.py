@@ -279,6 +279,8 @@ def test_a_file_or_folder_that_is_named_where_a_task_was_meant_is_told(
     (folder / "tasks.py").rename(folder / "pipeline.py")
     for command in ("exec", "list", "graph"):
         assert error_of(capsys, command, "pipeline").endswith("did you mean pipeline.py?")
+    assert "build is a folder" in error_of(capsys, "exec", "build")
+    assert "notes.txt is not a Python file" in error_of(capsys, "exec", "notes.txt")
     (folder / "pipeline.py").rename(folder / "tasks.py")
     assert "build is a folder" in error_of(capsys, "exec", "build")
     assert "did you mean tasks.py?" in error_of(capsys, "exec", "tasks")

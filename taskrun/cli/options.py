@@ -324,7 +324,13 @@ def load_words(words: Sequence[str]) -> tuple[Loaded, list[str]]:
     if file is not None:
         return load(file), targets
     first = targets[0] if targets else ""
-    loaded = load(find_file(meant=first))
+    try:
+        found = find_file(meant=first)
+    except UsageError:
+        if os.path.exists(first):
+            check_file(first)
+        raise
+    loaded = load(found)
     if first and first not in loaded.tasks and _names_a_file(first):
         check_file(first)  # that was meant, and this says what is wrong with it
     return loaded, targets
