@@ -684,6 +684,23 @@ def test_calls_that_wait_for_calls_lend_their_slots(runs: Runs, how: str, fib: i
     assert ended.check().out == f"{({11: 89, 15: 610})[fib]} 200 81\n"
 
 
+def test_arguments_that_cannot_be_unpickled_are_the_failure_of_their_call(runs: Runs) -> None:
+    source = """
+        class Odd:
+            def __reduce__(self): return int, ("x",)
+
+        @task
+        def child(x): return x
+
+        @task
+        def parent(): child.submit(Odd()).exception()
+        """
+    ended = runs.exec(source, "--json").check()
+    failure = ended.failure("child#0")
+    assert failure["type"].endswith("ArgumentError")
+    assert failure["message"].startswith("the arguments of child cannot be unpickled in the worker")
+
+
 def test_a_failed_child_raises_where_it_is_asked_and_may_be_caught(runs: Runs) -> None:
     source = """
         @task

@@ -109,7 +109,7 @@ class Known:
         except ArgumentError:
             raise  # it was known before that nothing could be made of them
         except (Exception, SystemExit) as error:
-            raise self._unreadable("its arguments", error) from error
+            raise self._unreadable("the arguments", error) from error
         if self._bare:
             return positional, keywords
         taken = {**dict.fromkeys(self._positions[: len(positional)]), **keywords}
