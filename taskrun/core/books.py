@@ -2,7 +2,8 @@
 
 The scheduler has four layers over this ground, each in a module of its own: ``attempts``
 (how attempts begin and end), ``children`` (calls that make calls, and wait for them),
-``bunches`` (small calls that travel together) and ``core`` (what an event means for the run).
+``bunches`` (small calls that travel together) and ``scheduler`` (what an event means for the
+run).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Resources:
         }
 
     def missing(self, needs: dict[str, float]) -> str | None:
-        """Why ``needs`` can never be met, or None: ``gpu=3 (there are 2)``."""
+        """Why ``needs`` can never be met, or None: ``gpu=3 (of 2)``."""
         for name, amount in needs.items():
             have = self.capacity.get(name, 0)
             if amount > have:
