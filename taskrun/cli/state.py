@@ -12,7 +12,7 @@ from taskrun.addresses import may_be_address
 from taskrun.cli.options import A_FILE, CONTEXT, check_certificates, dialling_options
 from taskrun.errors import UsageError
 from taskrun.model import nearest
-from taskrun.reporting.text import columns, one_line, padded
+from taskrun.reporting.text import columns, one_line, padded, plural
 
 if TYPE_CHECKING:
     from taskrun.state.connecting import Connected
@@ -85,7 +85,7 @@ def _list(connected: Connected, rest: list[str], json: bool) -> None:
 
 def _size(kind: str, length: int) -> str:
     if kind in ("dict", "list", "set", "queue"):
-        return f"{length:,} item{'s' * (length != 1)}"
+        return plural(length, "item")
     return f"{length} waiting" if kind in ("lock", "event", "barrier") and length else ""
 
 

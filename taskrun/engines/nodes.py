@@ -27,6 +27,7 @@ from taskrun.network.joining import Hello, Refused, Welcome, answer_frame, read_
 from taskrun.network.parcels import Parcels
 from taskrun.network.relay import Relay
 from taskrun.reactor import Reactor
+from taskrun.reporting.text import plural
 from taskrun.workers.settings import Settings
 
 ROLE: Final = b"node"
@@ -425,9 +426,9 @@ class Node:
     def _on_prepared(self, key: int, data: Data) -> None:
         self._parcels = Parcels(self.conversation, bytes(data).decode(), self._is_in_use)
         self.prepared = True
-        slots = f"{self.slots} slot{'s' * (self.slots != 1)}"
-        if not self.offer.processes:
-            slots += f" of the lane {', '.join(self.offer.lanes)}"
+        slots = plural(self.slots, "slot")
+        if self.offer.own_lanes:
+            slots += f" of the lane {', '.join(self.offer.own_lanes)}"
         self._nodes.crew.worker_changed(self.name, f"joined, {slots}")
         self._notice(f"joined with {slots}")
         self._nodes.changed()
