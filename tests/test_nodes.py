@@ -18,6 +18,7 @@ from workshop import CHORES, INTERRUPTIBLE, alive, cancelled, interrupt, task_fi
 
 from taskrun import messages as m
 from taskrun import transport
+from taskrun.engines.remote import RemoteLink
 from taskrun.network import channels as ch
 from taskrun.network.channels import Offer
 from taskrun.network.conversation import JOIN
@@ -70,6 +71,26 @@ def test_what_ended_before_a_long_call_is_known_while_that_runs(grid: Grid) -> N
         assert grid.shop.value(short) == 1
         assert (long.id, 1) not in grid.shop.reports
         grid.shop.value(long)
+
+
+def test_nobody_looks_here_for_what_only_a_node_can_see(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.node(1)
+    (worker,) = grid.shop.workers()
+    copies: list[Any] = []
+    look = RemoteLink.look
+
+    def noted(link: RemoteLink) -> list[tuple[Any, ...]]:
+        copies.append(link._copy)
+        return look(link)
+
+    monkeypatch.setattr(RemoteLink, "look", noted)
+    calls = [grid.shop.make("nap", 0.05) for _ in range(5)]
+    grid.shop.assign(worker, *calls)
+    for call in calls:
+        grid.shop.value(call)
+    assert None not in copies
 
 
 def test_output_comes_with_its_call_and_before_its_end(grid: Grid) -> None:

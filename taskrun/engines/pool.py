@@ -311,8 +311,7 @@ class PoolEngine:
             assigned[id] = call
             queue((kind, id, call.attempt, recipe.id, call.index, call.arguments(), call.units))
         self._flush_soon(link)
-        if bunch.are_many(assigned):
-            self._silence.broken(link)
+        self._look_when_silent(link)
 
     def _deliver(self, command: m.Deliver) -> None:
         link = self._links.get(command.worker)
@@ -443,9 +442,13 @@ class PoolEngine:
             self._failed_starts = 0
         if link.ready and self._local is not None:
             self._local.proven()
-        if bunch.are_many(link.assigned):
-            self._silence.broken(link)
+        self._look_when_silent(link)
         return True
+
+    def _look_when_silent(self, link: Link) -> None:
+        # A node looks into the ledgers of its own workers, and tells of what it finds.
+        if not link.node and bunch.are_many(link.assigned):
+            self._silence.broken(link)
 
     def hear_control(self, link: Link, frame: memoryview) -> None:
         """See ``engines.local.Crew``."""
