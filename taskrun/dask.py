@@ -136,6 +136,7 @@ def _unpacked(found: Any) -> Any:
 
 
 def _context() -> Any:
-    """With ``spawn`` workers would not agree on the hashes of strings."""
-    default = get_context()
+    """What dask's configuration says, or multiprocessing; but with ``spawn`` workers would not
+    agree on the hashes of strings."""
+    default = get_context(config.get("multiprocessing.context", None))
     return get_context("forkserver") if default.get_start_method() == "spawn" else default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import operator
 import os
 import signal
@@ -151,3 +152,15 @@ def test_an_initializer_is_called_in_each_worker() -> None:
     with dask.config.set({"multiprocessing.initializer": initialize}):
         assert compute(read) == ("yes",)
     assert compute(read) == (None,)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_start_as_the_configuration_of_dask_says(method: str) -> None:
+    @dask.delayed(pure=False)
+    def started() -> str:
+        return multiprocessing.current_process().name
+
+    with dask.config.set({"multiprocessing.context": method}):
+        (name,) = compute(started())
+    # Spawned ones would not agree on the hashes of strings.
+    assert name.startswith("ForkPool" if method == "fork" else "ForkServerPool")
