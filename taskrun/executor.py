@@ -21,6 +21,7 @@ from concurrent.futures.process import (
 from functools import partial
 from typing import Any
 
+from taskrun import blobs
 from taskrun.errors import (
     ArgumentError,
     CallCancelled,
@@ -299,7 +300,13 @@ class Executor(ProcessPoolExecutor):
         deadline = None if timeout is None else time.monotonic() + timeout
         items = zip(*iterables, strict=False)
         chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
-        submit = partial(self.submit, _call_each, fn)
+        carried = self._pool._recipes.carried(fn)
+
+        def submit(*chunk: tuple[Any, ...]) -> CallFuture:
+            future = self.submit(_call_each, carried, *chunk)
+            future.held = carried  # whose data would be removed else
+            return future
+
         futures = deque(submit(*chunk) for chunk in itertools.islice(chunks, buffersize))
         return _results(futures, submit, chunks, deadline)
 
@@ -336,7 +343,8 @@ def _cancelled(job: Any) -> None:
         job.future.cancel()
 
 
-def _call_each(function: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
+def _call_each(carried: Any, *chunk: tuple[Any, ...]) -> list[Any]:
+    function = carried if callable(carried) else blobs.loads(carried)
     return [function(*args) for args in chunk]
 
 

@@ -303,7 +303,7 @@ class Pool(standard.Pool):
                     blob = self._dumps((args, kwds))
             else:
                 recipe = self._recipes.any(timeout, retries, self._kinds[1])
-                blob = self._dumps(((func, args, kwds), {}))
+                blob = self._recipes.dumps_with(func, ((func, args, kwds), {}))
         except Exception as error:
             result.failed(error)
             self._loop.nudge()

@@ -84,6 +84,46 @@ def test_what_has_a_name_in_the_script_is_in_workers_what_it_is_there(
     assert (done.stdout, done.stderr) == ("all\n", "")
 
 
+LATER = """
+from functools import partial
+from multiprocessing import get_context
+from taskrun import Executor, Pool
+
+pool = Pool(2, context=get_context("fork"))
+executor = Executor(2, get_context("fork"))
+
+def work(y, x):
+    return x + y
+
+class Thing:
+    def method(self, x):
+        return x + 1
+
+    def __call__(self, x):
+        return x + 1
+
+for function in (partial(work, 1), Thing().method, Thing(), partial(Thing().method)):
+    assert pool.map(function, [1, 2]) == [2, 3]
+    assert list(pool.imap(function, [1, 2])) == [2, 3]
+    assert list(pool.imap(function, [1, 2], chunksize=2)) == [2, 3]
+    assert pool.apply(function, (1,)) == 2
+    assert executor.submit(function, 1).result() == 2
+    assert list(executor.map(function, [1, 2])) == [2, 3]
+assert list(executor.map(work, [1, 2], [1, 1])) == [2, 3]
+executor.shutdown()
+pool.terminate()
+print("all")
+"""
+
+
+def test_what_is_defined_after_the_workers_were_forked_is_called(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATER],
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("all\n", "")
+
+
 @pytest.fixture
 def pool() -> Iterator[Pool]:
     with Pool(1, context=multiprocessing.get_context("fork")) as made:

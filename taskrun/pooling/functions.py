@@ -13,7 +13,9 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, SupportsFloat, SupportsIndex
@@ -145,7 +147,7 @@ class Recipes:
     ) -> tuple[Recipe, tuple[Any, ...]]:
         """The recipe for calls with one item each, and the function, where that goes with them."""
         if not is_stateless(function):
-            return self.any(timeout, retries), (function,)
+            return self.any(timeout, retries), (self.carried(function),)
         found = self._with_name(Apply, function, timeout, retries)
         if found is not None:
             return found, ()
@@ -191,6 +193,30 @@ class Recipes:
             self._known.popitem(last=False)
             self.by_name.clear()
         return recipe
+
+    def carried(self, function: Any) -> Any:
+        """What stands for the function among the arguments of many calls: itself, or its pickle
+        where workers would not find what is behind it."""
+        if self._is_foreign(function):
+            with suppress(Exception):  # each call says why it cannot be pickled
+                return dumps_by_value(function, places.own(), self._in_main)
+        return function
+
+    def dumps_with(self, function: Any, call: Any) -> Portable:
+        """As :func:`dumps_call`, for a call that has its function with it."""
+        if self._is_foreign(function):
+            return dumps_by_value(call, places.own(), self._in_main)
+        return dumps_call(call, found=self._in_main)
+
+    def _is_foreign(self, function: Any) -> bool:
+        """Whether a function, or what is behind a method, partial or object, is of the script, and
+        the workers do not have it: they were forked before it was made, as in a notebook."""
+        while isinstance(function, partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        kind = function if isinstance(function, NAMED) else type(function)
+        in_script = getattr(kind, "__module__", None) == "__main__"
+        return in_script and not self._in_main(kind)
 
     def _is_found(self, function: Any) -> bool:
         module = getattr(function, "__module__", None)

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from taskrun import blobs, failures
 from taskrun.arrays import Reducers
-from taskrun.blobs import Draft, Portable, Seen, Shared
+from taskrun.blobs import Draft, Portable, Seen
 from taskrun.errors import LoadError
 from taskrun.places import Place
 
@@ -197,13 +197,13 @@ class Submit(Apply):
 
 
 class ApplyAny:
-    """Calls the function that comes with its arguments: one that may change between calls, or,
-    pickled by itself, one that is large."""
+    """Calls the function that comes with its arguments, one that may change between calls, or
+    with those of many calls, pickled by itself."""
 
     __name__ = "call"
 
     def __call__(self, function: Any, args: Any, kwargs: Any) -> Any:
-        found = blobs.loads(function) if type(function) is Shared else function
+        found = function if callable(function) else blobs.loads(function)
         return _pickled(found(*args, **kwargs))
 
 
