@@ -45,13 +45,12 @@ class Served(Protocol):
         """Report a call that has not begun as cancelled; False where it is not queued."""
 
 
-class Control:
-    """Reads the control Pipe, in a thread; see ``messages`` for what comes on it."""
+class ControlThread:
+    """Reads the control Pipe in a real thread, also where ``threading`` is gevent's; see
+    ``messages`` for what comes on it, and the lanes for what is done then."""
 
-    def __init__(self, worker: Served, fd: int) -> None:
-        self._worker = worker
+    def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._main = threading.main_thread().ident
         self._handlers: dict[str, Callable[..., None]] = {
             REPORT: self._report,
             INTERRUPT: self._interrupt,
@@ -80,13 +79,38 @@ class Control:
             pass  # as good as the end of the Pipe
         except BaseException as error:
             tell_why(error)
-        self._end_with_all()
-
-    def _end_with_all(self) -> None:
         sessions.send(sessions.others(), signal.SIGKILL)
         os._exit(_GONE)
 
+    def _answer(self, record: tuple[Any, ...]) -> None:
+        send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
+
     # -- what is asked ----------------------------------------------------------------
+
+    def _report(self, count: int | None) -> None:
+        """Say what runs; give back up to ``count`` calls that have not begun."""
+        raise NotImplementedError
+
+    def _interrupt(self, call: int, attempt: int, reason: str) -> None:
+        """End one call."""
+        raise NotImplementedError
+
+    def _ping(self, token: object) -> None:
+        """Say that the worker is there."""
+        raise NotImplementedError
+
+    def _stack(self, token: object, call: int | None) -> None:
+        """Say where in its code a call is, or the main thread."""
+        raise NotImplementedError
+
+
+class Control(ControlThread):
+    """That of a worker that executes one call at a time."""
+
+    def __init__(self, worker: Served, fd: int) -> None:
+        super().__init__(fd)
+        self._worker = worker
+        self._main = threading.main_thread().ident
 
     def _report(self, count: int | None) -> None:
         worker = self._worker
@@ -149,9 +173,6 @@ class Control:
     def _stack(self, token: object, call: int | None) -> None:
         assert self._main is not None
         self._answer((STACK_IS, token, _stack_of(self._main)))
-
-    def _answer(self, record: tuple[Any, ...]) -> None:
-        send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
 
 
 def tell_why(error: BaseException) -> None:

@@ -8,20 +8,16 @@ name of the call and where in its code it is.
 
 from __future__ import annotations
 
-import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from taskrun import sessions
-from taskrun.messages import INTERRUPT, PING, PONG, REPORT, STACK, STACK_IS
-from taskrun.wire import READ_SIZE, Decoder, send_frame
+from taskrun.messages import PONG, STACK_IS
 from taskrun.workers import native
-from taskrun.workers.control import tell_why
+from taskrun.workers.control import ControlThread
 from taskrun.workers.lanes.stacks import Place, extract, text, walk_up
 
 if TYPE_CHECKING:
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 
 BLOCKED: Final = 1.0  # seconds in which no other call could run, until that is said
 _LOOK: Final = 0.3  # seconds within which Python code lets a signal in
-_GONE: Final = 71  # exit status of a worker whose coordinator is gone
 
 
 class Served(Protocol):
@@ -62,47 +57,22 @@ class Served(Protocol):
         """Say that a call keeps all others from running."""
 
 
-class LaneControl:
-    """Reads the control Pipe in a real thread, also where ``threading`` is gevent's."""
+class LaneControl(ControlThread):
+    """That of a worker that executes many."""
 
     def __init__(self, worker: Served, fd: int) -> None:
+        super().__init__(fd)
         self._worker = worker
-        self._fd = fd
         self._main = native.get_ident()
         self._asked: float | None = None  # when the other thread was asked for what it owes
         self._told: float | None = None  # ... and people what keeps it from answering
         self._seen: tuple[LaneRunning | None, StackSummary] | None = None
         self._looking = False
-        self._handlers: dict[str, Callable[..., None]] = {
-            REPORT: self._report,
-            INTERRUPT: self._interrupt,
-            PING: self._ping,
-            STACK: self._stack,
-        }
 
     def start(self) -> None:
         """Begin to serve; in the thread in which calls are begun."""
         signal.signal(signal.SIGINT, self._on_signal)
-        native.start_thread(self._run)
-
-    def close(self) -> None:
-        """In a forked child: the thread is not there, the Pipe is."""
-        os.close(self._fd)
-
-    def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            decoder = Decoder()
-            while data := os.read(self._fd, READ_SIZE):
-                for frame in decoder.feed(data):
-                    for record in pickle.loads(frame):
-                        self._handlers[record[0]](*record[1:])
-        except ConnectionError:
-            pass  # as good as the end of the Pipe
-        except BaseException as error:
-            tell_why(error)
-        sessions.send(sessions.others(), signal.SIGKILL)
-        os._exit(_GONE)
+        super().start()
 
     # -- what is asked ----------------------------------------------------------------
 
@@ -138,9 +108,6 @@ class LaneControl:
 
     def _stack_at_home(self) -> StackSummary:
         return extract(walk_up(sys._current_frames()[self._main]))
-
-    def _answer(self, record: tuple[Any, ...]) -> None:
-        send_frame(self._fd, pickle.dumps([record], pickle.HIGHEST_PROTOCOL))
 
     # -- a call that lets no other run ------------------------------------------------
 
