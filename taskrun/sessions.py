@@ -99,6 +99,13 @@ def others() -> list[int]:
     return [pid for pid in members(own) if pid != own and not is_tracker(pid)]
 
 
+def kill_others() -> None:
+    """Kill the session of this process, but for itself; what was forked meanwhile, too."""
+    until = time.monotonic() + _PATIENCE
+    while send(others(), signal.SIGKILL) and time.monotonic() < until:
+        pass  # to look takes its time
+
+
 def send(pids: Iterable[int], number: int) -> int:
     """Signal each process; gives how many there were to be signalled."""
     reached = 0

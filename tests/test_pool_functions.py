@@ -118,7 +118,7 @@ print("all")
 
 def test_what_is_defined_after_the_workers_were_forked_is_called(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LATER],
+        [sys.executable, "-c", LATER], cwd=tmp_path,
         capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("all\n", "")

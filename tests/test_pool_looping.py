@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -388,9 +389,9 @@ with Pool(1, context=get_context("fork")) as pool:
 """
 
 
-def test_a_ctrl_c_that_comes_amid_the_fork_of_a_pool_is_not_lost() -> None:
+def test_a_ctrl_c_that_comes_amid_the_fork_of_a_pool_is_not_lost(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AMID_A_FORK],
+        [sys.executable, "-c", AMID_A_FORK], cwd=tmp_path,
         capture_output=True, text=True, timeout=SECONDS * 3, check=False,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("interrupted []\n1\n", "")

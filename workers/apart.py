@@ -270,7 +270,7 @@ def serve(fd: int, parent: int) -> NoReturn:
         while data := line.recv(READ_SIZE):
             for frame in decoder.feed(data):
                 _answer(line, *pickle.loads(frame))
-    sessions.send(sessions.others(), signal.SIGKILL)
+    sessions.kill_others()
     os._exit(0)
 
 

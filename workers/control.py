@@ -79,7 +79,7 @@ class ControlThread:
             pass  # as good as the end of the Pipe
         except BaseException as error:
             tell_why(error)
-        sessions.send(sessions.others(), signal.SIGKILL)
+        sessions.kill_others()
         os._exit(_GONE)
 
     def _answer(self, record: tuple[Any, ...]) -> None:

@@ -74,7 +74,7 @@ def run(
         _make(settings, birth, fds, preloaded).run()
         status = 0
     except ConnectionError:
-        sessions.send(sessions.others(), signal.SIGKILL)  # the coordinator is gone
+        sessions.kill_others()  # the coordinator is gone
     except SystemExit as error:  # of a signal handler that is not ours, between calls
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:

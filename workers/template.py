@@ -57,6 +57,7 @@ from taskrun.workers.settings import (
 FDS = 5  # of a worker: call Pipe, control Pipe, stdout, stderr, ledger
 GREEN = "green"  # the lane whose workers are patched before they import anything
 _LOOK = 1.0  # seconds between two looks at the clock, where there is a lease
+_LOOKS = 3  # without finding anybody, until nobody is believed to be left
 _PATIENCE = 30.0  # seconds after which what cannot even be killed is left alone
 
 
@@ -329,10 +330,13 @@ class Template:
         if grace > 0:
             self._signal_all(signal.SIGTERM)
             self._await_ends(time.monotonic() + grace)
-        began = time.monotonic()
+        began, in_vain = time.monotonic(), 0
         while self._reap() and (passed := time.monotonic() - began) < _PATIENCE:
-            # What dies leaves its children to us: again, until none is left.
-            if not self._signal_all(signal.SIGKILL, trackers=passed > sessions.CLEANING):
+            # What dies leaves its children to us: again, until none is left.  Nothing to be found
+            # once may be one that was looked at just before its parent died.
+            found = self._signal_all(signal.SIGKILL, trackers=passed > sessions.CLEANING)
+            in_vain = 0 if found else in_vain + 1
+            if in_vain == _LOOKS:
                 break
             self._await_ends(time.monotonic() + 0.05, once=True)
 
