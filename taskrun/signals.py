@@ -61,6 +61,7 @@ class Signals(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
+        _handling.append(self)
         # One that comes just before the loop begins to wait would not end the waiting.
         self._wakeup_fd = signal.set_wakeup_fd(self._reactor.wakeup_fd, warn_on_full_buffer=False)
         for number in NUMBERS:
@@ -69,6 +70,8 @@ class Signals(AbstractContextManager[None]):
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
+        if self in _handling:
+            _handling.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if threading.current_thread() is threading.main_thread():
@@ -93,10 +96,27 @@ class Signals(AbstractContextManager[None]):
         if here is not None:
             here.interrupt()
 
+    def leave_behind(self) -> None:
+        """In a child that somebody has forked here: SIGTERM ends it.  A handler of Python's waits
+        for the next step of Python code, which a child that just falls asleep makes much later."""
+        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def settle(self) -> None:
         """Take what the loop has not got to."""
         while self._noted:
             self._take(self._noted.pop(0)[1])
+
+
+_handling: list[Signals] = []  # that are entered
+
+
+def _after_fork_in_child() -> None:
+    for signals in _handling:
+        signals.leave_behind()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @contextmanager
